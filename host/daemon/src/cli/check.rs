@@ -1,0 +1,120 @@
+//! `laelaps check`: everything that would keep a host from serving, without serving.
+
+use std::time::SystemTime;
+
+use laelaps_queue::{Kind, SchemaStatus, Timestamp};
+
+use super::output::{Output, counted, table};
+use super::plugin::{Found, survey};
+use super::{Complaint, Exit, Place, exit};
+use crate::config::Config;
+use crate::host;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {}
+
+impl Arguments {
+    pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
+        let config = place.load()?;
+        let mut output = Output::open();
+        output.line(&format!(
+            "configuration  {}, section {}: {}",
+            config.path.display(),
+            config.environment,
+            counted(config.routes.len() as u64, "route")
+        ))?;
+        output.flush()?;
+        for warning in config.warnings.iter().chain(&config.missing_files()) {
+            exit::warn(warning);
+        }
+        // The rest is checked whatever fails; the first failure names the exit code.
+        let mut first = Exit::Done;
+        let mut note = |found: Result<String, anyhow::Error>, output: &mut Output| -> anyhow::Result<()> {
+            match found {
+                Ok(line) => output.line(&line)?,
+                Err(error) => {
+                    let code = exit::tell_and_go_on(&error);
+                    first = if first == Exit::Done { code } else { first };
+                }
+            }
+            Ok(())
+        };
+        note(database(&config).await, &mut output)?;
+        match survey(&config.plugins.folder).await {
+            Ok(found) => {
+                output.line(&format!(
+                    "plugins        {}: {}",
+                    config.plugins.folder.display(),
+                    counted(found.len() as u64, "file")
+                ))?;
+                write_plugins(&mut output, &found)?;
+                for refused in found.iter().filter(|found| found.refusal().is_some()) {
+                    note(Err(refusal(refused, &config).into()), &mut output)?;
+                }
+            }
+            Err(error) => note(Err(error), &mut output)?,
+        }
+        output.close()?;
+        Ok(first)
+    }
+}
+
+async fn database(config: &Config) -> anyhow::Result<String> {
+    let queue = host::open_queue(config).await?;
+    let (status, drift) = (queue.schema_status().await, queue.backend().drift().await);
+    let clock = match &config.queue.kind {
+        Kind::PerfectQueue(_) => Some(queue.backend().now().await.map(ahead)),
+        Kind::Native => None,
+    };
+    queue.close().await;
+    let drift = drift?;
+    if !drift.is_empty() {
+        let message = format!("{}: the tables are not as init makes them: {}", config.queue.place(), drift.join("; "));
+        let hint = "somebody changed them by hand; put them back, or move the tasks to a new database made by `laelaps init`";
+        return Err(Complaint::new(Exit::Database, message, hint.to_owned()).into());
+    }
+    match status? {
+        SchemaStatus::Current(version) => {
+            let clock = clock.transpose()?.map(|clock| format!("\nclock          {clock}")).unwrap_or_default();
+            Ok(format!("database       {}: schema {version}{clock}", config.queue.place()))
+        }
+        other => anyhow::bail!("the schema changed while it was looked at: {other:?}"),
+    }
+}
+
+/// Workers in Ruby go by the clock of their machine: one that is ahead takes leases that live. Ours goes by the server's, and is only told.
+#[expect(clippy::disallowed_methods, reason = "the difference is what is asked for; no lease and no schedule depends on it")]
+fn ahead(server: Timestamp) -> String {
+    let machine = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let seconds = machine - server.0 as f64 / 1_000.0;
+    match seconds {
+        2.0.. => {
+            format!("this machine is {seconds:.0} s ahead of the server: a Ruby worker here takes leases of others too early")
+        }
+        ..=-2.0 => format!("this machine is {:.0} s behind the server: a Ruby worker here finds tasks late", -seconds),
+        _ => "this machine and the server agree within 2 s".to_owned(),
+    }
+}
+
+fn write_plugins(output: &mut Output, found: &[Found]) -> std::io::Result<()> {
+    if found.is_empty() {
+        return Ok(());
+    }
+    let mut table = table(&["  plugin", "sha256", "contract"]);
+    for plugin in found {
+        table.add_row([format!("  {}", plugin.name), plugin.short_digest(), plugin.contract().unwrap_or("refused").to_owned()]);
+    }
+    output.table(&table)
+}
+
+fn refusal(found: &Found, config: &Config) -> Complaint {
+    let routes: Vec<String> =
+        config.routes.iter().filter(|route| route.plugin == found.name).map(|route| (route.index + 1).to_string()).collect();
+    let hint = match routes.as_slice() {
+        [] => "no route names it; replace or remove the file".to_owned(),
+        [one] => format!("route {one} needs it: its tasks wait until the file is replaced"),
+        several => format!("routes {} need it: their tasks wait until the file is replaced", several.join(", ")),
+    };
+    let message = format!("{}: {}", found.path.display(), found.refusal().unwrap_or_default());
+    Complaint::new(Exit::Plugin, message, hint)
+}

@@ -1,0 +1,22 @@
+//! `laelaps force-finish`.
+
+use super::output::Output;
+use super::{Exit, Key, Place};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    task: Key,
+}
+
+impl Arguments {
+    pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
+        let (config, queue) = place.open().await?;
+        queue.backend().force_finish(&self.task.key, config.queue.policy.retention).await?;
+        queue.backend().close().await;
+        let mut output = Output::open();
+        output.line(&format!("task {:?} is finished", self.task.key))?;
+        output.close()?;
+        Ok(Exit::Done)
+    }
+}

@@ -1,0 +1,61 @@
+//! `laelaps init`.
+
+use laelaps_queue::{Config, Database, PlannedStep, Queue};
+
+use super::output::Output;
+use super::{Exit, Place};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Print the SQL that would be run, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Arguments {
+    pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
+        let config = place.load()?.queue;
+        if self.dry_run {
+            return dry_run(&config).await;
+        }
+        let queue = Queue::open(&config).await?;
+        let migration = queue.backend().init().await?;
+        queue.backend().close().await;
+        let mut output = Output::open();
+        output.line(&match migration.applied.as_slice() {
+            [] => format!("the queue is ready: schema {} was there already", migration.version),
+            _ => format!("the queue is ready: schema {}", migration.version),
+        })?;
+        output.close()?;
+        Ok(Exit::Done)
+    }
+}
+
+async fn dry_run(config: &Config) -> anyhow::Result<Exit> {
+    let mut output = Output::open();
+    // Opening a file that is not there would make one: a new one elsewhere has the same way to go.
+    let steps = match config.database()? {
+        Database::Sqlite(path) if !path.exists() => {
+            let folder = tempfile::tempdir()?;
+            let url = format!("sqlite:{}", folder.path().join("queue.db").display());
+            plan(&Config { url, ..config.clone() }).await?
+        }
+        _ => plan(config).await?,
+    };
+    if steps.is_empty() {
+        output.line("-- nothing to do: the tables are there already")?;
+    }
+    for PlannedStep { version, sql } in steps {
+        output.line(&format!("-- {}: to schema {version}", config.place()))?;
+        output.line(sql.trim_end())?;
+    }
+    output.close()?;
+    Ok(Exit::Done)
+}
+
+async fn plan(config: &Config) -> anyhow::Result<Vec<PlannedStep>> {
+    let queue = Queue::open(config).await?;
+    let plan = queue.backend().plan().await;
+    queue.backend().close().await;
+    Ok(plan?)
+}

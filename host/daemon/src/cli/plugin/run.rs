@@ -1,0 +1,244 @@
+//! `laelaps plugin run`: one attempt of one task, as a host would run it, without a host.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use laelaps_queue::{ClaimedTask, Compression, Event, Lease, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp};
+use serde_json::{Map, Value};
+
+use super::super::output::{Output, in_one_line, printable};
+use super::{Complaint, Exit, read};
+use crate::config;
+use crate::plugin::{
+    Completion, Config, Control, Engine, FolderGrant, Grants, Invocation, Level, Limits, Services, Stream, Version,
+};
+
+/// The name under which the module is served here.
+const NAME: &str = "plugin";
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The handler's output goes to standard output, all else to standard error. Nothing is granted unless it is named here."
+)]
+pub(super) struct Arguments {
+    /// The module
+    file: PathBuf,
+    /// The type of the task
+    #[arg(short, long, alias = "type", value_name = "TYPE")]
+    kind: String,
+    /// The data: a JSON object, or - to read it from standard input
+    #[arg(short, long, value_name = "JSON", default_value = "{}")]
+    data: String,
+    /// The key of the task
+    #[arg(long, default_value = "local")]
+    key: String,
+    /// The user of the task
+    #[arg(short, long)]
+    user: Option<String>,
+    /// The number of the attempt
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    attempt: u32,
+    /// The most memory it may use
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = config::size_argument)]
+    memory: u64,
+    /// The longest it may take [default: unlimited]
+    #[arg(long, value_name = "TIME", value_parser = config::duration_argument)]
+    time_limit: Option<Duration>,
+    /// A setting (may be given several times)
+    #[arg(long = "setting", value_name = "NAME=VALUE", value_parser = pair)]
+    settings: Vec<(String, String)>,
+    /// A folder that it may read (may be given several times)
+    #[arg(long = "folder", value_name = "FOLDER=/GUEST", value_parser = pair)]
+    folders: Vec<(String, String)>,
+    /// A folder that it may read and write (may be given several times)
+    #[arg(long = "writable-folder", value_name = "FOLDER=/GUEST", value_parser = pair)]
+    writable_folders: Vec<(String, String)>,
+    /// A variable of the environment, given away with its value (may be given several times)
+    #[arg(long = "env", value_name = "NAME")]
+    environment: Vec<String>,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(name, value)| !name.is_empty() && !value.is_empty());
+    pair.map(|(name, value)| (name.to_owned(), value.to_owned())).ok_or_else(|| "expected NAME=VALUE".to_owned())
+}
+
+impl Arguments {
+    pub(super) async fn run(self) -> anyhow::Result<Exit> {
+        let task = self.task()?;
+        let grants = self.grants()?;
+        let bytes = read(&self.file)?;
+        let (engine, version) = self.serve(&bytes).await?;
+        let mut settings = self.settings.clone();
+        settings.sort();
+        let completion = engine
+            .invoke(Invocation {
+                version,
+                task: task.clone(),
+                limits: Limits { memory_bytes: self.memory, time: self.time_limit, ..Limits::default() },
+                grants,
+                settings: settings.into(),
+                max_requests: None,
+                route: 0,
+                log_level: Level::Trace,
+                control: Arc::new(Control::new()),
+                services: Arc::new(Local::new(&task)),
+            })
+            .await;
+        tell(&completion)
+    }
+
+    /// Let the module through the same door as a host: read, compiled, linked and tried.
+    async fn serve(&self, bytes: &[u8]) -> anyhow::Result<(Arc<Engine>, Arc<Version>)> {
+        let engine = Engine::new(&Config {
+            memory_bytes_max: self.memory.max(Limits::default().memory_bytes),
+            instances_max: 2,
+            ..Config::default()
+        })?;
+        let version = engine.load(NAME, bytes).await.map_err(|error| {
+            let message = format!("{}: {}", self.file.display(), printable(&error.to_string()));
+            Complaint::new(Exit::Plugin, message, "`laelaps plugin inspect FILE` shows what it imports and exports")
+        })?;
+        Ok((engine, version))
+    }
+
+    fn task(&self) -> anyhow::Result<ClaimedTask> {
+        let data = super::super::submit::data_bytes(self.data.clone())?;
+        let new = NewTask { user: self.user.clone(), ..NewTask::new(&self.key, &self.kind, data) };
+        new.check()?;
+        let now = now();
+        Ok(ClaimedTask {
+            lease_ref: LeaseRef { task: TaskId(1), lease: Lease(1) },
+            key: new.key,
+            task_type: new.task_type,
+            data: new.data,
+            user: new.user,
+            compression: Compression::None,
+            attempt: self.attempt,
+            max_attempts: None,
+            lost: 0,
+            lost_alone: 0,
+            alone: false,
+            releases: 0,
+            created_at: now,
+            claimed_at: now,
+            until: now.plus(Duration::from_secs(300)),
+        })
+    }
+
+    fn grants(&self) -> anyhow::Result<Grants> {
+        let folder = |writable: bool| {
+            move |(host, guest): &(String, String)| FolderGrant { host: host.into(), guest: guest.clone(), writable }
+        };
+        let mut grants = Grants::default();
+        grants.folders.extend(self.folders.iter().map(folder(false)));
+        grants.folders.extend(self.writable_folders.iter().map(folder(true)));
+        for grant in &grants.folders {
+            if !grant.host.is_dir() {
+                let message = format!("the granted folder {} does not exist", grant.host.display());
+                return Err(Complaint::new(Exit::Usage, message, "name an existing folder: --folder FOLDER=/GUEST").into());
+            }
+        }
+        for name in &self.environment {
+            let value = config::environment_variable(name).ok_or_else(|| {
+                Complaint::new(Exit::Usage, format!("the environment variable {name} is not set"), "set it, or leave --env out")
+            })?;
+            grants.environment.push((name.clone(), value));
+        }
+        Ok(grants)
+    }
+}
+
+/// What a host would do for the attempt, without a database behind it.
+struct Local {
+    data: Mutex<Map<String, Value>>,
+}
+
+impl Local {
+    fn new(task: &ClaimedTask) -> Self {
+        Self { data: Mutex::new(serde_json::from_slice(&task.data).unwrap_or_default()) }
+    }
+}
+
+#[async_trait]
+impl Services for Local {
+    async fn heartbeat(&self, progress: Option<Progress>, _alive_time: Option<Duration>) -> bool {
+        if let Some(progress) = progress {
+            let total = progress.total.map(|total| format!(" of {total}")).unwrap_or_default();
+            anstream::eprintln!("progress: {}{total} {}", progress.done, in_one_line(&progress.note, 200));
+        }
+        true
+    }
+
+    async fn update_data(&self, members: Vec<u8>) -> Result<LeaseAnswer, laelaps_queue::Error> {
+        let members: Map<String, Value> =
+            serde_json::from_slice(&members).map_err(|error| laelaps_queue::Error::InvalidTask {
+                key: "local".to_owned(),
+                problem: format!("the members to merge are not a JSON object: {error}"),
+            })?;
+        let mut data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        data.extend(members);
+        anstream::eprintln!("data: {}", in_one_line(&Value::Object(data.clone()).to_string(), 1_000));
+        Ok(LeaseAnswer::Held)
+    }
+
+    async fn now(&self) -> Timestamp {
+        now()
+    }
+}
+
+/// There is no database whose clock could be asked.
+fn now() -> Timestamp {
+    Timestamp(jiff::Timestamp::now().as_millisecond())
+}
+
+fn tell(completion: &Completion) -> anyhow::Result<Exit> {
+    let captured = &completion.captured;
+    for (index, line) in captured.lines.iter().enumerate() {
+        if index == captured.lines_before_gap && captured.dropped_lines > 0 {
+            anstream::eprintln!("... {} lines and {} bytes are left out ...", captured.dropped_lines, captured.dropped_bytes);
+        }
+        let from = match line.stream {
+            Stream::Log => format!("{:?}", line.level).to_lowercase(),
+            Stream::Stdout => "stdout".to_owned(),
+            Stream::Stderr => "stderr".to_owned(),
+        };
+        anstream::eprintln!("{from}: {}", printable(&line.text));
+    }
+    for task in &completion.follow_ups {
+        let data = String::from_utf8_lossy(&task.data);
+        anstream::eprintln!("submitted: {:?} of type {:?}: {}", task.key, task.task_type, in_one_line(&data, 200));
+    }
+    if let Event::Finish { output: bytes, .. } = &completion.event {
+        let mut output = Output::open();
+        output.bytes(bytes.as_deref().unwrap_or_default())?;
+        if std::io::IsTerminal::is_terminal(&std::io::stdout()) {
+            output.line("")?;
+        }
+        output.close()?;
+        anstream::eprintln!("finished; at most {} KiB of memory", completion.memory_bytes_peak.div_ceil(1_024));
+        return Ok(Exit::Done);
+    }
+    Err(Complaint { exit: Exit::Plugin, message: in_words(&completion.event), hint: None }.into())
+}
+
+fn in_words(event: &Event) -> String {
+    let after = |delay: &Option<Duration>| delay.map(|delay| format!(" after {delay:?}")).unwrap_or_default();
+    match event {
+        Event::Finish { .. } => "the handler finished the task".to_owned(),
+        Event::Retry { delay } => format!("the handler asks for another attempt{}", after(delay)),
+        Event::Release { delay } => format!("the handler releases the task{}", after(delay)),
+        Event::Failure { kind, code, message } => {
+            format!("the handler failed ({kind:?}) with {}: {}", printable(code), printable(message))
+        }
+        Event::Trap { message } => format!("the handler trapped: {}", printable(message)),
+        Event::TimedOut { limit } => format!("the handler was stopped at its time limit of {limit:?}"),
+        Event::OutOfMemory { limit_bytes } => format!("the handler needs more memory than its limit of {limit_bytes} bytes"),
+        Event::Malformed { message } => format!("the handler breaks the contract: {}", printable(message)),
+        Event::Stopped => "the attempt was stopped".to_owned(),
+        Event::Unrouted { message } => message.clone(),
+        Event::Lost => "the attempt was lost".to_owned(),
+    }
+}

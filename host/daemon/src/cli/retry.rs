@@ -1,0 +1,22 @@
+//! `laelaps retry`.
+
+use super::output::Output;
+use super::{Exit, Key, Place};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    task: Key,
+}
+
+impl Arguments {
+    pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
+        let (_, queue) = place.open().await?;
+        queue.backend().retry(&self.task.key).await?;
+        queue.backend().close().await;
+        let mut output = Output::open();
+        output.line(&format!("task {:?} may run now", self.task.key))?;
+        output.close()?;
+        Ok(Exit::Done)
+    }
+}

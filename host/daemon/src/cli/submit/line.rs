@@ -1,0 +1,128 @@
+//! One line of a file of tasks.
+
+use laelaps_queue::{Compression, NewTask, Timestamp};
+use serde::Deserialize;
+use serde::de::Error as _;
+use serde_json::value::RawValue;
+
+use super::Options;
+
+/// The members of a line.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line<'a> {
+    key: String,
+    #[serde(rename = "type")]
+    task_type: String,
+    /// Kept as the producer wrote it, byte by byte.
+    #[serde(borrow)]
+    data: &'a RawValue,
+    user: Option<String>,
+    #[serde(default, deserialize_with = "moment")]
+    run_at: Option<Timestamp>,
+    max_running: Option<u32>,
+    max_attempts: Option<u32>,
+    gzip: Option<bool>,
+}
+
+/// The task of a line, within its bounds. What a line does not say, `defaults` say.
+///
+/// # Errors
+/// What is wrong with the line, in words.
+pub(super) fn parse(line: &[u8], defaults: &Options) -> Result<NewTask, String> {
+    let line: Line<'_> = serde_json::from_slice(line).map_err(|error| in_words(&error))?;
+    let mut task = defaults.task(line.key, line.task_type, line.data.get().as_bytes().to_vec());
+    task.user = line.user.or(task.user);
+    task.run_at = line.run_at.or(task.run_at);
+    task.max_running = line.max_running.or(task.max_running);
+    task.max_attempts = line.max_attempts.or(task.max_attempts);
+    if let Some(gzip) = line.gzip {
+        task.compression = if gzip { Compression::Gzip } else { Compression::None };
+    }
+    match task.check() {
+        Ok(()) => Ok(task),
+        Err(laelaps_queue::Error::InvalidTask { key, problem }) => Err(format!("task {key:?}: {problem}")),
+        Err(other) => Err(other.to_string()),
+    }
+}
+
+/// A moment from a number of seconds since 1970, or a time as ISO 8601 writes it, with its offset.
+pub(super) fn moment_from_text(text: &str) -> Result<Timestamp, String> {
+    if let Ok(seconds) = text.parse::<f64>() {
+        return moment_from_seconds(seconds).ok_or_else(|| out_of_range(text));
+    }
+    match text.parse::<jiff::Timestamp>() {
+        Ok(moment) => Ok(Timestamp(moment.as_millisecond())),
+        Err(_) => Err("expected seconds since 1970, or a time with its offset such as 2026-12-24T18:00:00Z".to_owned()),
+    }
+}
+
+fn moment_from_seconds(seconds: f64) -> Option<Timestamp> {
+    // jiff knows the years -9999 to 9999; what it refuses is no moment at which a task could run.
+    let duration = jiff::SignedDuration::try_from_secs_f64(seconds).ok()?;
+    jiff::Timestamp::from_duration(duration).ok().map(|moment| Timestamp(moment.as_millisecond()))
+}
+
+fn out_of_range(text: &str) -> String {
+    format!("found {text}, expected seconds since 1970 up to the year 9999")
+}
+
+fn moment<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Moment {
+        Seconds(f64),
+        Text(String),
+    }
+    match Option::<Moment>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Moment::Seconds(seconds)) => {
+            let moment = moment_from_seconds(seconds);
+            moment.map(Some).ok_or_else(|| D::Error::custom(format!("run_at: {}", out_of_range(&seconds.to_string()))))
+        }
+        Some(Moment::Text(text)) => {
+            moment_from_text(&text).map(Some).map_err(|problem| D::Error::custom(format!("run_at: {problem}")))
+        }
+    }
+}
+
+/// The parser counts lines within its input, which is a line itself: only the column says something.
+fn in_words(error: &serde_json::Error) -> String {
+    let words = error.to_string().replace(" at line 1 column ", " at column ");
+    if error.is_data() { words } else { format!("not JSON: {words}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(line: &str) -> Result<NewTask, String> {
+        parse(line.as_bytes(), &Options::default())
+    }
+
+    #[test]
+    fn a_line_keeps_its_data_as_the_producer_wrote_it() {
+        let task = task(r#"{"key":"k","type":"t","data":{"z":1.0,"a" : 12345678901234567890123,"z":2}}"#).expect("valid");
+        assert_eq!(task.data, br#"{"z":1.0,"a" : 12345678901234567890123,"z":2}"#);
+    }
+
+    #[test]
+    fn a_line_wins_over_the_options_and_the_options_over_nothing() {
+        let defaults = Options { user: Some("ann".to_owned()), max_attempts: Some(3), gzip: true, ..Options::default() };
+        let line = br#"{"key":"k","type":"t","data":{},"max_attempts":5,"gzip":false,"run_at":"2023-11-14T22:13:20.5Z"}"#;
+        let task = parse(line, &defaults).expect("valid");
+        assert_eq!(task.user.as_deref(), Some("ann"));
+        assert_eq!(task.max_attempts, Some(5));
+        assert_eq!(task.compression, Compression::None);
+        assert_eq!(task.run_at, Some(Timestamp(1_700_000_000_500)));
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_line_is_said_with_its_column() {
+        assert_eq!(task("{\"key\":\"k\",").unwrap_err(), "not JSON: EOF while parsing a value at column 11");
+        assert!(task(r#"{"key":"k","type":"t","data":{},"colour":1}"#).unwrap_err().starts_with("unknown field `colour`"));
+        assert!(task(r#"{"key":"k","type":"t"}"#).unwrap_err().starts_with("missing field `data`"));
+        assert!(task(r#"{"key":"k","type":"t","data":[]}"#).unwrap_err().contains("object"));
+        assert!(task(r#"{"key":"k","type":"t","data":{},"run_at":1e300}"#).unwrap_err().contains("run_at"));
+    }
+}

@@ -1,0 +1,334 @@
+mod properties;
+mod refusals;
+
+use std::time::Duration;
+
+use laelaps_queue::{Backoff, Connections, Kind, PerfectQueue, Tls};
+
+use super::*;
+
+/// A file in a folder of its own.
+fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("laelaps.yml");
+    std::fs::write(&path, text).expect("a file");
+    (folder, path)
+}
+
+fn load_in(text: &str, section: Option<&str>, environment: &[(&str, &str)]) -> Result<Config, Error> {
+    let (_folder, path) = file(text);
+    let source = Source { path: Some(path), environment: section.map(str::to_owned) };
+    let lookup = |name: &str| environment.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+    Config::load_with(&source, &lookup)
+}
+
+fn load(text: &str) -> Result<Config, Error> {
+    load_in(text, None, &[])
+}
+
+const MINIMAL: &str = "development:\n  type: rdb\n  url: sqlite:queue.db\n";
+
+/// The minimal file and more keys in its section.
+fn with(keys: &str) -> String {
+    let indented: String = keys.lines().map(|line| format!("  {line}\n")).collect();
+    format!("{MINIMAL}{indented}")
+}
+
+#[test]
+fn a_minimal_file_has_perfectqueues_defaults() {
+    let config = load(MINIMAL).expect("valid");
+    assert_eq!(config.environment, "development");
+    assert_eq!(config.queue.url, "sqlite:queue.db");
+    assert_eq!(config.log, None);
+    assert_eq!(config.processors, 1);
+    assert_eq!(config.poll_interval, Duration::from_secs(1));
+    assert_eq!(config.queue.policy.retention, Duration::from_secs(300));
+    assert_eq!(config.task_heartbeat_interval, Duration::from_secs(2));
+    assert_eq!(config.alive_time, Duration::from_secs(300));
+    assert_eq!(config.queue.policy.retry_wait, Duration::from_secs(300));
+    assert_eq!(config.queue.policy.backoff, Backoff::Fixed(Duration::from_secs(300)));
+    assert_eq!(config.queue.policy.max_attempts, None);
+    assert_eq!(config.child_graceful_kill_limit, None);
+    assert_eq!(config.child_heartbeat_interval, Duration::from_secs(2));
+    assert_eq!(config.child_heartbeat_limit, Duration::from_secs(10));
+    assert_eq!(config.max_request_per_child, None);
+    assert_eq!(config.task_prefetch, 0);
+    assert!(!config.disable_resource_limit);
+    assert_eq!(config.cleanup_interval, 20);
+    assert_eq!(config.queue.patience, Duration::from_secs(20));
+}
+
+#[test]
+fn the_example_of_the_documentation_is_valid() {
+    let page = include_str!("../../../../docs/configuration.md");
+    let example = page.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("an example");
+    for section in ["development", "production"] {
+        let config = load_in(example, Some(section), &[("SMTP_HOST", "mail"), ("SMTP_PASSWORD", "secret")]).expect("valid");
+        assert_eq!(config.routes.len(), 2);
+        assert_eq!(config.warnings, [] as [String; 0]);
+        let routes = Routes::new(config.routes);
+        assert_eq!(routes.route("report.daily").map(|route| route.plugin.as_str()), Some("report"));
+    }
+}
+
+#[test]
+fn every_key_of_a_section_is_documented_with_its_bounds() {
+    let page = include_str!("../../../../docs/configuration.md");
+    // The message for a key without likeness to another names all that are known there.
+    let known = |text: &str| -> Vec<String> {
+        let Err(Error::Invalid { problems, .. }) = load(text) else { panic!("refused") };
+        let hint = problems.iter().find_map(|problem| problem.hint.clone()).expect("a hint");
+        let names = hint.strip_prefix("known here: ").expect("the known keys").split(", ");
+        names.map(str::to_owned).collect()
+    };
+    let section = known(&with("zzzzzz: 1"));
+    let route = known(&with("routes:\n- {type: a, plugin: p, zzzzzz: 1}"));
+    assert!(section.len() > 30 && route.len() > 15, "{section:?} {route:?}");
+    for key in section.iter().chain(&route) {
+        assert!(page.contains(&format!("`{key}`")), "docs/configuration.md does not tell of {key}");
+    }
+}
+
+#[test]
+fn our_own_keys_have_the_documented_defaults() {
+    let config = load(MINIMAL).expect("valid");
+    assert_eq!(config.queue.policy.failed_retention, Duration::from_secs(14 * 24 * 3600));
+    assert_eq!(config.plugins.folder, Path::new("plugins"));
+    assert_eq!(config.plugins.cache_folder, None);
+    assert_eq!(config.plugins.poll_interval, Duration::from_secs(5));
+    assert_eq!(config.plugins.memory_bytes_max, 64 << 20);
+    assert_eq!(config.log_filter, "info");
+    assert!(!config.host_name.is_empty());
+}
+
+#[test]
+fn how_a_server_is_spoken_to() {
+    let text = "development: {type: rdb, url: 'postgres://joe@db/q', connect_timeout: 5, statement_timeout: 1m, max_connections: 20, \
+                listen: false, sslca: ca.pem, ssl_mode: verify-full, routes: [{type: a, plugin: p}]}";
+    let config = load(text).expect("valid");
+    assert_eq!(config.warnings, [] as [String; 0]);
+    assert_eq!(config.queue.kind, Kind::Native);
+    let expected = Connections {
+        max: 20,
+        connect_timeout: Duration::from_secs(5),
+        statement_timeout: Duration::from_secs(60),
+        listen: false,
+        tls: Some(Tls::VerifyIdentity),
+        certificate_authority: Some("ca.pem".into()),
+    };
+    assert_eq!(config.queue.connections, expected);
+    let defaults = load("development: {type: rdb, url: 'mysql://db/q'}").expect("valid").queue.connections;
+    assert_eq!(defaults, Connections::default());
+    let embedded = load(&with("listen: true\nsslca: ca.pem")).expect("valid");
+    assert_eq!(
+        embedded.warnings.iter().filter(|warning| warning.contains("an embedded database is not connected to")).count(),
+        2
+    );
+}
+
+#[test]
+fn perfectqueues_own_table() {
+    let text = "development: {type: rdb_compat, url: 'mysql2://joe:secret@db/q', table: tasks, cleanup_interval: 0, sslca: ca.pem, \
+                ssl_mode: ':required', use_connection_pooling: true, connect_timeout: 3, pq_connect_timeout: 20, our_own_key: 1}";
+    let config = load(text).expect("valid");
+    let expected = PerfectQueue { table: "tasks".to_owned(), cleanup_interval: 0, side_table: false };
+    assert_eq!(config.queue.kind, Kind::PerfectQueue(expected));
+    assert_eq!(config.queue.connections.tls, Some(Tls::Required));
+    assert_eq!(config.queue.place(), "mysql2://db/q");
+}
+
+#[test]
+fn a_file_of_perfectqueue_works_unchanged() {
+    // The shape of real files: defaults under an anchor, merged into each environment, every key of the README.
+    let text = "\
+default: &default
+  type: rdb
+  processors: 4
+  poll_interval: 0.5
+  retention_time: 86_400
+  task_heartbeat_interval: 2
+  alive_time: 300
+  retry_wait: 60
+  child_kill_interval: 2.0
+  child_graceful_kill_limit:
+  child_heartbeat_interval: 2
+  child_heartbeat_limit: 10.0
+  processor_type: process
+  detach_wait: 10.0
+  disable_resource_limit: yes
+  debug: 127.0.0.1:24333
+
+development:
+  <<: *default
+  url: sqlite:development.db
+
+production: &production
+  <<: *default
+  url: sqlite:production.db
+  log: log/perfectqueue.log
+  processors: 16
+
+staging:
+  <<: *production
+  url: sqlite:staging.db
+";
+    let config = load_in(text, Some("staging"), &[]).expect("valid");
+    assert_eq!(config.queue.url, "sqlite:staging.db");
+    assert_eq!(config.processors, 16);
+    assert_eq!(config.poll_interval, Duration::from_millis(500));
+    assert_eq!(config.queue.policy.retention, Duration::from_secs(86_400));
+    assert_eq!(config.queue.policy.backoff, Backoff::Fixed(Duration::from_secs(60)));
+    assert_eq!(config.log.as_deref(), Some(Path::new("log/perfectqueue.log")));
+    assert!(config.disable_resource_limit);
+    let told = config.warnings.join("\n");
+    for key in ["child_kill_interval", "processor_type", "detach_wait", "debug"] {
+        assert!(told.contains(&format!("staging.{key}: has no effect")), "{told}");
+    }
+}
+
+#[test]
+fn the_environment_is_chosen_by_argument_then_laelaps_env_then_rails_env_then_development() {
+    let text = "a: &a {type: rdb, url: 'sqlite:a'}\nb: {<<: *a}\nc: {<<: *a}\ndevelopment: {<<: *a}\n";
+    let chosen = |section, environment: &[(&str, &str)]| load_in(text, section, environment).expect("valid").environment;
+    let both = [("LAELAPS_ENV", "b"), ("RAILS_ENV", "c")];
+    assert_eq!(chosen(Some("a"), &both), "a");
+    assert_eq!(chosen(None, &both), "b");
+    assert_eq!(chosen(None, &both[1..]), "c");
+    assert_eq!(chosen(None, &[]), "development");
+}
+
+#[test]
+fn only_the_chosen_section_counts() {
+    let text = format!("{MINIMAL}broken:\n  type: nonsense\n  what: ever\n  <<: 5\n");
+    load(&text).expect("the other section is not looked at");
+}
+
+#[test]
+fn merges_reach_through_several_steps_and_lists() {
+    let text = "\
+base: &base {type: rdb, processors: 2, poll_interval: 3}
+more: &more {<<: *base, processors: 3}
+other: &other {url: 'sqlite:other', alive_time: 77}
+limits: &limits {memory: 1MiB, time_limit: 5}
+development:
+  <<: [*more, *other]
+  alive_time: 88
+  routes:
+    - {<<: *limits, type: a, plugin: p, memory: 2MiB}
+";
+    let config = load(text).expect("valid");
+    assert_eq!((config.processors, config.poll_interval), (3, Duration::from_secs(3)));
+    assert_eq!((config.queue.url.as_str(), config.alive_time), ("sqlite:other", Duration::from_secs(88)));
+    let limits = &config.routes[0].limits;
+    assert_eq!((limits.memory_bytes, limits.time), (2 << 20, Some(Duration::from_secs(5))));
+}
+
+#[test]
+fn lengths_of_time_and_sizes_are_numbers_or_texts() {
+    let config = load(&with(
+        "poll_interval: 250ms\nalive_time: 1h 30m\nretry_wait: 2.5\nfailed_retention_time: 30 days\nroutes:\n- {type: a, plugin: p, memory: 64MB, log_limit: 4096}",
+    ))
+    .expect("valid");
+    assert_eq!(config.poll_interval, Duration::from_millis(250));
+    assert_eq!(config.alive_time, Duration::from_secs(5_400));
+    assert_eq!(config.queue.policy.retry_wait, Duration::from_millis(2_500));
+    assert_eq!(config.queue.policy.failed_retention, Duration::from_secs(30 * 86_400));
+    assert_eq!((config.routes[0].limits.memory_bytes, config.routes[0].limits.log_bytes), (64_000_000, 4_096));
+}
+
+#[test]
+fn a_default_gives_way_to_the_key_that_it_has_to_fit() {
+    let config = load(&with("alive_time: 3\nchild_heartbeat_interval: 20")).expect("valid");
+    assert_eq!(config.task_heartbeat_interval, Duration::from_secs(1));
+    assert_eq!(config.child_heartbeat_limit, Duration::from_secs(60));
+}
+
+#[test]
+fn child_keepalive_interval_wins_over_child_heartbeat_interval() {
+    let config = load(&with("child_heartbeat_interval: 3\nchild_keepalive_interval: 4")).expect("valid");
+    assert_eq!(config.child_heartbeat_interval, Duration::from_secs(4));
+    let told = config.warnings.join("\n");
+    assert!(told.contains("child_heartbeat_interval: has no effect"), "{told}");
+}
+
+#[test]
+fn a_route_starts_from_the_sections_policy() {
+    let text = with(
+        "retry_wait: 10\nmax_attempts: 5\nbackoff: {first: 1, factor: 3, max: 1m, jitter: 0}\nroutes:\n- {type: a, plugin: p}\n- {type: b, plugin: p, retry_wait: 20, max_attempts: unlimited}\n- {type: c, plugin: p, backoff: fixed, retry_wait: 30}",
+    );
+    let config = load(&text).expect("valid");
+    let exponential =
+        Backoff::Exponential { first: Duration::from_secs(1), factor: 3.0, max: Duration::from_secs(60), jitter: 0.0 };
+    let [a, b, c] = &config.routes[..] else { panic!("three routes") };
+    assert_eq!((&a.policy.backoff, a.policy.max_attempts), (&exponential, Some(5)));
+    assert_eq!((&b.policy.backoff, b.policy.retry_wait), (&exponential, Duration::from_secs(20)));
+    assert_eq!(b.policy.max_attempts, None);
+    assert_eq!(c.policy.backoff, Backoff::Fixed(Duration::from_secs(30)));
+}
+
+#[test]
+fn a_fixed_backoff_follows_the_retry_wait_of_its_route() {
+    let config = load(&with("retry_wait: 10\nroutes:\n- {type: a, plugin: p, retry_wait: 20}")).expect("valid");
+    assert_eq!(config.queue.policy.backoff, Backoff::Fixed(Duration::from_secs(10)));
+    assert_eq!(config.routes[0].policy.backoff, Backoff::Fixed(Duration::from_secs(20)));
+}
+
+#[test]
+fn nothing_is_granted_unless_it_is_named() {
+    let config = load(&with("routes:\n- {type: a, plugin: p}")).expect("valid");
+    assert_eq!(config.routes[0].grants, plugin::Grants::default());
+    assert!(config.routes[0].settings.is_empty());
+}
+
+#[test]
+fn grants_and_settings_carry_values_and_warn_of_missing_ones() {
+    let text = with(
+        "routes:\n- type: a\n  plugin: p\n  grants:\n    folders: [{host: logs, guest: /logs, writable: true}]\n    environment: [HOME, ABSENT]\n  settings: {b: 2, a: x, secret: {env: TOKEN}}",
+    );
+    let config = load_in(&text, None, &[("HOME", "/h"), ("TOKEN", "t")]).expect("valid");
+    let route = &config.routes[0];
+    assert_eq!(route.grants.environment, [("HOME".to_owned(), "/h".to_owned())]);
+    assert_eq!(route.grants.folders, [plugin::FolderGrant { host: "logs".into(), guest: "/logs".into(), writable: true }]);
+    let settings: Vec<(&str, &str)> = route.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(settings, [("a", "x"), ("b", "2"), ("secret", "t")]);
+    assert!(config.warnings.iter().any(|warning| warning.contains("ABSENT is not set")), "{:?}", config.warnings);
+}
+
+#[test]
+fn a_secret_comes_from_the_environment_or_a_file() {
+    let text = "development: {type: rdb, url: {env: QUEUE_URL}}";
+    assert_eq!(load_in(text, None, &[("QUEUE_URL", "sqlite:x")]).expect("valid").queue.url, "sqlite:x");
+    let (_folder, path) = file("sqlite:y\n");
+    let text = format!("development: {{type: rdb, url: {{file: {:?}}}}}", path.display().to_string());
+    assert_eq!(load(&text).expect("valid").queue.url, "sqlite:y");
+}
+
+#[test]
+fn the_first_route_that_fits_wins_and_shadowed_ones_are_told() {
+    let text =
+        with("routes:\n- {pattern: '^mail', plugin: first}\n- {type: mail.send, plugin: second}\n- {type: other, plugin: third}");
+    let config = load(&text).expect("valid");
+    let told = config.warnings.iter().filter(|warning| warning.contains("is never reached")).collect::<Vec<_>>();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains("laelaps.yml:6: development.routes[2]: is never reached: route 1 at line 5"), "{told:?}");
+    let routes = Routes::new(config.routes);
+    assert_eq!(routes.route("mail.send").map(|route| route.plugin.as_str()), Some("first"));
+    assert_eq!(routes.route("other").map(|route| route.line), Some(7));
+    assert!(routes.route("none").is_none());
+}
+
+#[test]
+fn laelaps_log_wins_over_log_level() {
+    let text = with("log_level: warn");
+    assert_eq!(load(&text).expect("valid").log_filter, "warn");
+    assert_eq!(load_in(&text, None, &[("LAELAPS_LOG", "laelaps=debug")]).expect("valid").log_filter, "laelaps=debug");
+}
+
+#[test]
+fn a_plugin_file_or_granted_folder_that_is_not_there_yet_is_told_but_refuses_nothing() {
+    let text = with("plugins: nowhere\nroutes:\n- {type: a, plugin: p, grants: {folders: [{host: gone, guest: /g}]}}");
+    let config = load(&text).expect("valid");
+    let told = config.missing_files().join("\n");
+    assert!(told.contains("route 1: there is no nowhere/p.wasm yet"), "{told}");
+    assert!(told.contains("the granted folder gone does not exist"), "{told}");
+}

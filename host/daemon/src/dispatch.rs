@@ -1,0 +1,484 @@
+//! The path of a task: claim -> route -> execute -> settle.
+//!
+//! One [`Dispatcher`] owns what this host has claimed: a buffer of tasks not begun and the attempts that run. It claims at most what free
+//! processors and `task_prefetch` can start, gives back what is not begun when it is told to end, and hands every end of an attempt to the
+//! [`Settler`]. Nothing here waits for a guest: attempts run on the plugin engine's own threads.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use laelaps_queue::{Accepts, Attempt, Backend, Claim, Claimed, ClaimedTask, Event, HostId, LeaseRef, Settlement};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::config::{Config, Route, Routes};
+use crate::leases::{LeasedTask, Leases};
+use crate::plugin::{self, Cancellation, Control, Digest, Invocation};
+use crate::settler::{Settled, Settler};
+use crate::signals::Manner;
+
+/// A claim asks for this many tasks at most.
+const CLAIM_MAX: u32 = 1_000;
+/// While tasks are flowing, a claim waits this long for more processors to become free, so that it fetches several at once.
+const CLAIM_GROUPING: Duration = Duration::from_millis(1);
+/// Between two tries while the database does not answer.
+const CLAIM_RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// What the host may ask of a running dispatcher.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Order {
+    /// Claim no more, give back what is not begun, end what runs, and end.
+    End(Manner),
+    /// End attempts whose plugin has another version in service by now.
+    Replace(Manner),
+}
+
+/// Everything an attempt needs, shared by all of them.
+pub(crate) struct Shared {
+    /// The configuration in force.
+    pub config: Config,
+    /// Its routes.
+    pub routes: Routes,
+    /// The queue.
+    pub backend: Arc<dyn Backend>,
+    /// Where components run.
+    pub engine: Arc<plugin::Engine>,
+    /// Which versions serve.
+    pub store: Arc<plugin::Store>,
+    /// The leases of this host.
+    pub leases: Leases,
+    /// The way of outcomes to the database.
+    pub settler: Settler,
+    /// This host, as the database knows it.
+    pub host: HostId,
+    /// Told when tasks whose retention has ended are due to be removed.
+    pub clean_up_due: Arc<Notify>,
+}
+
+/// The claimed tasks of one host, and what happens to them.
+pub(crate) struct Dispatcher {
+    shared: Arc<Shared>,
+    /// The types that have a route. One for all claims: a queue may remember what was learnt with it.
+    accepts: Accepts,
+    /// Claimed, held, not begun.
+    buffer: VecDeque<Held>,
+    attempts: JoinSet<()>,
+    running: HashMap<tokio::task::Id, Running>,
+    claiming: Option<JoinHandle<(Instant, laelaps_queue::Result<Claimed>)>>,
+    /// No claim before this moment.
+    claim_not_before: tokio::time::Instant,
+    claim_failures: u32,
+    /// Fruitful claims until the next removal of old tasks.
+    claims_until_clean_up: u32,
+    alone: Alone,
+    ending: Option<Ending>,
+    stuck: u32,
+    struck_off: bool,
+}
+
+/// A claimed task whose lease this host renews.
+struct Held {
+    task: ClaimedTask,
+    control: Arc<Control>,
+    /// When its claim was sent: its lease lasts at least `alive_time` from then on.
+    claimed_at: Instant,
+}
+
+/// An attempt under way.
+struct Running {
+    lease_ref: LeaseRef,
+    key: String,
+    control: Arc<Control>,
+    /// The version it runs on; None while it has no plugin.
+    version: Option<(String, Digest)>,
+}
+
+/// A task that was lost too often in company runs alone: first everything else comes to an end, then it is claimed, and after it
+/// everything else has its turn before the next such task.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Alone {
+    /// Nothing to do alone.
+    No,
+    /// Such a task waits: claim nothing until nothing runs.
+    Wanted,
+    /// Such a task runs, or was looked for.
+    Now,
+}
+
+struct Ending {
+    manner: Manner,
+    /// When a graceful end becomes an immediate one.
+    deadline: Option<tokio::time::Instant>,
+}
+
+impl Dispatcher {
+    /// A dispatcher that has claimed nothing yet.
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        // The first one after a random part, so that hosts which started together do not clean up together.
+        let claims_until_clean_up = fastrand::u32(0..=shared.config.cleanup_interval);
+        let of_routes = Arc::clone(&shared);
+        Self {
+            shared,
+            accepts: Accepts::new(move |task_type| of_routes.routes.route(task_type).is_some()),
+            buffer: VecDeque::new(),
+            attempts: JoinSet::new(),
+            running: HashMap::new(),
+            claiming: None,
+            claim_not_before: tokio::time::Instant::now(),
+            claim_failures: 0,
+            claims_until_clean_up,
+            alone: Alone::No,
+            ending: None,
+            stuck: 0,
+            struck_off: false,
+        }
+    }
+
+    /// Work until told to end; returns once nothing is buffered or running and every outcome was handed to the settler.
+    ///
+    /// # Errors
+    /// The host cannot go on as it is: too many threads are stuck in guests, or the database has struck it off.
+    pub(crate) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), Broken> {
+        let mut looks = tokio::time::interval(self.shared.config.child_heartbeat_interval);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.begin_buffered();
+            self.start_claiming();
+            if self.ending.is_some() && self.is_idle() {
+                return self.why_broken().map_or(Ok(()), Err);
+            }
+            let deadline = self.ending.as_ref().and_then(|ending| ending.deadline);
+            let poll_at = self.claim_not_before;
+            let may_claim = self.may_claim();
+            tokio::select! {
+                Some(ended) = self.attempts.join_next_with_id() => self.attempt_ended(ended),
+                Some((sent, claimed)) = claim_result(&mut self.claiming) => self.claim_ended(sent, claimed),
+                Some(order) = orders.recv() => self.obey(order),
+                () = self.shared.backend.wakeup(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
+                () = tokio::time::sleep_until(poll_at), if may_claim => {}
+                () = sleep_until_some(deadline) => self.end(Manner::Immediate),
+                _ = looks.tick(), if !self.running.is_empty() => self.look_for_stuck(),
+            }
+        }
+    }
+
+    fn why_broken(&self) -> Option<Broken> {
+        let abandoned = self.shared.engine.abandoned();
+        if abandoned > STUCK_MAX { Some(Broken::TooManyStuck(abandoned)) } else { self.struck_off.then_some(Broken::StruckOff) }
+    }
+
+    // ---- claim
+
+    fn free(&self) -> u32 {
+        let capacity = self.shared.config.processors + self.shared.config.task_prefetch;
+        let used = u32::try_from(self.running.len() + self.buffer.len()).unwrap_or(u32::MAX);
+        capacity.saturating_sub(used).min(CLAIM_MAX)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.buffer.is_empty() && self.claiming.is_none()
+    }
+
+    fn may_claim(&self) -> bool {
+        if self.ending.is_some() || self.claiming.is_some() {
+            return false;
+        }
+        match self.alone {
+            Alone::No => self.free() > 0,
+            Alone::Wanted => self.is_idle(),
+            Alone::Now => false,
+        }
+    }
+
+    fn start_claiming(&mut self) {
+        if self.alone == Alone::Now && self.is_idle() {
+            self.alone = Alone::No;
+        }
+        if !self.may_claim() || tokio::time::Instant::now() < self.claim_not_before {
+            return;
+        }
+        let claim = Claim {
+            host: self.shared.host,
+            limit: if self.alone == Alone::Wanted { 1 } else { self.free() },
+            alive_time: self.shared.config.alive_time,
+            alone: self.alone == Alone::Wanted,
+            ignore_users: self.shared.config.disable_resource_limit,
+            accepts: Some(self.accepts.clone()),
+        };
+        let backend = Arc::clone(&self.shared.backend);
+        // In a task of its own, so that a claim is never dropped half-way with its tasks unknown to us.
+        self.claiming = Some(tokio::spawn(async move { (Instant::now(), backend.claim(&claim).await) }));
+    }
+
+    fn claim_ended(&mut self, sent: Instant, claimed: laelaps_queue::Result<Claimed>) {
+        let now = tokio::time::Instant::now();
+        let poll_interval = jittered(self.shared.config.poll_interval);
+        let claimed = match claimed {
+            Ok(claimed) => claimed,
+            Err(laelaps_queue::Error::UnknownHost(_)) => {
+                self.struck_off = true;
+                return self.end(Manner::Immediate);
+            }
+            Err(error) => {
+                let wait = poll_interval.saturating_mul(1 << self.claim_failures.min(5)).min(CLAIM_RETRY_MAX.max(poll_interval));
+                if self.claim_failures == 0 {
+                    let hint = error.hint().unwrap_or_default();
+                    tracing::error!(error = crate::log::chain(&error), hint, "cannot claim tasks; trying on");
+                }
+                self.claim_failures = self.claim_failures.saturating_add(1);
+                self.claim_not_before = now + wait;
+                return;
+            }
+        };
+        if std::mem::take(&mut self.claim_failures) > 0 {
+            tracing::info!("tasks can be claimed again");
+        }
+        let found = !claimed.tasks.is_empty();
+        self.alone = match self.alone {
+            Alone::Wanted => Alone::Now,
+            _ if claimed.alone_waiting => Alone::Wanted,
+            other => other,
+        };
+        for task in claimed.tasks {
+            let control = Arc::new(Control::new());
+            self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
+            self.buffer.push_back(Held { task, control, claimed_at: sent });
+        }
+        if found {
+            self.count_towards_clean_up();
+        }
+        let due = claimed.next_due_in.map_or(poll_interval, |due| due.min(poll_interval));
+        self.claim_not_before = now + if found || self.alone == Alone::Wanted { CLAIM_GROUPING } else { due };
+        if self.ending.is_some() {
+            self.give_back_buffered();
+        }
+    }
+
+    fn count_towards_clean_up(&mut self) {
+        if self.claims_until_clean_up == 0 {
+            self.shared.clean_up_due.notify_one();
+            self.claims_until_clean_up = self.shared.config.cleanup_interval;
+        } else {
+            self.claims_until_clean_up -= 1;
+        }
+    }
+
+    // ---- route and execute
+
+    fn begin_buffered(&mut self) {
+        let processors = usize::try_from(self.shared.config.processors).unwrap_or(usize::MAX);
+        while self.running.len() < processors
+            && let Some(held) = self.buffer.pop_front()
+        {
+            self.begin(held);
+        }
+    }
+
+    fn begin(&mut self, held: Held) {
+        let route = self.shared.routes.route(&held.task.task_type).cloned();
+        let version = route.as_ref().and_then(|route| self.shared.store.current(&route.plugin));
+        let running = Running {
+            lease_ref: held.task.lease_ref,
+            key: held.task.key.clone(),
+            control: Arc::clone(&held.control),
+            version: version.as_ref().map(|version| (version.plugin().to_owned(), version.digest())),
+        };
+        let shared = Arc::clone(&self.shared);
+        let spawned = self.attempts.spawn(async move { attempt(&shared, held, route, version).await });
+        self.running.insert(spawned.id(), running);
+    }
+
+    fn attempt_ended(&mut self, ended: Result<(tokio::task::Id, ()), tokio::task::JoinError>) {
+        let (id, defect) = match ended {
+            Ok((id, ())) => (id, None),
+            Err(error) => (error.id(), Some(error)),
+        };
+        let Some(running) = self.running.remove(&id) else { return };
+        if let Some(error) = defect {
+            // A defect of ours, not of a guest. The lease runs out, and the task is tried again.
+            tracing::error!(task = running.key, %error, "an attempt ended without an outcome; the task comes back when its lease ends");
+            self.shared.leases.forget(running.lease_ref);
+        }
+    }
+
+    // ---- stop
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::End(manner) => self.end(manner),
+            Order::Replace(manner) => self.replace(manner),
+        }
+    }
+
+    fn end(&mut self, manner: Manner) {
+        if self.ending.as_ref().is_some_and(|ending| ending.manner >= manner) {
+            return;
+        }
+        let limit = self.shared.config.child_graceful_kill_limit;
+        let deadline = if manner == Manner::Graceful { limit.map(|limit| tokio::time::Instant::now() + limit) } else { None };
+        self.ending = Some(Ending { manner, deadline });
+        self.give_back_buffered();
+        for running in self.running.values() {
+            running.control.cancel(cancellation(manner));
+        }
+    }
+
+    fn give_back_buffered(&mut self) {
+        for Held { task, control, .. } in std::mem::take(&mut self.buffer) {
+            let running =
+                Running { lease_ref: task.lease_ref, key: task.key.clone(), control: Arc::clone(&control), version: None };
+            let shared = Arc::clone(&self.shared);
+            let spawned = self.attempts.spawn(async move {
+                settle(&shared, &task, &shared.config.queue.policy, Event::Stopped, None, Vec::new(), control).await;
+            });
+            self.running.insert(spawned.id(), running);
+        }
+    }
+
+    fn replace(&mut self, manner: Manner) {
+        if self.ending.is_some() {
+            return;
+        }
+        for running in self.running.values() {
+            let Some((plugin, digest)) = &running.version else { continue };
+            let serving = self.shared.store.current(plugin).map(|version| version.digest());
+            if serving.is_some_and(|serving| serving != *digest) {
+                tracing::info!(task = running.key, plugin, from = %digest.short(), ?manner, "ending an attempt on a replaced version");
+                running.control.cancel(cancellation(manner));
+                if let (Manner::Graceful, Some(limit)) = (manner, self.shared.config.child_graceful_kill_limit) {
+                    let control = Arc::clone(&running.control);
+                    tokio::spawn(async move {
+                        tokio::time::sleep(limit).await;
+                        control.cancel(Cancellation::Immediate);
+                    });
+                }
+            }
+        }
+    }
+
+    /// A guest whose thread shows no sign of life is given up: its task goes back, its slot serves others, its thread is counted.
+    fn look_for_stuck(&mut self) {
+        let limit = self.shared.config.child_heartbeat_limit;
+        for running in self.running.values() {
+            let silent = !running.control.is_waiting_in_host() && running.control.beat_age() > limit;
+            if silent && running.control.state() < Some(Cancellation::Immediate) {
+                tracing::error!(task = running.key, ?limit, "a guest's thread shows no sign of life; its task is released");
+                running.control.cancel(Cancellation::Immediate);
+            }
+        }
+        let abandoned = self.shared.engine.abandoned();
+        if abandoned != self.stuck {
+            tracing::warn!(threads = abandoned, most = STUCK_MAX, "threads that do not come back from guests");
+            self.stuck = abandoned;
+        }
+        if abandoned > STUCK_MAX && self.ending.is_none() {
+            tracing::error!(threads = abandoned, "too many threads are stuck in guests; this host ends");
+            self.end(Manner::Graceful);
+        }
+    }
+}
+
+/// Threads that may be stuck in guests before the host ends.
+const STUCK_MAX: u32 = 4;
+
+/// Why a dispatcher ended without being told to.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Broken {
+    /// More than a host can do without.
+    #[error("{0} threads are stuck in guests and do not come back")]
+    TooManyStuck(u32),
+    /// The database does not know this host any more, and has taken back what it had.
+    #[error("this host was struck off, because it seemed dead to another one")]
+    StruckOff,
+}
+
+/// One attempt, from its route to its settlement.
+async fn attempt(shared: &Shared, held: Held, route: Option<Arc<Route>>, version: Option<Arc<plugin::Version>>) {
+    let Held { task, control, claimed_at } = held;
+    let (Some(route), Some(version)) = (&route, version) else {
+        let message = match &route {
+            None => format!("no route takes the type {:?}", task.task_type),
+            Some(route) => format!("plugin {:?} is not loaded", route.plugin),
+        };
+        crate::reports::unrouted(&task.task_type, &message);
+        let policy = route.as_ref().map_or(&shared.config.queue.policy, |route| &route.policy);
+        return settle(shared, &task, policy, Event::Unrouted { message }, None, Vec::new(), control).await;
+    };
+    let digest = version.digest();
+    let services = LeasedTask {
+        leases: shared.leases.clone(),
+        backend: Arc::clone(&shared.backend),
+        lease_ref: task.lease_ref,
+        database_time: task.claimed_at,
+        at: claimed_at,
+    };
+    let completion = shared
+        .engine
+        .invoke(Invocation {
+            version: Arc::clone(&version),
+            // The handler is told what holds: the task's own limit, else its route's.
+            task: ClaimedTask { max_attempts: task.max_attempts.or(route.policy.max_attempts), ..task.clone() },
+            limits: route.limits.clone(),
+            grants: route.grants.clone(),
+            settings: Arc::clone(&route.settings),
+            max_requests: shared.config.max_request_per_child,
+            route: route.index,
+            log_level: crate::reports::guest_level(),
+            control: Arc::clone(&control),
+            services: Arc::new(services),
+        })
+        .await;
+    crate::reports::captured(&task, &version, &completion.captured);
+    crate::reports::ended(&task, &version, &completion.event);
+    settle(shared, &task, &route.policy, completion.event, Some(digest.to_string()), completion.follow_ups, control).await;
+}
+
+async fn settle(
+    shared: &Shared,
+    task: &ClaimedTask,
+    policy: &laelaps_queue::Policy,
+    event: Event,
+    plugin_digest: Option<String>,
+    follow_ups: Vec<laelaps_queue::NewTask>,
+    control: Arc<Control>,
+) {
+    let attempt = Attempt::of(task);
+    let settlement = Settlement::of(task.lease_ref, event, attempt, policy, fastrand::f64(), plugin_digest, follow_ups);
+    shared.leases.settling(task.lease_ref);
+    shared.settler.settle(Settled { settlement, key: task.key.clone(), attempt, policy: policy.clone(), control }).await;
+}
+
+fn cancellation(manner: Manner) -> Cancellation {
+    match manner {
+        Manner::Graceful => Cancellation::Graceful,
+        Manner::Immediate => Cancellation::Immediate,
+    }
+}
+
+/// Half to one and a half times the interval's length, evenly, so that hosts which started together do not poll together.
+fn jittered(interval: Duration) -> Duration {
+    interval.mul_f64(0.75 + fastrand::f64() * 0.5)
+}
+
+async fn claim_result(
+    claiming: &mut Option<JoinHandle<(Instant, laelaps_queue::Result<Claimed>)>>,
+) -> Option<(Instant, laelaps_queue::Result<Claimed>)> {
+    let Some(handle) = claiming else { return std::future::pending().await };
+    let ended = handle.await;
+    *claiming = None;
+    match ended {
+        Ok(result) => Some(result),
+        Err(error) => {
+            tracing::error!(%error, "a claim ended without an answer");
+            Some((Instant::now(), Err(laelaps_queue::Error::Closed)))
+        }
+    }
+}
+
+async fn sleep_until_some(moment: Option<tokio::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,150 @@
+//! The composition root: load, build, serve, drain, and again with the next configuration.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use laelaps_queue::{Backend, Database, Queue, SchemaStatus};
+
+use crate::config::{self, Config};
+use crate::log::Log;
+use crate::plugin;
+use crate::service::{self, Next};
+use crate::signals::Signals;
+
+/// How `laelaps run` was called.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which section of which file.
+    pub source: config::Source,
+    /// Instead of the configuration's `log`.
+    pub log: Option<PathBuf>,
+    /// Holds the process number while the host runs.
+    pub pid_file: Option<PathBuf>,
+}
+
+/// Serve until a signal ends it.
+///
+/// # Errors
+/// What keeps the host from starting, or makes it end by itself. A configuration that fails on a restart does neither.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let mut signals = Signals::install().context("cannot take over the process's signals")?;
+    let mut config = Config::load(&options.source)?;
+    let log_path = options.log_path(&config);
+    let log = Log::start(log_path, &config.log_filter)
+        .with_context(|| format!("cannot open the log {}", log_path.unwrap_or(Path::new("-")).display()))?;
+    let _pid_file = options.pid_file.as_deref().map(PidFile::create).transpose()?;
+    let mut parts = Parts::build(&config, None).await?;
+    loop {
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
+        match service::serve(&config, &parts, &options, &log, &mut signals).await? {
+            Next::End => break,
+            Next::Again => {}
+            Next::Restart(next) => {
+                let (next_config, next_parts) = *next;
+                if options.log_path(&next_config) != options.log_path(&config)
+                    && let Err(error) = log.reopen(options.log_path(&next_config))
+                {
+                    tracing::error!(%error, "cannot open the log of the new configuration; the old one stays");
+                }
+                parts.close_unless_kept_by(Some(&next_parts)).await;
+                (config, parts) = (next_config, next_parts);
+            }
+        }
+    }
+    parts.close_unless_kept_by(None).await;
+    tracing::info!("ended");
+    Ok(())
+}
+
+impl Options {
+    /// Where the log goes under a configuration.
+    pub(crate) fn log_path<'a>(&'a self, config: &'a Config) -> Option<&'a Path> {
+        self.log.as_deref().or(config.log.as_deref())
+    }
+}
+
+/// What outlives a restart if the new configuration leaves it as it is.
+#[derive(Clone)]
+pub(crate) struct Parts {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) engine: Arc<plugin::Engine>,
+    pub(crate) store: Arc<plugin::Store>,
+    url: String,
+    plugins: plugin::Config,
+}
+
+impl Parts {
+    /// Open the database and the plugin folder, or take over what another configuration has opened.
+    pub(crate) async fn build(config: &Config, old: Option<&Self>) -> anyhow::Result<Self> {
+        let backend = match old.filter(|old| old.url == config.queue.url) {
+            Some(old) => Arc::clone(&old.backend),
+            None => Arc::clone(open_queue(config).await?.backend()),
+        };
+        let (engine, store) = match old.filter(|old| old.plugins == config.plugins) {
+            Some(old) => (Arc::clone(&old.engine), Arc::clone(&old.store)),
+            None => {
+                let engine = plugin::Engine::new(&config.plugins).context("cannot start the plugin engine")?;
+                let store = plugin::Store::open(Arc::clone(&engine), config.plugins.clone()).await?;
+                (engine, store)
+            }
+        };
+        Ok(Self { backend, url: config.queue.url.clone(), engine, store, plugins: config.plugins.clone() })
+    }
+
+    async fn close_unless_kept_by(self, next: Option<&Self>) {
+        if !next.is_some_and(|next| Arc::ptr_eq(&next.backend, &self.backend)) {
+            self.backend.close().await;
+        }
+    }
+}
+
+/// The queue of a configuration, which has to be there with the schema that this program needs: only `laelaps init` makes one.
+pub(crate) async fn open_queue(config: &Config) -> anyhow::Result<Queue> {
+    if let Database::Sqlite(path) = config.queue.database()?
+        && !path.exists()
+    {
+        // Opening it would leave an empty file behind.
+        return Err(laelaps_queue::Error::NotInitialised).with_context(|| format!("there is no database {}", path.display()));
+    }
+    let queue = Queue::open(&config.queue).await?;
+    let unfit = match queue.schema_status().await? {
+        SchemaStatus::Current(_) => return Ok(queue),
+        SchemaStatus::Missing => laelaps_queue::Error::NotInitialised,
+        SchemaStatus::Old { found, needed } => laelaps_queue::Error::SchemaTooOld { found, needed },
+        SchemaStatus::New { found, known } => laelaps_queue::Error::SchemaTooNew { found, known },
+    };
+    queue.close().await;
+    Err(unfit).with_context(|| format!("cannot use the database {}", config.queue.place()))
+}
+
+/// The process number in a file, locked while the host runs, so that a second host refuses the same file and a stale one does not matter.
+struct PidFile {
+    path: PathBuf,
+    _locked: File,
+}
+
+impl PidFile {
+    fn create(path: &Path) -> anyhow::Result<Self> {
+        let failed = || format!("cannot write the process number to {}", path.display());
+        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path).with_context(failed)?;
+        if file.try_lock().is_err() {
+            let holder = std::fs::read_to_string(path).unwrap_or_default();
+            anyhow::bail!("{}: a running host (process {}) holds this file", path.display(), holder.trim());
+        }
+        file.set_len(0).with_context(failed)?;
+        writeln!(file, "{}", std::process::id()).with_context(failed)?;
+        Ok(Self { path: path.to_path_buf(), _locked: file })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        // Gone already, or in a folder that has become read-only: the lock is what counts.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

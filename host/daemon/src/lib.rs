@@ -1,0 +1,15 @@
+//! The Laelaps worker host: tasks from a database, handlers as WebAssembly components, replaced without a restart.
+//!
+//! ARCHITECTURE.md at the root of the repository draws the whole; [`dispatch`] is the path of a task.
+
+pub mod cli;
+pub mod config;
+mod dispatch;
+pub mod host;
+mod leases;
+mod log;
+pub mod plugin;
+mod reports;
+mod service;
+mod settler;
+mod signals;

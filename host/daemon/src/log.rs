@@ -1,0 +1,152 @@
+//! The host's log: standard error, or a file that can be opened anew after it was rotated.
+
+use std::borrow::Cow;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// An error with its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// A bare level is meant for the host and its handlers: the libraries below them stay at info, or every statement would be a line.
+fn directives(filter: &str) -> String {
+    match filter.parse::<tracing::Level>() {
+        Ok(level) if level > tracing::Level::INFO => format!("info,laelaps={level},guest={level}"),
+        _ => filter.to_owned(),
+    }
+}
+
+/// Where the log goes. Clones share the file.
+#[derive(Clone)]
+pub(crate) struct Log {
+    output: Arc<Mutex<Output>>,
+}
+
+enum Output {
+    StandardError,
+    File { path: PathBuf, file: File },
+}
+
+impl Log {
+    /// Start the process's log. To be called once.
+    ///
+    /// `filter` is in tracing's syntax, for example `info` or `warn,laelaps=debug`.
+    ///
+    /// # Errors
+    /// The file cannot be opened for appending, or the filter is not understood.
+    pub(crate) fn start(path: Option<&Path>, filter: &str) -> io::Result<Self> {
+        let log = Self { output: Arc::new(Mutex::new(Output::open(path)?)) };
+        let filter = EnvFilter::builder().parse(directives(filter)).map_err(io::Error::other)?;
+        let colours = path.is_none() && io::IsTerminal::is_terminal(&io::stderr());
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(log.clone()).init();
+        Ok(log)
+    }
+
+    /// Open the log's file again, or another one. On an error the old file stays.
+    ///
+    /// # Errors
+    /// The file cannot be opened for appending.
+    pub(crate) fn reopen(&self, path: Option<&Path>) -> io::Result<()> {
+        let output = Output::open(path)?;
+        *self.output.lock().unwrap_or_else(PoisonError::into_inner) = output;
+        Ok(())
+    }
+
+    /// The file it goes to; None: standard error.
+    #[must_use]
+    pub(crate) fn path(&self) -> Option<PathBuf> {
+        match &*self.output.lock().unwrap_or_else(PoisonError::into_inner) {
+            Output::StandardError => None,
+            Output::File { path, .. } => Some(path.clone()),
+        }
+    }
+}
+
+impl Output {
+    fn open(path: Option<&Path>) -> io::Result<Self> {
+        let Some(path) = path else { return Ok(Self::StandardError) };
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        Ok(Self::File { path: path.to_path_buf(), file })
+    }
+}
+
+/// Writes one event; an event is handed over whole, so lines of different threads never mix.
+pub(crate) struct Line {
+    output: Arc<Mutex<Output>>,
+}
+
+impl Write for Line {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let event = contained(bytes);
+        match &mut *self.output.lock().unwrap_or_else(PoisonError::into_inner) {
+            Output::StandardError => io::stderr().write_all(&event)?,
+            Output::File { file, .. } => file.write_all(&event)?,
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line { output: Arc::clone(&self.output) }
+    }
+}
+
+/// An event as it may stand in the log: its further lines are marked as such, so that no text of a handler, a producer or a database passes
+/// for an event of its own.
+fn contained(event: &[u8]) -> Cow<'_, [u8]> {
+    let (text, end) = event.split_at(event.len() - usize::from(event.ends_with(b"\n")));
+    if !text.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
+        return Cow::Borrowed(event);
+    }
+    let mut contained = Vec::with_capacity(event.len() + 64);
+    for byte in text {
+        match byte {
+            b'\n' => contained.extend_from_slice(b"\n    | "),
+            // It would take a terminal back to the beginning of the line.
+            b'\r' => contained.extend_from_slice(b"\\r"),
+            byte => contained.push(*byte),
+        }
+    }
+    contained.extend_from_slice(end);
+    Cow::Owned(contained)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::contained;
+
+    #[test]
+    fn an_event_of_one_line_stays_as_it_is() {
+        assert_eq!(&*contained(b"2026-01-01 INFO ready\n"), b"2026-01-01 INFO ready\n");
+        assert_eq!(&*contained(b""), b"");
+        assert_eq!(&*contained(b"\n"), b"\n");
+    }
+
+    #[test]
+    fn further_lines_of_an_event_cannot_be_taken_for_events() {
+        assert_eq!(&*contained(b"a\nb\r\n\nc\n"), b"a\n    | b\\r\n    | \n    | c\n");
+    }
+}

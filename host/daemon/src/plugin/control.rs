@@ -1,0 +1,199 @@
+//! What an attempt and the rest of the host tell each other while it runs.
+//!
+//! Authority: the dispatcher orders ([`Control::cancel`]), the attempt obeys. Orders only grow: none < graceful < immediate < lease lost.
+//! A graceful order is no more than an answer to `is-cancelled`; the other two end the attempt, whatever the guest does.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+/// Why an attempt should end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cancellation {
+    /// The handler is asked to come to an end by itself.
+    Graceful,
+    /// The attempt is stopped now.
+    Immediate,
+    /// The task belongs to somebody else. The handler gets a few tens of milliseconds to see that, then it is stopped.
+    LeaseLost,
+}
+
+/// The reins of one attempt, shared by whoever runs it and whoever watches it. Used for one attempt only.
+#[derive(Debug, Default)]
+pub struct Control {
+    /// The highest order so far: 0 none, else 1 + the place of the [`Cancellation`].
+    ordered: AtomicU8,
+    /// The time limit has passed.
+    timed_out: AtomicBool,
+    /// The guest has to leave: the one flag that the epoch callback reads.
+    halt: AtomicBool,
+    /// Milliseconds since the first use of the process's monotonic clock, at the thread's last sign of life.
+    beat_ms: AtomicU64,
+    /// The guest is blocked in a host call, on no thread at all.
+    waiting: AtomicBool,
+    /// The guest leaves its thread only to let others have a turn.
+    yielding: AtomicBool,
+    /// Somebody set `ordered`, `timed_out` or `halt`.
+    changed: Notify,
+}
+
+impl Control {
+    /// The reins of an attempt that nobody has asked to end.
+    #[must_use]
+    pub fn new() -> Self {
+        let control = Self::default();
+        control.beat();
+        control
+    }
+
+    /// Order the attempt to end. An order that is not above the last one changes nothing.
+    pub fn cancel(&self, cancellation: Cancellation) {
+        let order = match cancellation {
+            Cancellation::Graceful => 1,
+            Cancellation::Immediate => 2,
+            Cancellation::LeaseLost => 3,
+        };
+        self.ordered.fetch_max(order, Ordering::SeqCst);
+        if cancellation == Cancellation::Immediate {
+            self.halt.store(true, Ordering::SeqCst);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// The highest order so far.
+    #[must_use]
+    pub fn state(&self) -> Option<Cancellation> {
+        match self.ordered.load(Ordering::SeqCst) {
+            0 => None,
+            1 => Some(Cancellation::Graceful),
+            2 => Some(Cancellation::Immediate),
+            _ => Some(Cancellation::LeaseLost),
+        }
+    }
+
+    /// How long ago the guest's thread gave its last sign of life. While it waits in the host this grows without meaning harm:
+    /// see [`Control::is_waiting_in_host`].
+    #[must_use]
+    pub fn beat_age(&self) -> Duration {
+        Duration::from_millis(monotonic_ms().saturating_sub(self.beat_ms.load(Ordering::Relaxed)))
+    }
+
+    /// Whether the guest is blocked in a host call (it sleeps, or waits for a file or the database) and occupies no thread.
+    #[must_use]
+    pub fn is_waiting_in_host(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    fn beat(&self) {
+        self.beat_ms.store(monotonic_ms(), Ordering::Relaxed);
+    }
+
+    /// The epoch callback has run, and is about to give up its turn.
+    pub(super) fn yields(&self) {
+        self.beat();
+        self.yielding.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn enter_thread(&self) {
+        self.waiting.store(false, Ordering::Relaxed);
+        self.beat();
+    }
+
+    pub(super) fn leave_thread(&self) {
+        self.beat();
+        self.waiting.store(!self.yielding.swap(false, Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// Make the guest leave at its next epoch check or host call.
+    pub(super) fn halt(&self) {
+        self.halt.store(true, Ordering::SeqCst);
+        self.changed.notify_waiters();
+    }
+
+    /// Halts when the answer is dropped.
+    pub(super) fn halt_on_drop(self: std::sync::Arc<Self>) -> impl Drop {
+        struct HaltOnDrop(std::sync::Arc<Control>);
+        impl Drop for HaltOnDrop {
+            fn drop(&mut self) {
+                self.0.halt();
+            }
+        }
+        HaltOnDrop(self)
+    }
+
+    pub(super) fn time_out(&self) {
+        self.timed_out.store(true, Ordering::SeqCst);
+        self.halt();
+    }
+
+    pub(super) fn is_halted(&self) -> bool {
+        self.halt.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn is_timed_out(&self) -> bool {
+        self.timed_out.load(Ordering::SeqCst)
+    }
+
+    /// Whether the attempt has been ordered to stop, which a graceful order is not.
+    pub(super) fn must_stop(&self) -> bool {
+        self.state() > Some(Cancellation::Graceful)
+    }
+
+    /// Resolves once `condition` holds of this control. It is asked again after each change.
+    pub(super) async fn until(&self, condition: impl Fn(&Self) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if condition(self) {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+/// Milliseconds on the process's monotonic clock.
+fn monotonic_ms() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    u64::try_from(START.get_or_init(Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_only_grow() {
+        let control = Control::new();
+        assert_eq!(control.state(), None);
+        control.cancel(Cancellation::LeaseLost);
+        control.cancel(Cancellation::Graceful);
+        assert_eq!(control.state(), Some(Cancellation::LeaseLost));
+        assert!(control.must_stop());
+    }
+
+    #[test]
+    fn a_graceful_order_stops_nothing() {
+        let control = Control::new();
+        control.cancel(Cancellation::Graceful);
+        assert!(!control.must_stop());
+        assert!(!control.is_halted());
+    }
+
+    #[tokio::test]
+    async fn a_waiter_sees_an_order_given_before_and_after_it_began_to_wait() {
+        let control = std::sync::Arc::new(Control::new());
+        let waiter = tokio::spawn({
+            let control = control.clone();
+            async move { control.until(Control::is_halted).await }
+        });
+        tokio::task::yield_now().await;
+        control.cancel(Cancellation::Immediate);
+        let patience = Duration::from_secs(10);
+        tokio::time::timeout(patience, waiter).await.expect("woken").expect("no panic");
+        tokio::time::timeout(patience, control.until(Control::is_halted)).await.expect("at once");
+    }
+}

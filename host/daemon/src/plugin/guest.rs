@@ -1,0 +1,297 @@
+//! One instance of a component, seen from its host: what it holds, and what it may ask for.
+//!
+//! Everything here runs on a guest's thread. What needs the database is handed to the host's own runtime and waited for there, so that a
+//! guest's thread never drives the host's connections, and a call that is dropped (the guest was stopped) is either wholly done or not.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use laelaps_queue::{Compression, LeaseAnswer, NewTask, Progress, Timestamp};
+use tokio::runtime::Handle;
+use wasmtime::component::ResourceTable;
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+
+use super::abi::latest::laelaps::worker::{context, log, types};
+use super::capture::{Capture, Level};
+use super::limiter::MemoryLimiter;
+use super::{Cancellation, Control, Limits, Services};
+
+/// The longest time for which a handler may hold its lease with one heartbeat.
+const ALIVE_TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest note of a progress.
+const NOTE_BYTES_MAX: usize = 1_024;
+
+/// The host's side of one instance.
+pub(super) struct Guest {
+    pub(super) wasi: WasiCtx,
+    pub(super) table: ResourceTable,
+    pub(super) memory: MemoryLimiter,
+    pub(super) capture: Capture,
+    /// The attempt that it serves now.
+    pub(super) attempt: Attempt,
+}
+
+/// What belongs to one attempt. An instance that serves several gets a new one for each.
+pub(super) struct Attempt {
+    pub(super) control: Arc<Control>,
+    pub(super) services: Arc<dyn Services>,
+    /// The runtime that asked for the attempt.
+    pub(super) host: Handle,
+    pub(super) limits: Limits,
+    pub(super) settings: Arc<[(String, String)]>,
+    pub(super) log_level: Level,
+    pub(super) created_at: Timestamp,
+    pub(super) max_attempts: Option<u32>,
+    pub(super) stops_at: Option<Instant>,
+    /// `stops_at` by the database's clock, once it was asked for: the same answer every time.
+    pub(super) deadline: Option<Timestamp>,
+    pub(super) follow_ups: Vec<NewTask>,
+    pub(super) follow_up_bytes: u64,
+}
+
+impl WasiView for Guest {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+}
+
+impl Attempt {
+    fn is_lease_lost(&self) -> bool {
+        self.control.state() == Some(Cancellation::LeaseLost)
+    }
+
+    /// Ask the host something on its own runtime.
+    async fn ask<F, T>(&self, ask: impl FnOnce(Arc<dyn Services>) -> F) -> wasmtime::Result<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+        T: Send + 'static,
+    {
+        let answer = self.host.spawn(ask(self.services.clone())).await;
+        answer.map_err(|_| wasmtime::Error::msg("the host failed inside a call of the handler's, or was ending"))
+    }
+
+    fn check_follow_up(&self, task: &NewTask) -> Result<(), context::Refusal> {
+        check(task)?;
+        if self.follow_ups.len() as u64 >= u64::from(self.limits.follow_ups) {
+            let message =
+                format!("this attempt has submitted {} tasks already, as many as its route allows", self.limits.follow_ups);
+            return Err(refusal("too-many", message));
+        }
+        let bytes = self.follow_up_bytes + task.data.len() as u64;
+        if bytes > self.limits.follow_up_bytes {
+            let message = format!(
+                "the follow-up tasks of this attempt would carry {bytes} bytes of data, more than the {} its route allows",
+                self.limits.follow_up_bytes
+            );
+            return Err(refusal("too-large", message));
+        }
+        Ok(())
+    }
+}
+
+impl context::Host for Guest {
+    async fn heartbeat(&mut self, progress: Option<context::Progress>, alive_time: Option<u64>) -> wasmtime::Result<bool> {
+        if self.attempt.is_lease_lost() {
+            return Ok(false);
+        }
+        let progress = progress.map(|progress| Progress {
+            done: progress.done,
+            total: progress.total,
+            note: cut(progress.note, NOTE_BYTES_MAX),
+        });
+        let alive_time = alive_time.map(|time| Duration::from_millis(time).min(ALIVE_TIME_MAX));
+        let held = self.attempt.ask(|services| async move { services.heartbeat(progress, alive_time).await }).await?;
+        if !held {
+            self.attempt.control.cancel(Cancellation::LeaseLost);
+        }
+        Ok(held)
+    }
+
+    fn is_cancelled(&mut self) -> wasmtime::Result<Option<context::Cancellation>> {
+        Ok(self.attempt.control.state().map(|cancellation| match cancellation {
+            Cancellation::Graceful => context::Cancellation::Graceful,
+            Cancellation::Immediate => context::Cancellation::Immediate,
+            Cancellation::LeaseLost => context::Cancellation::LeaseLost,
+        }))
+    }
+
+    async fn update_data(&mut self, members: Vec<u8>) -> wasmtime::Result<Result<(), context::Refusal>> {
+        if self.attempt.is_lease_lost() {
+            return Ok(Err(lease_lost()));
+        }
+        let members = match check_members(members) {
+            Ok(members) => members,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let answer = self.attempt.ask(|services| async move { services.update_data(members).await }).await?;
+        Ok(match answer {
+            Ok(LeaseAnswer::Held) => Ok(()),
+            Ok(LeaseAnswer::Lost) => {
+                self.attempt.control.cancel(Cancellation::LeaseLost);
+                Err(lease_lost())
+            }
+            Err(laelaps_queue::Error::InvalidTask { problem, .. }) => Err(refusal("invalid-data", problem)),
+            // The database's own words are for the operator, not for the handler.
+            Err(error) => Err(refusal("unavailable", error.to_string())),
+        })
+    }
+
+    fn submit(
+        &mut self,
+        key: String,
+        kind: String,
+        data: Vec<u8>,
+        options: context::SubmitOptions,
+    ) -> wasmtime::Result<Result<(), context::Refusal>> {
+        if self.attempt.is_lease_lost() {
+            return Ok(Err(lease_lost()));
+        }
+        let task = NewTask {
+            run_at: options.run_at.map(|moment| Timestamp(i64::try_from(moment).unwrap_or(i64::MAX))),
+            user: options.user,
+            max_running: options.max_running,
+            max_attempts: options.max_attempts,
+            compression: match options.compression {
+                context::Compression::None => Compression::None,
+                context::Compression::Gzip => Compression::Gzip,
+            },
+            ..NewTask::new(key, kind, data)
+        };
+        if let Err(refusal) = self.attempt.check_follow_up(&task) {
+            return Ok(Err(refusal));
+        }
+        self.attempt.follow_up_bytes += task.data.len() as u64;
+        self.attempt.follow_ups.push(task);
+        Ok(Ok(()))
+    }
+
+    async fn deadline(&mut self) -> wasmtime::Result<Option<u64>> {
+        let Some(stops_at) = self.attempt.stops_at else { return Ok(None) };
+        if self.attempt.deadline.is_none() {
+            let now = self.attempt.ask(|services| async move { services.now().await }).await?;
+            self.attempt.deadline = Some(now.plus(stops_at.saturating_duration_since(Instant::now())));
+        }
+        Ok(self.attempt.deadline.map(unix_ms))
+    }
+
+    fn created_at(&mut self) -> wasmtime::Result<u64> {
+        Ok(unix_ms(self.attempt.created_at))
+    }
+
+    fn max_attempts(&mut self) -> wasmtime::Result<Option<u32>> {
+        Ok(self.attempt.max_attempts)
+    }
+
+    fn setting(&mut self, name: String) -> wasmtime::Result<Option<String>> {
+        Ok(self.attempt.settings.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone()))
+    }
+
+    fn settings(&mut self) -> wasmtime::Result<Vec<(String, String)>> {
+        Ok(self.attempt.settings.to_vec())
+    }
+}
+
+impl log::Host for Guest {
+    fn log(&mut self, level: log::Level, message: String) -> wasmtime::Result<()> {
+        let level = self::level(level);
+        if level >= self.attempt.log_level {
+            self.capture.log(level, message);
+        }
+        Ok(())
+    }
+
+    fn enabled(&mut self, level: log::Level) -> wasmtime::Result<bool> {
+        Ok(self::level(level) >= self.attempt.log_level)
+    }
+}
+
+impl types::Host for Guest {}
+
+fn level(level: log::Level) -> Level {
+    match level {
+        log::Level::Trace => Level::Trace,
+        log::Level::Debug => Level::Debug,
+        log::Level::Info => Level::Info,
+        log::Level::Warn => Level::Warn,
+        log::Level::Error => Level::Error,
+    }
+}
+
+fn unix_ms(moment: Timestamp) -> u64 {
+    u64::try_from(moment.0).unwrap_or(0)
+}
+
+/// At most `bytes_max` bytes of a text, cut at a character.
+pub(super) fn cut(mut text: String, bytes_max: usize) -> String {
+    text.truncate(text.floor_char_boundary(bytes_max));
+    text
+}
+
+fn refusal(code: &str, message: impl Into<String>) -> context::Refusal {
+    context::Refusal { code: code.into(), message: message.into() }
+}
+
+fn lease_lost() -> context::Refusal {
+    refusal("lease-lost", "the task is no longer this attempt's")
+}
+
+/// The queue's own bounds, so that what is taken here is never refused when the attempt is settled.
+fn check(task: &NewTask) -> Result<(), context::Refusal> {
+    let problem = match task.check() {
+        Ok(()) => return Ok(()),
+        Err(laelaps_queue::Error::InvalidTask { problem, .. }) => problem,
+        Err(error) => error.to_string(),
+    };
+    let is_key_bad = || NewTask::new(task.key.as_str(), "type", "").check().is_err();
+    let code = if task.data.len() > NewTask::DATA_BYTES_MAX {
+        "too-large"
+    } else if is_key_bad() {
+        "invalid-key"
+    } else {
+        "invalid-data"
+    };
+    Err(refusal(code, problem))
+}
+
+/// Members to be merged into a task's data have the form of data themselves.
+fn check_members(members: Vec<u8>) -> Result<Vec<u8>, context::Refusal> {
+    let task = NewTask::new("key", "type", members);
+    check(&task).map(|()| task.data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_at_a_character() {
+        assert_eq!(cut("\u{20ac}\u{20ac}".into(), 4), "\u{20ac}");
+        assert_eq!(cut("short".into(), 100), "short");
+    }
+
+    #[test]
+    fn only_json_objects_are_data() {
+        assert_eq!(check_members(b"".to_vec()).expect("taken"), b"");
+        assert_eq!(check_members(b"{\"a\":[1,{}]}".to_vec()).expect("taken"), b"{\"a\":[1,{}]}");
+        for bad in [&b"[]"[..], b"{", b"null", b"{} x", b"\xff", b"{\"a\":}"] {
+            assert_eq!(check_members(bad.to_vec()).expect_err("refused").code, "invalid-data");
+        }
+        let large = vec![b' '; NewTask::DATA_BYTES_MAX + 1];
+        assert_eq!(check_members(large).expect_err("refused").code, "too-large");
+    }
+
+    #[test]
+    fn a_follow_up_is_refused_by_what_is_wrong_with_it() {
+        let code = |task: NewTask| check(&task).expect_err("refused").code;
+        let good = NewTask::new("k", "t", "{}");
+        assert!(check(&good).is_ok());
+        assert_eq!(code(NewTask { key: String::new(), ..good.clone() }), "invalid-key");
+        assert_eq!(code(NewTask { key: "x".repeat(256), ..good.clone() }), "invalid-key");
+        assert_eq!(code(NewTask { key: "a\nb".into(), ..good.clone() }), "invalid-key");
+        assert_eq!(code(NewTask { task_type: String::new(), ..good.clone() }), "invalid-data");
+        assert_eq!(code(NewTask { max_attempts: Some(0), ..good.clone() }), "invalid-data");
+        assert_eq!(code(NewTask { run_at: Some(Timestamp(i64::MAX)), ..good.clone() }), "invalid-data");
+        assert_eq!(code(NewTask { user: Some("x".repeat(256)), ..good }), "invalid-data");
+    }
+}

@@ -1,0 +1,76 @@
+//! Looking at a module without serving it.
+
+use std::sync::Arc;
+
+use super::compile::Failure;
+use super::{Config, Digest, Engine, Error, fit};
+
+/// What a module is, and whether a host would serve it.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Inspection {
+    /// The digest of its bytes.
+    pub digest: Digest,
+    /// Its size.
+    pub size_bytes: u64,
+    /// What it needs. Empty if it is no component.
+    pub imports: Vec<Item>,
+    /// What it provides. Empty if it is no component.
+    pub exports: Vec<Item>,
+    /// The version of the contract that it fits (`laelaps:worker@0.1.0`). None: see `problems`.
+    pub fits: Option<String>,
+    /// Exactly what is wrong with it, most important first. Empty if it fits.
+    pub problems: Vec<String>,
+}
+
+/// An import or export.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Item {
+    /// Its name, with its version: `laelaps:worker/context@0.1.0`.
+    pub name: String,
+    /// Whether it is an interface (an instance), rather than a function or something else.
+    pub is_instance: bool,
+    /// Its functions: name, and type as WIT writes it.
+    pub functions: Vec<(String, String)>,
+}
+
+impl Engine {
+    /// Look at a module: compile and link it, but do not run it.
+    ///
+    /// # Errors
+    /// If the machinery fails. A module that is no component, or one that does not fit, is an answer: [`Inspection::problems`].
+    pub async fn inspect(&self, bytes: &[u8]) -> Result<Inspection, Error> {
+        let digest = Digest::of(bytes);
+        let mut inspection = Inspection {
+            digest,
+            size_bytes: bytes.len() as u64,
+            imports: Vec::new(),
+            exports: Vec::new(),
+            fits: None,
+            problems: Vec::new(),
+        };
+        let component = match self.compiler.component(&self.wasmtime, bytes, digest).await {
+            Ok(component) => component,
+            Err(Failure::Refused(reason)) => {
+                inspection.problems.push(reason);
+                return Ok(inspection);
+            }
+            Err(Failure::Unable(reason)) => return Err(Error::Refused(reason)),
+        };
+        inspection.imports = fit::imports(&self.wasmtime, &component);
+        inspection.exports = fit::exports(&self.wasmtime, &component);
+        match self.link(&component) {
+            Ok(_) => inspection.fits = Some(fit::contract()),
+            Err(problems) => inspection.problems = problems,
+        }
+        Ok(inspection)
+    }
+}
+
+/// Look at a module with an engine of its own, which allows each instance as much memory as a route may at all.
+///
+/// # Errors
+/// See [`Engine::inspect`] and [`Engine::new`].
+pub async fn inspect(bytes: &[u8]) -> Result<Inspection, Error> {
+    let engine: Arc<Engine> = Engine::new(&Config { instances_max: 1, memory_bytes_max: 4 << 30, ..Config::default() })?;
+    engine.inspect(bytes).await
+}

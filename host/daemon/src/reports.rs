@@ -1,0 +1,86 @@
+//! What the log says about tasks: enough to find any task, never more lines than somebody can read.
+
+use std::collections::HashMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use laelaps_queue::{ClaimedTask, Event, FailureKind};
+
+use crate::plugin::{Captured, Level, Version};
+
+/// One warning about the same type in this time.
+const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
+/// Types remembered for that; beyond it the memory starts anew.
+const UNROUTED_TYPES_MAX: usize = 1_000;
+
+static UNROUTED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex::default);
+
+/// A task found no plugin. Said once a minute for each type.
+pub(crate) fn unrouted(task_type: &str, message: &str) {
+    let mut said = UNROUTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Instant::now();
+    if said.get(task_type).is_some_and(|last| now.duration_since(*last) < UNROUTED_INTERVAL) {
+        return;
+    }
+    if said.len() >= UNROUTED_TYPES_MAX {
+        said.clear();
+    }
+    said.insert(task_type.to_owned(), now);
+    tracing::warn!(task_type, reason = message, "tasks of this type wait for a plugin; they are tried again after retry_wait");
+}
+
+/// The level below which the log keeps nothing of what handlers write.
+pub(crate) fn guest_level() -> Level {
+    if tracing::enabled!(target: "guest", tracing::Level::TRACE) {
+        Level::Trace
+    } else if tracing::enabled!(target: "guest", tracing::Level::DEBUG) {
+        Level::Debug
+    } else if tracing::enabled!(target: "guest", tracing::Level::INFO) {
+        Level::Info
+    } else if tracing::enabled!(target: "guest", tracing::Level::WARN) {
+        Level::Warn
+    } else {
+        Level::Error
+    }
+}
+
+/// What a handler wrote to its log, standard output and standard error.
+pub(crate) fn captured(task: &ClaimedTask, version: &Version, captured: &Captured) {
+    let (key, plugin) = (task.key.as_str(), version.plugin());
+    for line in &captured.lines {
+        match line.level {
+            Level::Trace => tracing::trace!(target: "guest", task = key, plugin, "{}", line.text),
+            Level::Debug => tracing::debug!(target: "guest", task = key, plugin, "{}", line.text),
+            Level::Info => tracing::info!(target: "guest", task = key, plugin, "{}", line.text),
+            Level::Warn => tracing::warn!(target: "guest", task = key, plugin, "{}", line.text),
+            Level::Error => tracing::error!(target: "guest", task = key, plugin, "{}", line.text),
+        }
+    }
+    if captured.dropped_bytes > 0 {
+        tracing::warn!(target: "guest", task = key, plugin, bytes = captured.dropped_bytes, "the handler wrote more than its log limit; the rest was dropped");
+    }
+}
+
+/// How an attempt ended.
+pub(crate) fn ended(task: &ClaimedTask, version: &Version, event: &Event) {
+    let (key, task_type, plugin, attempt) = (task.key.as_str(), task.task_type.as_str(), version.plugin(), task.attempt);
+    let digest = version.digest().short();
+    let event_name = event.name();
+    match event {
+        Event::Finish { .. } | Event::Retry { .. } | Event::Release { .. } | Event::Stopped | Event::Lost => {
+            tracing::debug!(task = key, task_type, plugin, %digest, attempt, event = event_name, "attempt ended");
+        }
+        Event::Failure { kind, code, message } => {
+            let rejected = *kind == FailureKind::Reject;
+            tracing::warn!(task = key, task_type, plugin, %digest, attempt, code, rejected, "attempt failed: {message}");
+        }
+        Event::Trap { .. }
+        | Event::TimedOut { .. }
+        | Event::OutOfMemory { .. }
+        | Event::Malformed { .. }
+        | Event::Unrouted { .. } => {
+            let message = event.error().map(|(_, message)| message).unwrap_or_default();
+            tracing::warn!(task = key, task_type, plugin, %digest, attempt, event = event_name, "attempt failed: {message}");
+        }
+    }
+}

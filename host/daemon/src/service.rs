@@ -1,0 +1,311 @@
+//! One configuration in service: from the host's registration to its last settlement.
+//!
+//! Signals arrive here and become orders to the dispatcher. A restart builds the next configuration's parts while this one goes on working,
+//! and ends this one only when they stand: a configuration that cannot be loaded or built leaves the old one in force.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use laelaps_queue::{Backend, HostDescription, HostId, Policy};
+use sd_notify::NotifyState;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+
+use crate::config::{Config, Routes};
+use crate::dispatch::{Broken, Dispatcher, Order, Shared};
+use crate::host::{Options, Parts};
+use crate::leases::Leases;
+use crate::log::{Log, chain};
+use crate::plugin;
+use crate::settler::Settler;
+use crate::signals::{Manner, Signals, Verb};
+
+/// Between two looks for dead hosts and ended leases.
+const RECLAIM_INTERVAL: Duration = Duration::from_secs(1);
+/// Tasks whose retention has ended are removed after `cleanup_interval` fruitful claims, and at the latest after this time.
+const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
+/// Tasks removed in one transaction.
+const CLEAN_UP_BATCH: u32 = 1_000;
+/// How long an immediate end waits for a database that does not take the last settlements. What is not written then comes back by itself:
+/// the host's life ends with its process.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a service ended.
+pub(crate) enum Next {
+    /// The process shall end.
+    End,
+    /// Go on as before, registered anew.
+    Again,
+    /// Go on with these.
+    Restart(Box<(Config, Parts)>),
+}
+
+/// Serve under one configuration until told to end.
+///
+/// # Errors
+/// The database refuses the host's registration, or too many threads are stuck in guests.
+pub(crate) async fn serve(
+    config: &Config,
+    parts: &Parts,
+    options: &Options,
+    log: &Log,
+    signals: &mut Signals,
+) -> anyhow::Result<Next> {
+    let backend = &parts.backend;
+    let description = HostDescription { name: config.host_name.clone(), process_id: std::process::id() };
+    let host = backend.register_host(&description).await.context("cannot register this host with the database")?;
+    let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval);
+    let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone());
+    let clean_up_due = Arc::new(Notify::new());
+    let shared = Arc::new(Shared {
+        config: config.clone(),
+        routes: Routes::new(config.routes.clone()),
+        backend: Arc::clone(backend),
+        engine: Arc::clone(&parts.engine),
+        store: Arc::clone(&parts.store),
+        leases,
+        settler,
+        host,
+        clean_up_due: Arc::clone(&clean_up_due),
+    });
+    let housekeeping = [
+        tokio::spawn(reclaim(Arc::clone(backend), config.queue.policy.clone())),
+        tokio::spawn(clean_up(Arc::clone(backend), Arc::clone(&clean_up_due))),
+        tokio::spawn(note_plugins(Arc::clone(backend), Arc::clone(&parts.store), host)),
+    ];
+    let (orders, received) = mpsc::channel(16);
+    let dispatcher = tokio::spawn(Dispatcher::new(shared).run(received));
+    ready(config, parts);
+
+    let mut service = Service { config, parts, options, log, orders, ending: None, next: Next::End, rebuilding: None };
+    let ended = service.until_drained(dispatcher, signals).await;
+    let flushed = service.until_written(writer, signals).await;
+    for task in housekeeping {
+        task.abort();
+    }
+    if flushed && let Err(error) = backend.unregister_host(host).await {
+        tracing::warn!(error = chain(&error), "cannot strike this host off; the next host does it");
+    }
+    if let Err(error) = ended {
+        if service.ending.is_none() && matches!(error.downcast_ref(), Some(Broken::StruckOff)) {
+            tracing::warn!("{error}; its tasks were taken back; registering again");
+            return Ok(Next::Again);
+        }
+        return Err(error);
+    }
+    Ok(service.next)
+}
+
+fn ready(config: &Config, parts: &Parts) {
+    let plugins = parts.store.list().len();
+    tracing::info!(
+        environment = config.environment,
+        processors = config.processors,
+        routes = config.routes.len(),
+        plugins,
+        version = env!("CARGO_PKG_VERSION"),
+        "ready"
+    );
+    // Without a service manager there is nobody to tell.
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("claiming tasks")]);
+}
+
+type Building = JoinHandle<anyhow::Result<(Config, Parts)>>;
+
+struct Service<'a> {
+    config: &'a Config,
+    parts: &'a Parts,
+    options: &'a Options,
+    log: &'a Log,
+    orders: mpsc::Sender<Order>,
+    /// How it was told to end, if it was.
+    ending: Option<Manner>,
+    next: Next,
+    /// The next configuration's parts, while they are built, and how to end once they stand.
+    rebuilding: Option<(Manner, Building)>,
+}
+
+impl Service<'_> {
+    /// Pass signals on until the dispatcher has ended.
+    async fn until_drained(
+        &mut self,
+        mut dispatcher: JoinHandle<Result<(), Broken>>,
+        signals: &mut Signals,
+    ) -> anyhow::Result<()> {
+        loop {
+            tokio::select! {
+                ended = &mut dispatcher => return Ok(ended.context("the dispatcher broke down")??),
+                verb = signals.next() => self.obey(verb).await,
+                (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
+            }
+        }
+    }
+
+    /// Wait until every settlement is written; answers whether all were.
+    async fn until_written(&mut self, mut writer: JoinHandle<()>, signals: &mut Signals) -> bool {
+        loop {
+            let patience =
+                if self.ending == Some(Manner::Immediate) { FLUSH_PATIENCE } else { self.config.alive_time + FLUSH_PATIENCE };
+            tokio::select! {
+                _ = &mut writer => return true,
+                () = tokio::time::sleep(patience) => {
+                    tracing::error!("the database does not take the last settlements; their tasks are run again");
+                    return false;
+                }
+                verb = signals.next() => self.obey(verb).await,
+            }
+        }
+    }
+
+    async fn obey(&mut self, verb: Verb) {
+        match verb {
+            Verb::Shutdown(manner) => {
+                tracing::info!(?manner, "shutting down");
+                let _ = sd_notify::notify(&[NotifyState::Stopping]);
+                self.next = Next::End;
+                if let Some((_, building)) = self.rebuilding.take() {
+                    building.abort();
+                }
+                self.end(manner).await;
+            }
+            Verb::Restart(manner) => self.rebuild(manner).await,
+            Verb::Replace(manner) => self.replace(manner),
+            Verb::ReopenLogs => match self.log.reopen(self.log.path().as_deref()) {
+                Ok(()) => tracing::info!("log reopened"),
+                Err(error) => tracing::error!(%error, "cannot reopen the log; the old file stays"),
+            },
+        }
+    }
+
+    async fn end(&mut self, manner: Manner) {
+        self.ending = self.ending.max(Some(manner));
+        // The dispatcher may have ended already.
+        let _ = self.orders.send(Order::End(manner)).await;
+    }
+
+    /// Start building the next configuration's parts beside those in service.
+    async fn rebuild(&mut self, manner: Manner) {
+        if self.ending.is_some() {
+            match (&self.next, manner) {
+                (Next::Restart(_), Manner::Immediate) => self.end(manner).await,
+                _ => tracing::info!("already ending; the restart is not needed"),
+            }
+            return;
+        }
+        if let Some((planned, _)) = &mut self.rebuilding {
+            *planned = manner.max(*planned);
+            return;
+        }
+        tracing::info!(?manner, "restarting: reading the configuration");
+        let (source, old) = (self.options.source.clone(), self.parts.clone());
+        let building = tokio::spawn(async move {
+            let config = tokio::task::spawn_blocking(move || Config::load(&source)).await??;
+            let parts = Parts::build(&config, Some(&old)).await?;
+            Ok((config, parts))
+        });
+        self.rebuilding = Some((manner, building));
+    }
+
+    async fn restart(&mut self, manner: Manner, built: anyhow::Result<(Config, Parts)>) {
+        match built {
+            Ok(next) => {
+                self.next = Next::Restart(Box::new(next));
+                self.end(manner).await;
+            }
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "the new configuration cannot be used; the old one stays in force")
+            }
+        }
+    }
+
+    /// Look at the plugin folder now, then end attempts on replaced versions. Nothing changed: nothing happens.
+    fn replace(&self, manner: Manner) {
+        if self.ending.is_some() {
+            return;
+        }
+        let (store, orders) = (Arc::clone(&self.parts.store), self.orders.clone());
+        tokio::spawn(async move {
+            store.rescan().await;
+            let _ = orders.send(Order::Replace(manner)).await;
+        });
+    }
+}
+
+async fn rebuilt(rebuilding: &mut Option<(Manner, Building)>) -> (Manner, anyhow::Result<(Config, Parts)>) {
+    let Some((_, building)) = rebuilding else { return std::future::pending().await };
+    let built = building.await;
+    let manner = rebuilding.take().map_or(Manner::Graceful, |(manner, _)| manner);
+    (manner, built.unwrap_or_else(|error| Err(anyhow::Error::from(error).context("building the next configuration broke down"))))
+}
+
+/// Take back the tasks of dead hosts and ended leases, for as long as the host serves.
+async fn reclaim(backend: Arc<dyn Backend>, policy: Policy) {
+    let mut ticks = tokio::time::interval(RECLAIM_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut failing = false;
+    loop {
+        ticks.tick().await;
+        match backend.reclaim(&policy).await {
+            Ok(reclaimed) => {
+                failing = false;
+                for host in &reclaimed.dead_hosts {
+                    tracing::warn!(
+                        host = host.id.0,
+                        name = host.name,
+                        process_id = host.process_id,
+                        "a host is dead; taking back its tasks"
+                    );
+                }
+                for task in &reclaimed.tasks {
+                    tracing::warn!(
+                        task = task.key,
+                        host = task.host.0,
+                        failed = task.failed,
+                        "a task was lost with its host or lease"
+                    );
+                }
+                if !reclaimed.tasks.is_empty() {
+                    ticks.reset_immediately();
+                }
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(error = chain(&error), "cannot look for lost tasks; trying again");
+                }
+            }
+        }
+    }
+}
+
+/// Remove tasks whose retention has ended, for as long as the host serves.
+async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
+    let mut ticks = tokio::time::interval(CLEAN_UP_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = due.notified() => {}
+        }
+        match backend.clean_up(CLEAN_UP_BATCH).await {
+            Ok(removed) if removed >= u64::from(CLEAN_UP_BATCH) => ticks.reset_immediately(),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(error = chain(&error), "cannot remove old tasks; trying again"),
+        }
+    }
+}
+
+/// Keep the host's row naming the plugin versions it serves.
+async fn note_plugins(backend: Arc<dyn Backend>, store: Arc<plugin::Store>, host: HostId) {
+    let mut changes = store.changes();
+    loop {
+        let digests: Vec<String> =
+            store.list().iter().filter_map(|status| status.digest.map(|digest| digest.to_string())).collect();
+        if let Err(error) = backend.note_plugins(host, &digests).await {
+            tracing::debug!(error = chain(&error), "cannot note the plugin versions of this host");
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,286 @@
+-- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this server's clock; '' is no user.
+-- The view laelaps.tasks shows the same for people.
+--
+-- A waiting task stands in exactly one of ready, scheduled and suspect; no other task stands in any of them.
+-- A running task has a lease that ends at its `until`. Every write of an attempt checks both.
+
+CREATE TYPE laelaps.state AS ENUM ('waiting', 'running', 'finished', 'failed', 'cancelled');
+
+CREATE SEQUENCE laelaps.task_number;
+CREATE SEQUENCE laelaps.lease_number;
+-- Counts the picks between users.
+CREATE SEQUENCE laelaps.pick_number;
+
+-- Pages are filled to two fifths at first: a claim and a settlement each write a new version of the row, which finds room on its page, and
+-- no index has to know (HOT). So no index may name a column that they change. What they change stands together, so that the log of changes
+-- holds little more than that.
+CREATE TABLE laelaps.task (
+    id             int8 NOT NULL DEFAULT nextval('laelaps.task_number') PRIMARY KEY,
+    created_at     int8 NOT NULL,
+    run_at         int8 NOT NULL,
+    -- The number, host and end of the last claim; until is only set while it runs.
+    lease          int8 NOT NULL DEFAULT 0,
+    host           int8,
+    until          int8,
+    finished_at    int8,
+    retained_until int8,
+    state          laelaps.state NOT NULL DEFAULT 'waiting',
+    attempts       int4 NOT NULL DEFAULT 0,
+    -- The plugin version that settled it last, and how that attempt ended.
+    plugin         int4,
+    event          text,
+    -- NULL is none.
+    releases       int4,
+    lost           int4,
+    lost_alone     int4,
+    alone          bool NOT NULL DEFAULT false,
+    max_running    int8,
+    max_attempts   int8,
+    -- The size of the data before compression.
+    bytes          int4 NOT NULL,
+    key            text COLLATE "C" NOT NULL,
+    type           text COLLATE "C" NOT NULL,
+    user_name      text COLLATE "C" NOT NULL DEFAULT '',
+    -- UTF-8 as submitted, or gzip. Up to 256 bytes stand here, more in task_data.
+    data           bytea,
+    CHECK ((state = 'running') = (until IS NOT NULL)),
+    CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
+    CHECK ((finished_at IS NULL) = (retained_until IS NULL))
+) WITH (fillfactor = 40, autovacuum_vacuum_scale_factor = 0.05);
+
+CREATE UNIQUE INDEX task_key ON laelaps.task (key);
+
+CREATE TABLE laelaps.task_data (
+    task int8  NOT NULL PRIMARY KEY,
+    data bytea NOT NULL
+);
+
+-- What may be claimed now, in the order of claims: by user, and (for who does not look at users) by time.
+CREATE TABLE laelaps.ready (
+    run_at      int8 NOT NULL,
+    task        int8 NOT NULL,
+    bytes       int4 NOT NULL,
+    max_running int8,
+    user_name   text COLLATE "C" NOT NULL,
+    PRIMARY KEY (user_name, run_at, task)
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+CREATE INDEX ready_in_time ON laelaps.ready (run_at, task) WHERE user_name <> '';
+
+-- What is not due yet. Moves to ready or suspect in batches when it is.
+CREATE TABLE laelaps.scheduled (
+    run_at int8 NOT NULL,
+    task   int8 NOT NULL,
+    PRIMARY KEY (run_at, task)
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+-- What was lost with its host too often to run in company, and is due.
+CREATE TABLE laelaps.suspect (
+    run_at int8 NOT NULL,
+    task   int8 NOT NULL,
+    PRIMARY KEY (run_at, task)
+);
+
+-- What was claimed together, so that the running tasks of a host and those whose leases have ended are found without an index on the task.
+-- Goes when all of its tasks are settled, or when it is looked at, at `check_at`, and none of them runs any more.
+CREATE TABLE laelaps.claim (
+    id       int8   NOT NULL PRIMARY KEY,
+    host     int8   NOT NULL,
+    check_at int8   NOT NULL,
+    tasks    int8[] NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+CREATE INDEX claim_check_at ON laelaps.claim (check_at);
+
+-- A user with work that is ready or running. The head is the oldest ready task: the user's candidate. A user is open while its candidate
+-- may run. Right except for what account_change still holds.
+CREATE TABLE laelaps.account (
+    user_name text COLLATE "C" NOT NULL PRIMARY KEY,
+    running   int8 NOT NULL DEFAULT 0,
+    head_at   int8,
+    head_task int8,
+    head_max  int8,
+    -- The number of the pick at which it was last picked, or entered.
+    picked    int8 NOT NULL,
+    open      bool NOT NULL GENERATED ALWAYS AS (head_task IS NOT NULL AND (head_max IS NULL OR running < greatest(head_max, 1))) STORED,
+    weight    float8 NOT NULL GENERATED ALWAYS AS (coalesce(head_max, 1)::float8 / greatest(running + 1, 1)) STORED
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+CREATE INDEX account_by_weight ON laelaps.account (weight DESC, head_at, head_task) WHERE open;
+CREATE INDEX account_by_age ON laelaps.account (picked) WHERE open;
+
+-- What came about for users, to be entered into their accounts before the next choice between them: tasks that run no more, and the oldest
+-- task that became ready. Appended, so that submits and settlements wait for nobody.
+CREATE TABLE laelaps.account_change (
+    id        int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    user_name text COLLATE "C" NOT NULL,
+    stopped   int8 NOT NULL DEFAULT 0,
+    run_at    int8,
+    task      int8,
+    max_running int8
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+-- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served. A host that has left
+-- claims nothing more; it has ended when it holds nothing more.
+CREATE TABLE laelaps.host (
+    id         int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name       text NOT NULL,
+    process_id int8 NOT NULL,
+    started_at int8 NOT NULL,
+    seen_at    int8 NOT NULL,
+    left_at    int8,
+    ended_at   int8
+);
+
+CREATE INDEX host_here ON laelaps.host (id) WHERE ended_at IS NULL;
+
+CREATE TABLE laelaps.plugin_version (
+    id     int4 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    digest text COLLATE "C" NOT NULL UNIQUE
+);
+
+CREATE TABLE laelaps.host_plugin (
+    host     int8 NOT NULL,
+    plugin   int4 NOT NULL,
+    noted_at int8 NOT NULL,
+    PRIMARY KEY (host, plugin)
+);
+
+-- Beside the task: what is written at its end or rarely.
+CREATE TABLE laelaps.output (
+    task   int8  NOT NULL PRIMARY KEY,
+    output bytea NOT NULL
+);
+
+-- Every failed task is here, and those that had a failure before.
+CREATE TABLE laelaps.failure (
+    task    int8 NOT NULL PRIMARY KEY,
+    code    text,
+    message text
+);
+
+CREATE TABLE laelaps.cancelled (
+    task int8 NOT NULL PRIMARY KEY
+);
+
+CREATE TABLE laelaps.progress (
+    task  int8 NOT NULL PRIMARY KEY,
+    lease int8 NOT NULL,
+    done  int8 NOT NULL,
+    total int8,
+    note  text NOT NULL
+) WITH (fillfactor = 70);
+
+-- Attempts that did not finish their task, at most twenty of each.
+CREATE TABLE laelaps.attempt (
+    task     int8 NOT NULL,
+    lease    int8 NOT NULL,
+    attempt  int4 NOT NULL,
+    host     int8,
+    plugin   int4,
+    ended_at int8 NOT NULL,
+    event    text NOT NULL,
+    code     text,
+    message  text,
+    PRIMARY KEY (task, lease)
+);
+
+-- What came to its end together, to be removed together when its retention ends. A task that was given a new life since is left alone.
+CREATE TABLE laelaps.retention (
+    id    int8   NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    until int8   NOT NULL,
+    tasks int8[] NOT NULL
+);
+
+CREATE INDEX retention_until ON laelaps.retention (until);
+
+-- Counts that would cost too much to take, by type: each row is a difference, and clean-up puts them together.
+CREATE TABLE laelaps.tally (
+    id        int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    type      text COLLATE "C" NOT NULL,
+    -- Waiting and running ones, and of these those in scheduled.
+    live      int8 NOT NULL DEFAULT 0,
+    scheduled int8 NOT NULL DEFAULT 0,
+    finished  int8 NOT NULL DEFAULT 0,
+    failed    int8 NOT NULL DEFAULT 0,
+    cancelled int8 NOT NULL DEFAULT 0
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+-- For people.
+CREATE VIEW laelaps.tasks AS
+    SELECT task.id, task.key, task.type, task.state, nullif(task.user_name, '') AS user_name, task.attempts,
+        to_timestamp(task.created_at / 1000.0) AS created_at, to_timestamp(task.run_at / 1000.0) AS run_at,
+        CASE WHEN task.state = 'running' THEN host.name || ', process ' || host.process_id END AS host,
+        to_timestamp(task.until / 1000.0) AS until, to_timestamp(task.finished_at / 1000.0) AS finished_at,
+        to_timestamp(task.retained_until / 1000.0) AS retained_until, failure.code AS error_code, failure.message AS error_message,
+        CASE WHEN substring(coalesce(task.data, task_data.data) FROM 1 FOR 2) = '\x1f8b' THEN '(compressed)'
+            ELSE convert_from(coalesce(task.data, task_data.data), 'UTF8') END AS data
+    FROM laelaps.task LEFT JOIN laelaps.task_data ON task_data.task = task.id LEFT JOIN laelaps.host ON host.id = task.host
+        LEFT JOIN laelaps.failure ON failure.task = task.id;
+
+-- For producers in any language, in their own transactions:
+--     SELECT laelaps.submit('report-7', 'report', '{"month": 7}')
+-- True if the task is new; a key that the queue has already is left alone. Who may use the schema may submit:
+--     GRANT USAGE ON SCHEMA laelaps TO producer
+-- `run_at` NULL, or a moment that has passed, is at once. Hosts are woken when the transaction commits, unless `wake` is false.
+CREATE FUNCTION laelaps.submit(
+    key text, type text, data json DEFAULT '{}', user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
+    max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
+) RETURNS bool LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    names CONSTANT text := '[\u0001-\u001f\u007f-\u009f]';
+    plain CONSTANT bytea := convert_to(coalesce(submit.data::text, '{}'), 'UTF8');
+    account CONSTANT text := coalesce(submit.user_name, '');
+    now CONSTANT int8 := extract(epoch FROM clock_timestamp()) * 1000;
+    moment int8;
+    number int8;
+BEGIN
+    IF submit.key IS NULL OR octet_length(submit.key) NOT BETWEEN 1 AND 255 OR submit.key COLLATE "C" ~ names THEN
+        RAISE 'key: 1 to 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF submit.type IS NULL OR octet_length(submit.type) NOT BETWEEN 1 AND 255 OR submit.type COLLATE "C" ~ names THEN
+        RAISE 'type: 1 to 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF octet_length(account) > 255 OR account COLLATE "C" ~ names THEN
+        RAISE 'user_name: at most 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF octet_length(plain) > 16777216 OR json_typeof(coalesce(submit.data, '{}')) <> 'object' THEN
+        RAISE 'data: a JSON object, at most 16777216 bytes' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF submit.max_running NOT BETWEEN 0 AND 4294967295 THEN
+        RAISE 'max_running: a whole number from 0 to 4294967295' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF submit.max_attempts NOT BETWEEN 1 AND 4294967295 THEN
+        RAISE 'max_attempts: a whole number from 1 to 4294967295' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF submit.run_at > '9999-12-31 23:59:59.999+00' THEN
+        RAISE 'run_at: at most the year 9999' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    moment := CASE WHEN submit.run_at > clock_timestamp() THEN extract(epoch FROM submit.run_at) * 1000 ELSE now END;
+
+    INSERT INTO laelaps.task (created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, data)
+        VALUES (now, moment, octet_length(plain), submit.max_running, submit.max_attempts, submit.key, submit.type, account,
+            CASE WHEN octet_length(plain) <= 256 THEN plain END)
+        ON CONFLICT (key) DO NOTHING RETURNING id INTO number;
+    IF number IS NULL THEN
+        RETURN false;
+    END IF;
+    IF octet_length(plain) > 256 THEN
+        INSERT INTO laelaps.task_data (task, data) VALUES (number, plain);
+    END IF;
+    IF moment > now THEN
+        INSERT INTO laelaps.scheduled (run_at, task) VALUES (moment, number);
+    ELSE
+        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
+            VALUES (moment, number, octet_length(plain), submit.max_running, account);
+        IF account <> '' THEN
+            INSERT INTO laelaps.account_change (user_name, run_at, task, max_running) VALUES (account, moment, number, submit.max_running);
+        END IF;
+    END IF;
+    INSERT INTO laelaps.tally (type, live, scheduled) VALUES (submit.type, 1, CASE WHEN moment > now THEN 1 ELSE 0 END);
+    IF wake THEN
+        PERFORM pg_notify('laelaps', '');
+    END IF;
+    RETURN true;
+END $$;

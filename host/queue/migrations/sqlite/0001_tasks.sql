@@ -1,0 +1,222 @@
+-- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this database's clock; '' is no user.
+--
+-- A waiting task stands in exactly one of ready, scheduled and suspect; no other task stands in any of them.
+-- A running task has a lease that ends at its `until`. Every write of an attempt checks both.
+
+CREATE TABLE task (
+    id             INTEGER PRIMARY KEY AUTOINCREMENT,
+    key            TEXT    NOT NULL,
+    type           TEXT    NOT NULL,
+    state          TEXT    NOT NULL DEFAULT 'waiting',
+    user           TEXT    NOT NULL DEFAULT '',
+    max_running    INTEGER,
+    attempts       INTEGER NOT NULL DEFAULT 0,
+    max_attempts   INTEGER,
+    releases       INTEGER NOT NULL DEFAULT 0,
+    lost           INTEGER NOT NULL DEFAULT 0,
+    lost_alone     INTEGER NOT NULL DEFAULT 0,
+    alone          INTEGER NOT NULL DEFAULT 0,
+    created_at     INTEGER NOT NULL,
+    run_at         INTEGER NOT NULL,
+    -- The number, host and end of the last claim; until is only set while it runs.
+    lease          INTEGER NOT NULL DEFAULT 0,
+    host           INTEGER,
+    until          INTEGER,
+    -- How the last attempt ended, and the plugin version that settled it.
+    event          TEXT,
+    plugin         INTEGER,
+    finished_at    INTEGER,
+    retained_until INTEGER,
+    CHECK (state IN ('waiting', 'running', 'finished', 'failed', 'cancelled')),
+    CHECK ((state = 'running') = (until IS NOT NULL)),
+    CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
+    CHECK ((finished_at IS NULL) = (retained_until IS NULL))
+) STRICT;
+
+CREATE UNIQUE INDEX task_key ON task (key);
+CREATE INDEX task_running ON task (host, until) WHERE state = 'running';
+CREATE INDEX task_failed ON task (id) WHERE state = 'failed';
+CREATE INDEX task_cancelled ON task (id) WHERE state = 'cancelled';
+
+-- Data apart from the task, so that a claim and a settlement rewrite a narrow row. TEXT as submitted, or a BLOB of gzip; `bytes` is its
+-- size before compression. Each change of the data raises its revision.
+CREATE TABLE task_data (
+    task     INTEGER PRIMARY KEY,
+    revision INTEGER NOT NULL DEFAULT 0,
+    bytes    INTEGER NOT NULL,
+    data     ANY     NOT NULL
+) STRICT;
+
+-- What may be claimed now, in the order of claims: by user, and (for who does not look at users) by time.
+CREATE TABLE ready (
+    user        TEXT    NOT NULL,
+    run_at      INTEGER NOT NULL,
+    task        INTEGER NOT NULL,
+    max_running INTEGER,
+    PRIMARY KEY (user, run_at, task)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX ready_in_time ON ready (run_at, task) WHERE user <> '';
+
+-- What is not due yet. Moves to ready or suspect in batches when it is.
+CREATE TABLE scheduled (
+    run_at INTEGER NOT NULL,
+    task   INTEGER NOT NULL,
+    PRIMARY KEY (run_at, task)
+) STRICT, WITHOUT ROWID;
+
+-- What was lost with its host too often to run in company, and is due.
+CREATE TABLE suspect (
+    run_at INTEGER NOT NULL,
+    task   INTEGER NOT NULL,
+    PRIMARY KEY (run_at, task)
+) STRICT, WITHOUT ROWID;
+
+-- A user with work that is ready or running. Changed with every change of its tasks, in the same transaction. The head is the oldest
+-- ready task: the user's candidate. A user is open while its candidate may run.
+CREATE TABLE account (
+    user      TEXT    NOT NULL PRIMARY KEY,
+    ready     INTEGER NOT NULL DEFAULT 0 CHECK (ready >= 0),
+    running   INTEGER NOT NULL DEFAULT 0 CHECK (running >= 0),
+    head_at   INTEGER,
+    head_task INTEGER,
+    head_max  INTEGER,
+    -- The number of the pick at which it was last picked, or entered.
+    picked    INTEGER NOT NULL DEFAULT 0,
+    open      INTEGER NOT NULL GENERATED ALWAYS AS
+        (head_task IS NOT NULL AND (user = '' OR head_max IS NULL OR running < max(head_max, 1))) VIRTUAL,
+    weight    REAL    NOT NULL GENERATED ALWAYS AS
+        (CAST(coalesce(head_max, 1) AS REAL) / (CASE WHEN user = '' THEN 1 ELSE running + 1 END)) VIRTUAL
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX account_by_weight ON account (weight DESC, head_at, head_task) WHERE open;
+CREATE INDEX account_by_age ON account (picked) WHERE open;
+
+-- The last lease number given out, and the number of picks between users so far. Neither ever goes back.
+CREATE TABLE counter (
+    id    INTEGER PRIMARY KEY CHECK (id = 1),
+    lease INTEGER NOT NULL,
+    pick  INTEGER NOT NULL
+) STRICT;
+
+INSERT INTO counter (id, lease, pick) VALUES (1, 0, 0);
+
+-- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served.
+CREATE TABLE host (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    name       TEXT    NOT NULL,
+    process_id INTEGER NOT NULL,
+    started_at INTEGER NOT NULL,
+    ended_at   INTEGER
+) STRICT;
+
+CREATE INDEX host_here ON host (id) WHERE ended_at IS NULL;
+
+CREATE TABLE plugin_version (
+    id     INTEGER PRIMARY KEY AUTOINCREMENT,
+    digest TEXT NOT NULL UNIQUE
+) STRICT;
+
+CREATE TABLE host_plugin (
+    host     INTEGER NOT NULL,
+    plugin   INTEGER NOT NULL,
+    noted_at INTEGER NOT NULL,
+    PRIMARY KEY (host, plugin)
+) STRICT, WITHOUT ROWID;
+
+-- Beside the task: what is written at its end or rarely.
+CREATE TABLE output (
+    task   INTEGER PRIMARY KEY,
+    output BLOB NOT NULL
+) STRICT;
+
+CREATE TABLE failure (
+    task    INTEGER PRIMARY KEY,
+    code    TEXT,
+    message TEXT
+) STRICT;
+
+CREATE TABLE progress (
+    task  INTEGER PRIMARY KEY,
+    lease INTEGER NOT NULL,
+    done  INTEGER NOT NULL,
+    total INTEGER,
+    note  TEXT    NOT NULL
+) STRICT;
+
+-- Attempts that did not finish their task, at most twenty of each.
+CREATE TABLE attempt (
+    task     INTEGER NOT NULL,
+    lease    INTEGER NOT NULL,
+    attempt  INTEGER NOT NULL,
+    host     INTEGER,
+    plugin   INTEGER,
+    ended_at INTEGER NOT NULL,
+    event    TEXT    NOT NULL,
+    code     TEXT,
+    message  TEXT,
+    PRIMARY KEY (task, lease)
+) STRICT, WITHOUT ROWID;
+
+-- What came to its end together, to be removed together when its retention ends. A task that was given a new life since is left alone.
+CREATE TABLE retention (
+    id    INTEGER PRIMARY KEY AUTOINCREMENT,
+    until INTEGER NOT NULL,
+    tasks TEXT    NOT NULL
+) STRICT;
+
+CREATE INDEX retention_until ON retention (until);
+
+-- Counts that would cost too much to take: ended tasks by state, and waiting and running tasks by type.
+CREATE TABLE tally (
+    what  TEXT    NOT NULL CHECK (what IN ('ended', 'type')),
+    name  TEXT    NOT NULL,
+    tasks INTEGER NOT NULL CHECK (tasks >= 0),
+    PRIMARY KEY (what, name)
+) STRICT, WITHOUT ROWID;
+
+-- For producers that speak SQL, with any SQLite from 3.38 on:
+--     INSERT INTO submit (key, type, data) VALUES ('report-7', 'report', '{"month": 7}')
+-- A key that the queue has already is left alone. `run_at` in milliseconds since 1970; NULL, or a moment that has passed, is at once. It can be
+-- part of the producer's own transaction. Hosts find the task when they poll.
+CREATE VIEW submit AS
+    SELECT task.key, task.type, task_data.data, task.user, task.max_running, task.max_attempts, task.run_at
+    FROM task JOIN task_data ON task_data.task = task.id WHERE task.state = 'waiting';
+
+CREATE TRIGGER submit_task INSTEAD OF INSERT ON submit
+WHEN NOT EXISTS (SELECT 1 FROM task WHERE key = NEW.key)
+BEGIN
+    SELECT RAISE(ABORT, 'key: 1 to 255 bytes of text, without control characters') WHERE NOT coalesce(typeof(NEW.key) = 'text'
+        AND length(CAST(NEW.key AS BLOB)) BETWEEN 1 AND 255 AND instr(NEW.key, char(0)) = 0
+        AND NEW.key NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
+    SELECT RAISE(ABORT, 'type: 1 to 255 bytes of text, without control characters') WHERE NOT coalesce(typeof(NEW.type) = 'text'
+        AND length(CAST(NEW.type AS BLOB)) BETWEEN 1 AND 255 AND instr(NEW.type, char(0)) = 0
+        AND NEW.type NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
+    SELECT RAISE(ABORT, 'user: at most 255 bytes of text, without control characters') WHERE NOT coalesce(NEW.user IS NULL
+        OR (typeof(NEW.user) = 'text' AND length(CAST(NEW.user AS BLOB)) <= 255 AND instr(NEW.user, char(0)) = 0
+            AND NEW.user NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*'), 0);
+    SELECT RAISE(ABORT, 'data: a JSON object as text, at most 16777216 bytes') WHERE NEW.data IS NOT NULL
+        AND NOT coalesce(typeof(NEW.data) = 'text' AND length(CAST(NEW.data AS BLOB)) <= 16777216
+            AND CASE WHEN json_valid(NEW.data) THEN json_type(NEW.data) = 'object' END, 0);
+    SELECT RAISE(ABORT, 'max_running: a whole number from 0 to 4294967295') WHERE NEW.max_running IS NOT NULL
+        AND NOT (typeof(NEW.max_running) = 'integer' AND NEW.max_running BETWEEN 0 AND 4294967295);
+    SELECT RAISE(ABORT, 'max_attempts: a whole number from 1 to 4294967295') WHERE NEW.max_attempts IS NOT NULL
+        AND NOT (typeof(NEW.max_attempts) = 'integer' AND NEW.max_attempts BETWEEN 1 AND 4294967295);
+    SELECT RAISE(ABORT, 'run_at: milliseconds since 1970, up to the year 9999') WHERE NEW.run_at IS NOT NULL
+        AND NOT (typeof(NEW.run_at) = 'integer' AND NEW.run_at <= 253402300799999);
+
+    INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at)
+        SELECT NEW.key, NEW.type, coalesce(NEW.user, ''), NEW.max_running, NEW.max_attempts, clock.now, max(clock.now, coalesce(NEW.run_at, 0))
+        FROM (SELECT CAST(round((julianday('now') - 2440587.5) * 86400000) AS INTEGER) AS now) AS clock;
+    INSERT INTO task_data (task, bytes, data)
+        SELECT id, length(CAST(coalesce(NEW.data, '{}') AS BLOB)), coalesce(NEW.data, '{}') FROM task WHERE key = NEW.key;
+    INSERT INTO scheduled (run_at, task) SELECT run_at, id FROM task WHERE key = NEW.key AND run_at > created_at;
+    INSERT INTO ready (user, run_at, task, max_running)
+        SELECT user, run_at, id, max_running FROM task WHERE key = NEW.key AND run_at <= created_at;
+    INSERT INTO account (user, picked)
+        SELECT user, (SELECT pick FROM counter) FROM task WHERE key = NEW.key AND run_at <= created_at ON CONFLICT (user) DO NOTHING;
+    UPDATE account SET ready = ready + 1, (head_at, head_task, head_max) =
+            (SELECT run_at, task, max_running FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
+        WHERE user = (SELECT user FROM task WHERE key = NEW.key AND run_at <= created_at);
+    INSERT INTO tally (what, name, tasks) VALUES ('type', NEW.type, 1) ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + 1;
+END;

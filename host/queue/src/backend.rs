@@ -1,0 +1,328 @@
+//! The seam between the queue and a database: what every database has to do, in words of the queue.
+
+use std::fmt::Debug;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::Serialize;
+
+use crate::{
+    AttemptRecord, ClaimedTask, Filter, HostId, LeaseRef, NewTask, Page, Policy, Progress, Result, Settlement, Stats, Submitted,
+    Task, Timestamp,
+};
+
+/// Whether a write about an attempt still counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaseAnswer {
+    /// The lease held, and the write is durable.
+    Held,
+    /// The lease had ended: nothing was changed.
+    Lost,
+}
+
+/// A request for tasks.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Who claims.
+    pub host: HostId,
+    /// The most tasks to hand out: 1 to 1,000.
+    pub limit: u32,
+    /// How long the leases last unless renewed.
+    pub alive_time: Duration,
+    /// The caller runs nothing now and will run nothing else: a task that has to run alone may be handed out (then it is the only one).
+    pub alone: bool,
+    /// Hand out tasks without looking at users (PerfectQueue's `disable_resource_limit`).
+    pub ignore_users: bool,
+    /// Which types the claimer can run. Only PerfectQueue's own table looks at it, where workers in Ruby can run what is left; a native queue
+    /// hands out every type, and a host answers one without a route by letting it wait. None: all.
+    pub accepts: Option<Accepts>,
+}
+
+/// Which types a claimer can run.
+#[derive(Clone)]
+pub struct Accepts(Arc<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl Accepts {
+    /// Those for which `accepts` is true; asked once for each task that could be claimed. Make it once and clone it: what was learnt with one
+    /// is forgotten with the next.
+    pub fn new(accepts: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(accepts))
+    }
+
+    /// What tells it from others later, without keeping alive what it holds on to.
+    pub(crate) fn mark(&self) -> AcceptsMark {
+        AcceptsMark(Arc::downgrade(&self.0))
+    }
+
+    /// Whether a task of this type can be run.
+    #[must_use]
+    pub fn accepts(&self, task_type: &str) -> bool {
+        (self.0)(task_type)
+    }
+}
+
+/// Tells one [`Accepts`] from others.
+#[derive(Clone)]
+pub(crate) struct AcceptsMark(Weak<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl AcceptsMark {
+    /// Whether this is the one, so that what was learnt with it still counts.
+    pub(crate) fn is(&self, accepts: &Accepts) -> bool {
+        self.0.ptr_eq(&Arc::downgrade(&accepts.0))
+    }
+}
+
+impl Debug for AcceptsMark {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("AcceptsMark")
+    }
+}
+
+impl Debug for Accepts {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Accepts")
+    }
+}
+
+/// What a claim handed out.
+#[derive(Clone, Debug, Default)]
+pub struct Claimed {
+    /// The tasks, each under a lease of the claiming host.
+    pub tasks: Vec<ClaimedTask>,
+    /// A task waits that has to run alone: come back with [`Claim::alone`] when nothing runs any more.
+    pub alone_waiting: bool,
+    /// How long until the next scheduled task becomes due, by the database's clock; None if none is scheduled.
+    pub next_due_in: Option<Duration>,
+}
+
+/// One renewal of a lease.
+#[derive(Clone, Debug)]
+pub struct Beat {
+    /// The lease to renew.
+    pub lease_ref: LeaseRef,
+    /// It lasts this long from now on. A renewal never shortens a lease.
+    pub alive_time: Duration,
+    /// How far the task says it is, if it said something new.
+    pub progress: Option<Progress>,
+}
+
+/// A host that registers itself.
+#[derive(Clone, Debug)]
+pub struct HostDescription {
+    /// The machine's name.
+    pub name: String,
+    /// The process.
+    pub process_id: u32,
+}
+
+/// A host as the database knows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct HostRecord {
+    /// Its number.
+    pub id: HostId,
+    /// The machine's name.
+    pub name: String,
+    /// The process.
+    pub process_id: u32,
+    /// When it registered.
+    pub started_at: Timestamp,
+    /// How many tasks it has.
+    pub running: u64,
+    /// Whether it lives, as far as this back end can know without leases: None if it cannot.
+    pub alive: Option<bool>,
+}
+
+/// A task that was taken back from a host that lost it.
+#[derive(Clone, Debug)]
+pub struct Lost {
+    /// The task and the lease that ended.
+    pub lease_ref: LeaseRef,
+    /// Its key.
+    pub key: String,
+    /// The host that had it.
+    pub host: HostId,
+    /// What follows: waiting again, or failed after being lost alone too often.
+    pub failed: bool,
+}
+
+/// What taking back lost tasks did.
+#[derive(Clone, Debug, Default)]
+pub struct Reclaimed {
+    /// The tasks, at most 1,000 a call.
+    pub tasks: Vec<Lost>,
+    /// Hosts found dead and struck off, in words.
+    pub dead_hosts: Vec<HostRecord>,
+}
+
+/// What `init` did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migration {
+    /// The versions applied now, oldest first; empty if there was nothing to do.
+    pub applied: Vec<i64>,
+    /// The schema's version from now on.
+    pub version: i64,
+}
+
+/// A step that `init` would take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlannedStep {
+    /// The schema's version after it.
+    pub version: i64,
+    /// What it runs.
+    pub sql: String,
+}
+
+/// A transaction of the caller's, on the database of the queue.
+#[derive(Debug)]
+pub enum Transaction<'a> {
+    /// On PostgreSQL.
+    Postgres(&'a mut sqlx::PgConnection),
+    /// On MySQL or MariaDB.
+    MySql(&'a mut sqlx::MySqlConnection),
+}
+
+impl Transaction<'_> {
+    /// The error of a queue that is on another kind of database.
+    pub(crate) fn foreign(&self, database: &str) -> crate::Error {
+        let on = match self {
+            Self::Postgres(_) => "PostgreSQL",
+            Self::MySql(_) => "MySQL",
+        };
+        let why = format!("the transaction is on {on}, the tasks are on {database}");
+        crate::Error::NotSupported { what: "submitting in a caller's transaction", why }
+    }
+}
+
+impl<'a> From<&'a mut sqlx::PgConnection> for Transaction<'a> {
+    fn from(connection: &'a mut sqlx::PgConnection) -> Self {
+        Self::Postgres(connection)
+    }
+}
+
+impl<'a> From<&'a mut sqlx::MySqlConnection> for Transaction<'a> {
+    fn from(connection: &'a mut sqlx::MySqlConnection) -> Self {
+        Self::MySql(connection)
+    }
+}
+
+/// How the database's schema stands to this program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SchemaStatus {
+    /// It fits.
+    Current(i64),
+    /// There is none yet.
+    Missing,
+    /// `init` would move it on.
+    Old {
+        /// The schema's version.
+        found: i64,
+        /// The version needed.
+        needed: i64,
+    },
+    /// A newer program made it.
+    New {
+        /// The schema's version.
+        found: i64,
+        /// The newest version known here.
+        known: i64,
+    },
+}
+
+/// A database that keeps tasks. Implementations pass the conformance suite in `tests/`.
+///
+/// All operations can be called at once from many threads. Dropping the future of a write leaves it either wholly done or not done.
+#[async_trait]
+pub trait Backend: Debug + Send + Sync {
+    /// Bring the schema up to what this program needs. Safe to call twice, and by several hosts at once.
+    async fn init(&self) -> Result<Migration>;
+
+    /// What [`Backend::init`] would do now, oldest step first; empty if nothing. Changes nothing.
+    async fn plan(&self) -> Result<Vec<PlannedStep>>;
+
+    /// How the tables differ from those that [`Backend::init`] makes, each difference in words; empty if they do not. Somebody may have
+    /// altered or dropped one by hand. Only sensible while [`Backend::schema_status`] is [`SchemaStatus::Current`].
+    async fn drift(&self) -> Result<Vec<String>>;
+
+    /// Compare the schema with what this program needs.
+    async fn schema_status(&self) -> Result<SchemaStatus>;
+
+    /// The database's clock.
+    async fn now(&self) -> Result<Timestamp>;
+
+    /// Store tasks, durably when it returns: all that are new, in one transaction. Answers stand in the order of `tasks`; two tasks of one
+    /// key in a call: the first wins. If one task breaks a bound, none is stored.
+    async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>>;
+
+    /// Store tasks as part of a caller's own transaction: they are there when it commits, and not at all if it rolls back.
+    ///
+    /// # Errors
+    /// [`crate::Error::InvalidTask`] as [`Backend::submit`]; [`crate::Error::NotSupported`] if the transaction is on another kind of database, or
+    /// this one has no other programs' transactions.
+    async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let _ = tasks;
+        Err(transaction.foreign("this database"))
+    }
+
+    /// Hand out waiting tasks under new leases.
+    async fn claim(&self, claim: &Claim) -> Result<Claimed>;
+
+    /// Renew leases. Answers stand in the order of `beats`.
+    async fn heartbeat(&self, beats: &[Beat]) -> Result<Vec<LeaseAnswer>>;
+
+    /// Settle attempts, each with its follow-up tasks, in one transaction. Answers stand in the order of `settlements`.
+    async fn settle(&self, settlements: &[Settlement]) -> Result<Vec<LeaseAnswer>>;
+
+    /// Merge the members of a JSON object into a running task's data (the top level only; compressed stays compressed).
+    ///
+    /// # Errors
+    /// [`crate::Error::InvalidTask`] if `members` is not a JSON object or the merged data is too large.
+    async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer>;
+
+    /// Take back what dead hosts and ended leases hold, and strike dead hosts off. `policy` decides what follows, by [`crate::decide`].
+    async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed>;
+
+    /// Enter a host. It is alive until [`Backend::unregister_host`], or until its process ends, as far as the database can see that.
+    async fn register_host(&self, description: &HostDescription) -> Result<HostId>;
+
+    /// Strike a host off that holds no task any more; tasks it still holds are left to [`Backend::reclaim`].
+    async fn unregister_host(&self, host: HostId) -> Result<()>;
+
+    /// The hosts that the database knows.
+    async fn hosts(&self) -> Result<Vec<HostRecord>>;
+
+    /// Note which plugin versions (sha256, hexadecimal) a host serves, so that an attempt lost with it can be traced.
+    async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()>;
+
+    /// One task with data and output, or None.
+    async fn get(&self, key: &str) -> Result<Option<Task>>;
+
+    /// Past attempts of a task, oldest first.
+    async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>>;
+
+    /// A page of tasks.
+    async fn list(&self, filter: &Filter) -> Result<Page>;
+
+    /// What the queue holds.
+    async fn stats(&self) -> Result<Stats>;
+
+    /// Finish a task that is waiting or running, by hand. A running attempt loses its lease.
+    async fn force_finish(&self, key: &str, retention: Duration) -> Result<()>;
+
+    /// Cancel a task that is waiting or running. A running attempt loses its lease.
+    async fn cancel(&self, key: &str, retention: Duration) -> Result<()>;
+
+    /// Make a waiting task due now, or give a failed or cancelled one a new life (its counters start again). Running and finished tasks
+    /// are refused with [`crate::Error::WrongState`].
+    async fn retry(&self, key: &str) -> Result<()>;
+
+    /// Remove at most `limit` tasks whose retention has ended; answers how many.
+    async fn clean_up(&self, limit: u32) -> Result<u64>;
+
+    /// Wait for a hint that a claim may find something: a submit or a release in this process, or the database's own notice. Only a hint:
+    /// it can be missing or come for nothing, so callers poll as well.
+    async fn wakeup(&self);
+
+    /// Finish what is under way and close all connections.
+    async fn close(&self);
+}

@@ -1,0 +1,215 @@
+//! What can go wrong with a queue.
+
+use sqlx::error::DatabaseError;
+use sqlx::mysql::MySqlDatabaseError;
+use sqlx::postgres::PgDatabaseError;
+
+/// The result of a queue operation.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a queue operation was not done. Nothing was changed unless the variant says otherwise.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The URL or another setting of the queue cannot be used.
+    #[error("{setting}: {problem}")]
+    Config {
+        /// The setting.
+        setting: &'static str,
+        /// What is wrong with it; secrets of a URL are left out.
+        problem: String,
+    },
+    /// A task's key, type, user, data or option breaks a stated bound.
+    #[error("task {key:?}: {problem}")]
+    InvalidTask {
+        /// The task's key, cut to 255 bytes.
+        key: String,
+        /// What is wrong, with the bound.
+        problem: String,
+    },
+    /// No task has this key.
+    #[error("no task has the key {0:?}")]
+    NotFound(String),
+    /// The task is already finished, failed or cancelled.
+    #[error("task {key:?} is already {state}", state = state.as_str())]
+    AlreadyEnded {
+        /// The task's key.
+        key: String,
+        /// The state it is in.
+        state: crate::State,
+    },
+    /// The operation does not fit the state of the task.
+    #[error("task {key:?} is {state}: {problem}", state = state.as_str())]
+    WrongState {
+        /// The task's key.
+        key: String,
+        /// The state it is in.
+        state: crate::State,
+        /// What does not fit.
+        problem: &'static str,
+    },
+    /// The database has no tables of ours yet.
+    #[error("the database has no Laelaps schema yet")]
+    NotInitialised,
+    /// The schema is older than this program needs.
+    #[error("the database has schema {found}, this program needs {needed}")]
+    SchemaTooOld {
+        /// The schema's version.
+        found: i64,
+        /// The version needed.
+        needed: i64,
+    },
+    /// The schema was made by a newer program.
+    #[error("the database has schema {found}, newer than the {known} that this program knows")]
+    SchemaTooNew {
+        /// The schema's version.
+        found: i64,
+        /// The newest version known here.
+        known: i64,
+    },
+    /// The database answered with an error or could not be reached.
+    #[error("{doing}")]
+    Database {
+        /// What was being done.
+        doing: &'static str,
+        /// The database's own words.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// The database server could not be reached, did not let us in, or cannot be used as it is.
+    #[error("cannot connect to {place}{}", problem.as_ref().map(|problem| format!(": {problem}")).unwrap_or_default())]
+    Connect {
+        /// The server and database, without password.
+        place: String,
+        /// What is wrong, if it is not the driver's error.
+        problem: Option<String>,
+        /// What to do about it.
+        hint: &'static str,
+        /// The driver's words.
+        #[source]
+        source: Option<sqlx::Error>,
+    },
+    /// The database does not let this program do it.
+    #[error("{place}: {doing} is not allowed")]
+    Denied {
+        /// The server and database, without password.
+        place: String,
+        /// What was being done.
+        doing: &'static str,
+        /// What to do about it.
+        hint: &'static str,
+        /// The database's own words.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// The backend cannot do this: its tables have no place for it.
+    #[error("{what} is not supported: {why}")]
+    NotSupported {
+        /// What was asked for.
+        what: &'static str,
+        /// Why it cannot be.
+        why: String,
+    },
+    /// The file of an embedded database, or a file beside it, cannot be used.
+    #[error("{path}: {problem}", path = path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        problem: String,
+        /// The operating system's words.
+        #[source]
+        source: Option<std::io::Error>,
+    },
+    /// Another program held the database locked for longer than [`crate::Config::patience`].
+    #[error("{path}: locked by another program for {} ms", waited.as_millis(), path = path.display())]
+    Locked {
+        /// The database file.
+        path: std::path::PathBuf,
+        /// How long it was waited for.
+        waited: std::time::Duration,
+    },
+    /// The disk of the database is full.
+    #[error("{path}: no space left for the database", path = path.display())]
+    Full {
+        /// The database file.
+        path: std::path::PathBuf,
+    },
+    /// The database cannot be written to.
+    #[error("{path}: the database is read-only", path = path.display())]
+    ReadOnly {
+        /// The database file.
+        path: std::path::PathBuf,
+    },
+    /// The file is not a database, is damaged, or is a database of something else.
+    #[error("{path}: {problem}", path = path.display())]
+    Corrupt {
+        /// The database file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The host is not registered, or was struck off because it seemed dead.
+    #[error("host {} is not registered", .0.0)]
+    UnknownHost(crate::HostId),
+    /// The queue was closed.
+    #[error("the queue is closed")]
+    Closed,
+}
+
+impl Error {
+    /// Whether the same call may succeed later without anybody changing its arguments: the database was busy, full or out of reach.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Locked { .. } | Self::Full { .. } => true,
+            Self::Connect { source: Some(source), .. } | Self::Database { source, .. } => {
+                // A driver's error stands for a transaction that failed with others in it; alone the operation may fare better.
+                matches!(
+                    source,
+                    sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::WorkerCrashed | sqlx::Error::AnyDriverError(_)
+                ) || source.as_database_error().is_some_and(is_passing)
+            }
+            _ => false,
+        }
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NotInitialised => Some("create the tables with `laelaps init`, or with Queue::init"),
+            Self::SchemaTooOld { .. } => Some("bring the tables up to date with `laelaps init`, or with Queue::init"),
+            Self::SchemaTooNew { .. } => Some("use the program that made the database, or a newer one; nothing was changed"),
+            Self::Connect { hint, .. } | Self::Denied { hint, .. } => Some(hint),
+            Self::NotFound(_) => Some("the key may be misspelt, or the task's retention has ended"),
+            Self::Locked { .. } => Some("find out which program keeps a transaction open, for example with `fuser` on the file"),
+            Self::Full { .. } => Some("make room on the disk; tasks are kept, and work goes on by itself"),
+            Self::ReadOnly { .. } => Some("let the user of this process write to the file and to its folder"),
+            Self::Corrupt { .. } => {
+                Some("check the path; if the file is yours, `sqlite3 FILE 'PRAGMA integrity_check'` tells more")
+            }
+            Self::UnknownHost(_) => Some("register the host again; what it had is taken back from it"),
+            _ => None,
+        }
+    }
+}
+
+/// Whether a database's complaint passes by itself.
+fn is_passing(error: &dyn DatabaseError) -> bool {
+    if let Some(error) = error.try_downcast_ref::<MySqlDatabaseError>() {
+        // Too many connections, server shutting down, network trouble as the server sees it, lock wait time-out, deadlock, interrupted,
+        // connection killed, time-out of a statement, gone away, lost.
+        return matches!(
+            error.number(),
+            1040 | 1053 | 1079 | 1105 | 1152 | 1158..=1161 | 1205 | 1213 | 1317 | 1927 | 1969 | 2006 | 2013 | 3024
+        );
+    }
+    let Some(code) = error.code() else { return false };
+    if error.try_downcast_ref::<PgDatabaseError>().is_some() {
+        // Connection exceptions, transaction rollbacks (deadlock, serialisation), too few resources, operator intervention (shutdown, cancelled).
+        return ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)) || code == "55P03";
+    }
+    // SQLite: busy, locked, out of memory, interrupted, I/O error, full.
+    code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 7 | 9 | 10 | 13))
+}

@@ -1,0 +1,274 @@
+//! Tasks in a MySQL or MariaDB database, beside the tables of whoever submits them.
+//!
+//! Authority: the server, and its clock. Any number of processes on any number of machines use it at once, each through a pool of
+//! connections. Every operation is one short READ COMMITTED transaction on a tokio task of its own (see [`session`]). Rows that several
+//! operations would have to change are not there: counts and changes of users' accounts are appended (see [`accounts`]), so that tasks
+//! without user are claimed by many hosts beside each other. Only claims that choose between users follow one another.
+//!
+//! A host's life cannot be seen by a server; leases say what is lost (see [`hosts`]).
+
+mod accounts;
+mod choose;
+mod claim;
+pub(crate) mod connect;
+pub(crate) mod failure;
+mod hosts;
+mod keep;
+mod mark;
+mod operate;
+mod read;
+mod rows;
+mod schema;
+mod session;
+mod settle;
+mod submit;
+mod together;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use sqlx::Row as _;
+use sqlx::mysql::{MySqlArguments, MySqlRow};
+use sqlx::query::Query;
+use tokio::sync::oneshot;
+
+use self::claim::Marks;
+use self::connect::Access;
+use self::mark::Mark;
+use self::session::{Runner, Session, Work, now};
+use crate::batch::Batch;
+use crate::{
+    AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
+    Timestamp, Transaction,
+};
+
+/// A MySQL or MariaDB database with tasks. Clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct MySql {
+    access: Arc<Access>,
+    runner: Runner,
+    marks: Arc<Mutex<Marks>>,
+    tally: Arc<Mutex<Mark<i64>>>,
+    /// The numbers of plugin versions.
+    plugins: Arc<Mutex<HashMap<String, i64>>>,
+    /// The hosts that this process registered, and when each was last noted to be here.
+    hosts: Arc<Mutex<HashMap<HostId, Instant>>>,
+    submits: Arc<together::Together>,
+    /// Leases of settlements that failed in a way that leaves open whether they were committed.
+    in_doubt: Arc<Mutex<HashSet<LeaseRef>>>,
+}
+
+/// What nobody holds for longer than a moment.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl MySql {
+    /// Connect once, to see that the server can be used.
+    pub(crate) async fn open(config: &Config) -> Result<Self> {
+        let access = Access::new(config)?;
+        let (connection, server) = access.connect().await?;
+        drop(connection);
+        let runner =
+            Runner::new(access.pool(&server), access.place.clone(), config.patience, config.connections.statement_timeout);
+        Ok(Self {
+            access: Arc::new(access),
+            runner,
+            marks: Arc::default(),
+            tally: Arc::new(Mutex::new(Mark::at(0))),
+            plugins: Arc::default(),
+            hosts: Arc::default(),
+            submits: Arc::default(),
+            in_doubt: Arc::default(),
+        })
+    }
+
+    /// As [`Runner::run`]. What begins to wait may do so behind the marks.
+    async fn run<T, F>(&self, doing: &'static str, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
+    {
+        let done = self.runner.run(doing, operation).await;
+        locked(&self.marks).hint();
+        done
+    }
+
+    /// One row of a query, asked again if the connection was lost.
+    async fn read<'q>(
+        &self,
+        doing: &'static str,
+        query: impl Fn() -> Query<'q, sqlx::MySql, MySqlArguments>,
+    ) -> Result<MySqlRow> {
+        self.runner.read_row(doing, query).await
+    }
+
+    /// Claim, on a task of its own. If nobody is there any more to take them, the tasks go back.
+    async fn claim_or_give_back(&self, claim: &Claim) -> Result<Claimed> {
+        let (answer, answered) = oneshot::channel();
+        let (mysql, claim) = (self.clone(), claim.clone());
+        let host = claim.host;
+        tokio::spawn(async move {
+            let taken = mysql.take_tasks(&claim).await;
+            if let Err(Ok(unheard)) = answer.send(taken) {
+                mysql.give_back(&unheard).await;
+            }
+        });
+        let taken = answered.await.map_err(|_| Error::Closed)??;
+        let (claimed, broken) = taken.into_claimed();
+        // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
+        if !broken.is_empty()
+            && let Err(error) = self.set_broken_aside(host, broken).await
+        {
+            tracing::error!(%error, "damaged tasks cannot be set aside yet");
+        }
+        Ok(claimed)
+    }
+
+    async fn give_back(&self, unheard: &claim::Taken) {
+        let settlements = unheard.give_back();
+        if settlements.is_empty() {
+            return;
+        }
+        if let Err(error) = self.settle_group(&settlements).await {
+            tracing::warn!(%error, tasks = settlements.len(), "claimed tasks cannot be handed back; they come back when their leases end");
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for MySql {
+    async fn init(&self) -> Result<Migration> {
+        self.migrate().await
+    }
+
+    async fn plan(&self) -> Result<Vec<PlannedStep>> {
+        self.planned().await
+    }
+
+    async fn drift(&self) -> Result<Vec<String>> {
+        self.differences().await
+    }
+
+    async fn schema_status(&self) -> Result<SchemaStatus> {
+        self.status().await
+    }
+
+    async fn now(&self) -> Result<Timestamp> {
+        const NOW: &str = concat!("SELECT ", now!());
+        let doing = "asking for the time";
+        let row = self.read(doing, || sqlx::query(NOW)).await?;
+        row.try_get(0).map(Timestamp).map_err(|error| self.runner.place.worded(error, doing))
+    }
+
+    async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let batch = Batch::new(tasks)?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.store_with_others(batch).await
+    }
+
+    async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let Transaction::MySql(connection) = transaction else { return Err(transaction.foreign("MySQL")) };
+        let answers = submit::submit_in(connection, tasks, &self.runner.place).await?;
+        // They will be found behind the marks, whenever the caller commits.
+        locked(&self.marks).hint();
+        Ok(answers)
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        self.claim_or_give_back(claim).await
+    }
+
+    async fn heartbeat(&self, beats: &[Beat]) -> Result<Vec<LeaseAnswer>> {
+        if beats.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.renew(beats).await
+    }
+
+    async fn settle(&self, settlements: &[Settlement]) -> Result<Vec<LeaseAnswer>> {
+        if settlements.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.settle_group(settlements).await
+    }
+
+    async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
+        self.merge_data(lease_ref, members).await
+    }
+
+    async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
+        self.take_back(policy).await
+    }
+
+    async fn register_host(&self, description: &HostDescription) -> Result<HostId> {
+        self.enter_host(description).await
+    }
+
+    async fn unregister_host(&self, host: HostId) -> Result<()> {
+        self.leave(vec![host]).await
+    }
+
+    async fn hosts(&self) -> Result<Vec<HostRecord>> {
+        self.known_hosts().await
+    }
+
+    async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()> {
+        self.note_versions(host, digests).await
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Task>> {
+        self.task_of(key).await
+    }
+
+    async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
+        self.attempts_of(key).await
+    }
+
+    async fn list(&self, filter: &Filter) -> Result<Page> {
+        self.page_of(filter).await
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        self.count_all().await
+    }
+
+    async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
+        self.end_by_hand(key, operate::ByHand::Finish, retention).await
+    }
+
+    async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
+        self.end_by_hand(key, operate::ByHand::Cancel, retention).await
+    }
+
+    async fn retry(&self, key: &str) -> Result<()> {
+        self.retry_by_hand(key).await
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.remove_old(limit).await
+    }
+
+    async fn wakeup(&self) {
+        self.runner.wakeup.notified().await;
+    }
+
+    /// The hosts of this process leave, so that what they still hold comes back at once.
+    async fn close(&self) {
+        let hosts: Vec<HostId> = locked(&self.hosts).keys().copied().collect();
+        if !self.runner.pool.is_closed()
+            && let Err(error) = self.leave(hosts).await
+        {
+            tracing::debug!(%error, "the hosts of this process are left to their leases");
+        }
+        self.runner.pool.close().await;
+    }
+}

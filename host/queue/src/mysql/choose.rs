@@ -1,0 +1,364 @@
+//! Which tasks a claim takes. Those without user are simply the oldest ones that no other claim has its hands on. Tasks of users are chosen
+//! by [`crate::fair`], one claim after the other: the counter's row is held until the claim has committed, and with it all accounts.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use sqlx::Row as _;
+use sqlx::mysql::MySqlRow;
+
+use super::accounts::{FOLDED_BY_CLAIM, fold};
+use super::connect::text;
+use super::failure::Failure;
+use super::rows::{count, ids, json};
+use super::session::Session;
+use crate::fair::{self, Account, Candidate, Rest};
+
+/// The most data of one claim, before compression, unless one task alone has more.
+const CLAIMED_BYTES_MAX: i64 = 64 << 20;
+/// Tasks looked at for one that has to run alone and whose user has nothing running.
+const SUSPECTS_MAX: i64 = 100;
+/// Rounds of choosing, where users' tasks differ so much in their max_running that the first did not fill the batch.
+const ROUNDS_MAX: usize = 4;
+
+/// A place in the order of ready tasks: time and task.
+pub(super) type Ready = (i64, i64);
+/// Before every place.
+pub(super) const HEAD: Ready = (i64::MIN, 0);
+
+/// A task that was chosen, and where it waited.
+pub(super) struct Chosen {
+    pub(super) task: i64,
+    pub(super) run_at: i64,
+    pub(super) user: String,
+    /// The number of its pick between users, if it was picked between users.
+    pub(super) pick: Option<i64>,
+}
+
+/// How to choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Tasks without user, oldest first.
+    WithoutUser,
+    /// All tasks, oldest first.
+    Oldest,
+    /// Between users.
+    BetweenUsers,
+    /// One that has to run alone; if there is none that may, as otherwise.
+    Alone {
+        /// Otherwise is by age, not between users.
+        ignore_users: bool,
+    },
+}
+
+/// Where looks begin.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Starts {
+    pub(super) ready: Ready,
+    pub(super) of_users: Ready,
+    pub(super) changes: i64,
+}
+
+/// A look at the ready tasks: where it began, how long it took, where it came to.
+pub(super) type Look<P> = Option<(P, Duration, Option<P>)>;
+
+/// What was chosen.
+#[derive(Default)]
+pub(super) struct Choice {
+    pub(super) chosen: Vec<Chosen>,
+    /// It is one task that has to run alone.
+    pub(super) alone: bool,
+    /// The last pick between users before this claim, if it holds the accounts.
+    pub(super) pick: Option<i64>,
+    pub(super) ready: Look<Ready>,
+    pub(super) of_users: Look<Ready>,
+    pub(super) changes: Look<i64>,
+}
+
+/// Choose at most `limit` tasks.
+pub(super) async fn choose(session: &mut Session<'_>, way: Way, limit: usize, starts: Starts) -> Result<Choice, Failure> {
+    const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
+    let mut choice = Choice::default();
+    match way {
+        Way::WithoutUser => {
+            let found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready).await?;
+            choice.chosen = found.into_iter().map(|found| found.chosen).collect();
+        }
+        Way::Oldest => choice.chosen = oldest_of_all(session, limit, starts, &mut choice).await?,
+        Way::BetweenUsers | Way::Alone { .. } => {
+            let pick: i64 = sqlx::query_scalar(HOLD).fetch_one(session.db()).await?;
+            choice.pick = Some(pick);
+            let started = Instant::now();
+            let last = fold(session, pick, starts.changes, FOLDED_BY_CLAIM).await?;
+            choice.changes = Some((starts.changes, started.elapsed(), last));
+            let suspect = if way == Way::BetweenUsers { None } else { suspect(session).await? };
+            choice.alone = suspect.is_some();
+            choice.chosen = match suspect {
+                Some(chosen) => vec![chosen],
+                None if way == (Way::Alone { ignore_users: true }) => oldest_of_all(session, limit, starts, &mut choice).await?,
+                None => between_users(session, limit, pick, starts, &mut choice.ready).await?,
+            };
+        }
+    }
+    choice.chosen = fitting(session, choice.chosen).await?;
+    Ok(choice)
+}
+
+/// The oldest tasks, whosever they are.
+async fn oldest_of_all(
+    session: &mut Session<'_>,
+    limit: usize,
+    starts: Starts,
+    choice: &mut Choice,
+) -> Result<Vec<Chosen>, Failure> {
+    let mut found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready).await?;
+    found.extend(oldest(session, OLDEST_OF_USERS, starts.of_users, limit, &mut choice.of_users).await?);
+    found.sort_unstable_by_key(|found| (found.chosen.run_at, found.chosen.task));
+    found.truncate(limit);
+    Ok(found.into_iter().map(|found| found.chosen).collect())
+}
+
+pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, t.user
+    FROM (SELECT run_at, task FROM laelaps_suspect ORDER BY run_at, task LIMIT ?) AS oldest
+    STRAIGHT_JOIN laelaps_task AS t ON t.id = oldest.task
+    LEFT JOIN laelaps_account AS a ON a.user = t.user AND t.user <> ''
+    WHERE t.max_running IS NULL OR COALESCE(a.running, 0) < GREATEST(t.max_running, 1)
+    ORDER BY oldest.run_at, oldest.task LIMIT 1";
+
+/// The oldest task that has to run alone and whose user's limit allows it.
+async fn suspect(session: &mut Session<'_>) -> Result<Option<Chosen>, Failure> {
+    let Some(row) = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).fetch_optional(session.db()).await? else { return Ok(None) };
+    Ok(Some(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: text(&row, 2)?, pick: None }))
+}
+
+/// A ready task whose row is held.
+struct Found {
+    chosen: Chosen,
+    max_running: Option<u32>,
+}
+
+pub(super) const OLDEST: &str = "SELECT run_at, task, max_running, '' FROM laelaps_ready
+    WHERE (run_at = ? AND task > ?) OR run_at > ? ORDER BY run_at, task LIMIT ? FOR UPDATE SKIP LOCKED";
+
+pub(super) const OLDEST_OF_USERS: &str = "SELECT run_at, task, max_running, user FROM laelaps_ready_of_user FORCE INDEX (in_time)
+    WHERE (run_at = ? AND task > ?) OR run_at > ? ORDER BY run_at, task LIMIT ? FOR UPDATE SKIP LOCKED";
+
+/// Take hold of the oldest tasks behind a place that nobody else holds; of all, if there are none behind it.
+async fn oldest(
+    session: &mut Session<'_>,
+    sql: &'static str,
+    start: Ready,
+    limit: usize,
+    look: &mut Look<Ready>,
+) -> Result<Vec<Found>, Failure> {
+    let mut start = start;
+    loop {
+        let started = Instant::now();
+        let rows = sqlx::query(sql).bind(start.0).bind(start.1).bind(start.0).bind(count(limit)).fetch_all(session.db()).await?;
+        let took = started.elapsed();
+        let found = |row: &MySqlRow| {
+            let chosen = Chosen { run_at: row.try_get(0)?, task: row.try_get(1)?, user: text(row, 3)?, pick: None };
+            Ok(Found { chosen, max_running: row.try_get(2)? })
+        };
+        let found: Vec<Found> = rows.iter().map(found).collect::<Result<_, sqlx::Error>>()?;
+        *look = Some((start, took, found.last().map(|last| (last.chosen.run_at, last.chosen.task))));
+        if !found.is_empty() || start == HEAD {
+            return Ok(found);
+        }
+        start = HEAD;
+    }
+}
+
+/// Tasks picked between users, in the fair order.
+async fn between_users(
+    session: &mut Session<'_>,
+    limit: usize,
+    last_pick: i64,
+    starts: Starts,
+    look: &mut Look<Ready>,
+) -> Result<Vec<Chosen>, Failure> {
+    let mut accounts = open_accounts(session, limit, last_pick + 1).await?;
+    accounts.extend(without_user(session, limit, starts, look).await?);
+    if accounts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut chosen: Vec<Chosen> = Vec::with_capacity(limit);
+    for _ in 0..ROUNDS_MAX {
+        let number = last_pick + 1 + count(chosen.len());
+        let wanted = limit - chosen.len();
+        let needed = fair::estimate(&accounts, wanted, number);
+        candidates(session, &mut accounts, &needed).await?;
+        let picks = fair::pick(&mut accounts, wanted, number);
+        let first = chosen.len();
+        chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| Chosen {
+            task: pick.candidate.task,
+            run_at: pick.candidate.run_at,
+            user: accounts[pick.account].user.clone(),
+            pick: Some(number + count(place)),
+        }));
+        let stopped_short = chosen.len() < limit && chosen.len() > first;
+        let unknown = accounts.iter().any(|account| account.candidates.is_empty() && account.rest == Rest::Unknown);
+        if !(stopped_short && unknown) {
+            break;
+        }
+        refill(session, &mut accounts, &chosen).await?;
+    }
+    Ok(chosen)
+}
+
+pub(super) const OPEN_ACCOUNTS: &str =
+    "(SELECT user, running, picked, head_at, head_task, head_max FROM laelaps_account FORCE INDEX (by_weight)
+        WHERE open = 1 ORDER BY weight, head_at, head_task LIMIT ?)
+    UNION
+    (SELECT user, running, picked, head_at, head_task, head_max FROM laelaps_account FORCE INDEX (by_age)
+        WHERE open = 1 AND picked < ? ORDER BY picked LIMIT ?)";
+
+/// The users that could be picked: those of the greatest weight, and those passed over for long.
+async fn open_accounts(session: &mut Session<'_>, limit: usize, first_pick: i64) -> Result<Vec<Account>, Failure> {
+    let aged = count(limit) / fair::AGED_EVERY + 1;
+    let last_pick = first_pick + count(limit) - 1;
+    let rows = sqlx::query(OPEN_ACCOUNTS)
+        .bind(count(limit))
+        .bind(last_pick - fair::AGED_AFTER)
+        .bind(aged)
+        .fetch_all(session.db())
+        .await?;
+    let account = |row: &MySqlRow| {
+        let head = candidate(row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
+        Ok(Account {
+            user: text(row, 0)?,
+            running: row.try_get(1)?,
+            picked: row.try_get(2)?,
+            candidates: [head].into(),
+            rest: Rest::Unknown,
+        })
+    };
+    Ok(rows.iter().map(account).collect::<Result<_, sqlx::Error>>()?)
+}
+
+/// The tasks without user as one more user, as many as could be picked.
+async fn without_user(
+    session: &mut Session<'_>,
+    limit: usize,
+    starts: Starts,
+    look: &mut Look<Ready>,
+) -> Result<Option<Account>, Failure> {
+    const PICKED: &str = "SELECT picked FROM laelaps_account WHERE user = ''";
+    let found = oldest(session, OLDEST, starts.ready, limit, look).await?;
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let picked: Option<i64> = sqlx::query_scalar(PICKED).fetch_optional(session.db()).await?;
+    let rest = if found.len() < limit { Rest::Nothing } else { Rest::Unknown };
+    let candidates =
+        found.into_iter().map(|found| candidate(found.chosen.run_at, found.chosen.task, found.max_running)).collect();
+    Ok(Some(Account { user: String::new(), running: 0, picked: picked.unwrap_or(0), candidates, rest }))
+}
+
+fn candidate(run_at: i64, task: i64, max_running: Option<u32>) -> Candidate {
+    Candidate { run_at, task, max_running: max_running.map(i64::from) }
+}
+
+pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, run_at, task, max_running FROM laelaps_ready_of_user
+    WHERE (user = ? AND run_at = ? AND task > ?) OR (user = ? AND run_at > ?) ORDER BY user, run_at, task LIMIT ?";
+
+/// Of several users, each step to the next task of one.
+pub(super) const CANDIDATES_OF_SEVERAL: &str =
+    "WITH RECURSIVE walk (user, run_at, task, max_running, wanted, steps) AS (
+        SELECT s.user, s.run_at, s.task, CAST(NULL AS UNSIGNED), s.wanted, 0 FROM JSON_TABLE(?, '$[*]' COLUMNS (
+            user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
+            wanted BIGINT PATH '$[3]')) AS s
+        UNION ALL
+        SELECT walk.user, t.run_at, t.id, t.max_running, walk.wanted - 1, walk.steps + 1
+        FROM walk STRAIGHT_JOIN laelaps_task AS t ON t.id = (SELECT later.task FROM laelaps_ready_of_user AS later
+            WHERE later.user = walk.user AND later.run_at >= walk.run_at AND (later.run_at > walk.run_at OR later.task > walk.task)
+            ORDER BY later.run_at, later.task LIMIT 1)
+        WHERE walk.wanted > 0)
+    SELECT user, run_at, task, max_running FROM walk WHERE steps > 0";
+
+/// Fetch as many of each user's oldest tasks as are needed.
+async fn candidates(session: &mut Session<'_>, accounts: &mut [Account], needed: &[usize]) -> Result<(), Failure> {
+    let wanted: Vec<(&str, i64, i64, i64)> = accounts
+        .iter()
+        .zip(needed)
+        .filter(|(account, needed)| {
+            account.rest == Rest::Unknown && **needed > account.candidates.len() && !account.user.is_empty()
+        })
+        .filter_map(|(account, needed)| {
+            let last = account.candidates.back()?;
+            Some((account.user.as_str(), last.run_at, last.task, count(*needed - account.candidates.len())))
+        })
+        .collect();
+    let rows = match wanted.as_slice() {
+        [] => return Ok(()),
+        [(user, run_at, task, more)] => next_of(session, user, (*run_at, *task), *more).await?,
+        several => sqlx::query(CANDIDATES_OF_SEVERAL).bind(json(several)).fetch_all(session.db()).await?,
+    };
+    let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
+    for row in &rows {
+        let user: Vec<u8> = row.try_get(0)?;
+        let max_running: Option<u64> = row.try_get(3)?;
+        let max_running = max_running.and_then(|most| i64::try_from(most).ok());
+        let candidate = Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running };
+        found.entry(String::from_utf8_lossy(&user).into_owned()).or_default().push(candidate);
+    }
+    let asked: HashMap<String, i64> = wanted.iter().map(|(user, _, _, more)| ((*user).to_owned(), *more)).collect();
+    for account in accounts.iter_mut() {
+        let Some(asked) = asked.get(&account.user) else { continue };
+        let mut more = found.remove(&account.user).unwrap_or_default();
+        more.sort_unstable_by_key(|candidate| (candidate.run_at, candidate.task));
+        if count(more.len()) < *asked {
+            account.rest = Rest::Nothing;
+        }
+        account.candidates.extend(more);
+    }
+    Ok(())
+}
+
+async fn next_of(session: &mut Session<'_>, user: &str, after: Ready, limit: i64) -> Result<Vec<MySqlRow>, sqlx::Error> {
+    let query = sqlx::query(CANDIDATES_OF_ONE).bind(user.as_bytes().to_vec()).bind(after.0).bind(after.1);
+    query.bind(user.as_bytes().to_vec()).bind(after.0).bind(limit).fetch_all(session.db()).await
+}
+
+/// Give each user that ran out of known tasks its next one.
+async fn refill(session: &mut Session<'_>, accounts: &mut [Account], chosen: &[Chosen]) -> Result<(), Failure> {
+    let empty = |account: &&mut Account| account.candidates.is_empty() && account.rest == Rest::Unknown;
+    for account in accounts.iter_mut().filter(empty) {
+        let Some(last) = chosen.iter().rev().find(|chosen| chosen.user == account.user) else { continue };
+        match next_of(session, &account.user, (last.run_at, last.task), 1).await?.first() {
+            Some(row) => account.candidates.push_back(candidate(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?)),
+            None => account.rest = Rest::Nothing,
+        }
+    }
+    Ok(())
+}
+
+/// The first of the chosen whose data together keeps the bound.
+async fn fitting(session: &mut Session<'_>, mut chosen: Vec<Chosen>) -> Result<Vec<Chosen>, Failure> {
+    const SUM: &str = concat!(
+        "SELECT CAST(COALESCE(SUM(d.bytes), 0) AS SIGNED) FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task_data AS d ON d.task = s.id AND d.part = 0"
+    );
+    const BYTES: &str = concat!(
+        "SELECT s.id, CAST(d.bytes AS SIGNED) FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task_data AS d ON d.task = s.id AND d.part = 0"
+    );
+    if chosen.len() < 2 {
+        return Ok(chosen);
+    }
+    let tasks = json(chosen.iter().map(|chosen| chosen.task));
+    let sum: i64 = sqlx::query_scalar(SUM).bind(tasks.clone()).fetch_one(session.db()).await?;
+    if sum > CLAIMED_BYTES_MAX {
+        let bytes: Vec<(i64, i64)> = sqlx::query_as(BYTES).bind(tasks).fetch_all(session.db()).await?;
+        let bytes: HashMap<i64, i64> = bytes.into_iter().collect();
+        let mut sum = 0_i64;
+        let fitting = chosen.iter().take_while(|chosen| {
+            sum += bytes.get(&chosen.task).copied().unwrap_or(0);
+            sum <= CLAIMED_BYTES_MAX
+        });
+        chosen.truncate(fitting.count().max(1));
+    }
+    Ok(chosen)
+}

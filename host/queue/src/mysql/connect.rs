@@ -1,0 +1,226 @@
+//! The way to a MySQL or MariaDB server: its URL, encryption, what every session is set to, and the pool. Both kinds of tables use it.
+
+use std::time::Duration;
+
+use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOptions, MySqlSslMode};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row as _};
+
+use super::failure::Place;
+use crate::{Config, Connections, Error, Result, Tls};
+
+/// How long a session waits for a row that another one keeps locked, in seconds.
+const LOCK_WAIT_SECONDS: u32 = 10;
+/// Prepared statements that a connection keeps.
+const STATEMENTS_KEPT: usize = 200;
+/// A connection that nobody needs is closed after this.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// What a server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Server {
+    /// MariaDB, or MySQL.
+    pub(crate) mariadb: bool,
+    /// Its version as it says it.
+    pub(crate) version: String,
+    major: u32,
+    minor: u32,
+}
+
+impl Server {
+    /// Read what `SELECT VERSION()` says.
+    fn of(version: &str) -> Self {
+        let mariadb = version.to_ascii_lowercase().contains("mariadb");
+        // For the sake of old clients some MariaDB servers put 5.5.5- before their version.
+        let plain = if mariadb { version.strip_prefix("5.5.5-").unwrap_or(version) } else { version };
+        let mut numbers = plain.split(|character: char| !character.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+        let (major, minor) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        Self { mariadb, version: version.to_owned(), major, minor }
+    }
+
+    /// SKIP LOCKED and JSON_TABLE are in MySQL from 8.0 on, in MariaDB from 10.6 on.
+    fn is_new_enough(&self) -> bool {
+        (self.major, self.minor) >= if self.mariadb { (10, 6) } else { (8, 0) }
+    }
+}
+
+/// The way to a server.
+#[derive(Clone, Debug)]
+pub(crate) struct Access {
+    pub(crate) options: MySqlConnectOptions,
+    pub(crate) place: Place,
+    connections: Connections,
+}
+
+impl Access {
+    /// Read the configuration without connecting.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a URL that cannot be used.
+    pub(crate) fn new(config: &Config) -> Result<Self> {
+        let place = Place::of(config.place());
+        let options = options(&config.url, &config.connections)?;
+        Ok(Self { options, place, connections: config.connections.clone() })
+    }
+
+    /// One connection, set up as all are, and what server it leads to.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] if the server cannot be reached, does not let us in, or is too old.
+    pub(crate) async fn connect(&self) -> Result<(MySqlConnection, Server)> {
+        let connecting = async {
+            let mut connection = self.options.connect().await?;
+            let version: String = sqlx::query_scalar("SELECT VERSION()").fetch_one(&mut connection).await?;
+            let server = Server::of(&version);
+            if server.is_new_enough() {
+                self.set_up(&mut connection, &server).await?;
+            }
+            Ok::<_, sqlx::Error>((connection, server))
+        };
+        let connected = match tokio::time::timeout(self.connections.connect_timeout, connecting).await {
+            Ok(connected) => connected.map_err(|source| self.place.connecting(source))?,
+            Err(_) => return Err(self.place.silent(self.connections.connect_timeout)),
+        };
+        if connected.1.is_new_enough() {
+            return Ok(connected);
+        }
+        let (connection, server) = connected;
+        // The answer is given already; a goodbye that fails changes nothing.
+        let _ = connection.close().await;
+        Err(self.place.too_old(&server.version))
+    }
+
+    /// A pool of such connections, made when they are needed.
+    pub(crate) fn pool(&self, server: &Server) -> MySqlPool {
+        let setup = self.setup(server);
+        MySqlPoolOptions::new()
+            .max_connections(self.connections.max)
+            .acquire_timeout(self.acquire_timeout())
+            .idle_timeout(IDLE)
+            // A connection that has died is found out by its first statement, after which the operation is tried on another.
+            .test_before_acquire(false)
+            .after_connect(move |connection, _| {
+                let setup = setup.clone();
+                Box::pin(async move { sqlx::raw_sql(AssertSqlSafe(setup)).execute(connection).await.map(drop) })
+            })
+            .connect_lazy_with(self.options.clone())
+    }
+
+    /// How long to wait for a connection: the pool's own retries of a refused connection included.
+    fn acquire_timeout(&self) -> Duration {
+        self.connections.connect_timeout.max(Duration::from_secs(1))
+    }
+
+    async fn set_up(&self, connection: &mut MySqlConnection, server: &Server) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(self.setup(server))).execute(connection).await.map(drop)
+    }
+
+    /// What every session is set to, in one go.
+    fn setup(&self, server: &Server) -> String {
+        let timeout = self.connections.statement_timeout;
+        // MySQL only stops statements that read; what writes there is held to the time by its caller.
+        let limit = if server.mariadb {
+            format!("max_statement_time = {}", timeout.as_secs_f64())
+        } else {
+            format!("max_execution_time = {}", timeout.as_millis().min(u128::from(u32::MAX)))
+        };
+        format!(
+            "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
+            SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', autocommit = 1, \
+            innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}, {limit}"
+        )
+    }
+}
+
+/// The driver's options.
+fn options(url: &str, connections: &Connections) -> Result<MySqlConnectOptions> {
+    let problem = |problem: String| Error::Config { setting: "url", problem };
+    let (scheme, rest) =
+        url.split_once("://").ok_or_else(|| problem("write mysql://USER:PASSWORD@HOST:PORT/DATABASE".to_owned()))?;
+    // The driver's own words may tell the password. Ruby's programs write ssl_mode.
+    let plain = format!("mysql://{}", rest.replace("ssl_mode=", "ssl-mode=").replace("ssl_ca=", "ssl-ca="));
+    let parsed: Result<MySqlConnectOptions, sqlx::Error> = plain.parse();
+    let mut options = parsed.map_err(|_| {
+        problem(format!(
+            "the part behind {scheme}:// cannot be read; write USER:PASSWORD@HOST:PORT/DATABASE, special characters as %40"
+        ))
+    })?;
+    if options.get_database().is_none_or(str::is_empty) {
+        return Err(problem(format!("names no database; write {scheme}://USER:PASSWORD@HOST:PORT/DATABASE")));
+    }
+    if let Some(tls) = connections.tls {
+        options = options.ssl_mode(match tls {
+            Tls::Disabled => MySqlSslMode::Disabled,
+            Tls::Preferred => MySqlSslMode::Preferred,
+            Tls::Required => MySqlSslMode::Required,
+            Tls::VerifyAuthority => MySqlSslMode::VerifyCa,
+            Tls::VerifyIdentity => MySqlSslMode::VerifyIdentity,
+        });
+    }
+    if let Some(authority) = &connections.certificate_authority {
+        options = options.ssl_ca(authority);
+    }
+    // The session is set up in one statement of ours instead.
+    Ok(options
+        .statement_cache_capacity(STATEMENTS_KEPT)
+        .pipes_as_concat(false)
+        .no_engine_substitution(false)
+        .timezone(None::<String>)
+        .set_names(false)
+        .disable_statement_logging())
+}
+
+/// A column of bytes that are text in UTF-8; what somebody else wrote there otherwise is shown as far as it can be.
+pub(crate) fn text(row: &sqlx::mysql::MySqlRow, place: usize) -> Result<String, sqlx::Error> {
+    let bytes: Vec<u8> = row.try_get(place)?;
+    Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(url: &str) -> Config {
+        Config::new(url)
+    }
+
+    #[test]
+    fn versions_are_told_apart() {
+        let old = ["5.7.44-log", "10.5.23-MariaDB", "5.5.5-10.3.39-MariaDB"];
+        let new = ["8.0.36", "8.4.0", "9.1.0", "10.6.0-MariaDB", "5.5.5-10.11.6-MariaDB-0+deb12u1", "11.4.2-MariaDB"];
+        for version in old {
+            assert!(!Server::of(version).is_new_enough(), "{version}");
+        }
+        for version in new {
+            assert!(Server::of(version).is_new_enough(), "{version}");
+        }
+        assert!(Server::of(new[4]).mariadb && !Server::of(new[0]).mariadb);
+    }
+
+    #[test]
+    fn the_three_schemes_and_rubys_options_are_read() {
+        for url in [
+            "mysql://u:p%40ss@db:3307/q",
+            "mysql2://u:p%40ss@db:3307/q?encoding=utf8mb4",
+            "mariadb://u:p%40ss@db:3307/q?ssl_mode=required",
+        ] {
+            let access = Access::new(&config(url)).unwrap();
+            assert_eq!((access.options.get_host(), access.options.get_port()), ("db", 3307));
+            assert_eq!((access.options.get_username(), access.options.get_database()), ("u", Some("q")));
+        }
+        let required = Access::new(&config("mysql2://u@db/q?ssl_mode=required")).unwrap();
+        assert!(matches!(required.options.get_ssl_mode(), MySqlSslMode::Required));
+    }
+
+    #[test]
+    fn a_url_that_cannot_be_used_is_refused_without_its_password() {
+        let cases = [
+            ("mysql:q", "url: write mysql://USER:PASSWORD@HOST:PORT/DATABASE"),
+            ("mysql://u:secret@db", "url: names no database; write mysql://USER:PASSWORD@HOST:PORT/DATABASE"),
+            ("mysql2://u:secret@db:x/q", "url: the part behind mysql2:// cannot be read"),
+        ];
+        for (url, expected) in cases {
+            let told = Access::new(&config(url)).unwrap_err().to_string();
+            assert!(told.starts_with(expected) && !told.contains("secret"), "{told}");
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! Hosts, and what is taken back from them.
+//!
+//! Authority: leases. A server cannot see whether a host lives, so a host is dead when its leases have run out. One that has left says so,
+//! and what it still held comes back at once. One that was not seen for long and holds nothing is struck off; it has to register again.
+//!
+//! Running tasks are found through the claims that took them, a row for each claim, looked at when the first of its leases can have ended.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sqlx::Row as _;
+use sqlx::mysql::MySqlRow;
+
+use super::accounts::{FOLDED_MAX, fold, fold_tally, tally_is_long};
+use super::claim::Broken;
+use super::connect::text;
+use super::failure::{self, Failure};
+use super::rows::{ids, json};
+use super::session::{Session, moment, now};
+use super::settle::Group;
+use super::{MySql, locked};
+use crate::outcome::ms;
+use crate::{
+    Attempt, Event, FailureKind, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed,
+    Result, Settlement, TaskId, Timestamp, Verdict,
+};
+
+/// Tasks taken back in one transaction.
+const RECLAIMED_MAX: usize = 1_000;
+/// Claims looked at in one transaction.
+const CLAIMS_MAX: i64 = 100;
+/// Hosts that are gone and still kept, for tracing lost attempts.
+const GONE_HOSTS_KEPT: i64 = 1_000;
+/// A host that was not seen for so long, and has nothing, is struck off.
+const UNSEEN: Duration = Duration::from_secs(3_600);
+/// Between two notes that a host is here.
+const SEEN_EVERY: Duration = Duration::from_secs(30);
+/// Rounds of folding users' changes in one call.
+const FOLDS_MAX: usize = 20;
+
+impl MySql {
+    pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
+        const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at) VALUES (?, ?, ?, ?)";
+        let HostDescription { name, process_id } = description.clone();
+        let host = self
+            .run("registering a host", move |session| {
+                let name = name.clone();
+                Box::pin(async move {
+                    let now = session.now;
+                    let query = sqlx::query(ENTER).bind(name).bind(process_id).bind(now).bind(now);
+                    let entered = query.execute(session.db()).await?.last_insert_id();
+                    Ok(HostId(i64::try_from(entered).unwrap_or(i64::MAX)))
+                })
+            })
+            .await?;
+        locked(&self.hosts).insert(host, Instant::now());
+        Ok(host)
+    }
+
+    /// A host that still has tasks keeps its row until they are taken back.
+    pub(super) async fn leave(&self, hosts: Vec<HostId>) -> Result<()> {
+        const LEAVE: &str = concat!(
+            "UPDATE ",
+            ids!(),
+            " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.left_at = ? WHERE h.left_at = 0 AND h.ended_at = 0"
+        );
+        if hosts.is_empty() {
+            return Ok(());
+        }
+        for host in &hosts {
+            locked(&self.hosts).remove(host);
+        }
+        self.run("striking off a host", move |session| {
+            let hosts = json(hosts.iter().map(|host| host.0));
+            Box::pin(async move {
+                let now = session.now;
+                sqlx::query(LEAVE).bind(hosts.clone()).bind(now).execute(session.db()).await?;
+                let found: Vec<(i64, i64, String)> = sqlx::query_as(CLAIMS_OF).bind(hosts).fetch_all(session.db()).await?;
+                let claims = found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false }).collect();
+                // Lets go of claims whose tasks have all ended; what runs is left to who takes it back.
+                look_at(session, claims, false).await?;
+                strike_off(session).await.map(drop)
+            })
+        })
+        .await
+    }
+
+    pub(super) async fn known_hosts(&self) -> Result<Vec<HostRecord>> {
+        self.runner.read_together("reading hosts", |session| Box::pin(async move { Ok(hosts(session).await?) })).await
+    }
+
+    /// Take back what ended leases and hosts that have left hold, at most a batch, and strike hosts off that hold nothing any more.
+    pub(super) async fn take_back(&self, policy: &Policy) -> Result<Reclaimed> {
+        const LOOK: &str = concat!(
+            "SELECT EXISTS (SELECT 1 FROM laelaps_claim WHERE look_at <= ",
+            now!(),
+            "), EXISTS (SELECT 1 FROM laelaps_host WHERE ended_at = 0 AND (left_at <> 0 OR seen_at < ",
+            now!(),
+            " - ?)), EXISTS (SELECT 1 FROM laelaps_account_change WHERE id > ?)"
+        );
+        self.say_that_hosts_are_here().await?;
+        let doing = "looking for lost tasks";
+        let changes = locked(&self.marks).changes_start();
+        let look = self.read(doing, || sqlx::query(LOOK).bind(ms(UNSEEN)).bind(changes)).await?;
+        let seen = |place: usize| look.try_get::<bool, _>(place).map_err(|error| self.runner.place.worded(error, doing));
+        let (claims_due, hosts_gone, changed) = (seen(0)?, seen(1)?, seen(2)?);
+        if changed {
+            self.fold_changes().await?;
+        }
+        self.fold_counts().await?;
+        if !claims_due && !hosts_gone {
+            return Ok(Reclaimed::default());
+        }
+        let policy = Arc::new(policy.clone());
+        self.run("taking back lost tasks", move |session| {
+            let policy = Arc::clone(&policy);
+            Box::pin(async move { take_back(session, &policy).await })
+        })
+        .await
+    }
+
+    /// Note that the hosts of this process are here, now and then.
+    async fn say_that_hosts_are_here(&self) -> Result<()> {
+        const SEEN: &str = concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.seen_at = ?");
+        let due: Vec<HostId> = {
+            let hosts = locked(&self.hosts);
+            hosts.iter().filter(|(_, seen)| seen.elapsed() >= SEEN_EVERY).map(|(host, _)| *host).collect()
+        };
+        if due.is_empty() {
+            return Ok(());
+        }
+        let ids = json(due.iter().map(|host| host.0));
+        self.run("noting that a host is here", move |session| {
+            let ids = ids.clone();
+            Box::pin(async move {
+                let now = session.now;
+                sqlx::query(SEEN).bind(ids).bind(now).execute(session.db()).await?;
+                Ok(())
+            })
+        })
+        .await?;
+        let mut hosts = locked(&self.hosts);
+        for host in due {
+            hosts.entry(host).and_modify(|seen| *seen = Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Fold users' changes in, for when nobody chooses between users.
+    async fn fold_changes(&self) -> Result<()> {
+        const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
+        for _ in 0..FOLDS_MAX {
+            let start = locked(&self.marks).changes_start();
+            let (took, last) = self
+                .run("folding users' changes", move |session| {
+                    Box::pin(async move {
+                        let pick: i64 = sqlx::query_scalar(HOLD).fetch_one(session.db()).await?;
+                        let started = Instant::now();
+                        let last = fold(session, pick, start, FOLDED_MAX).await?;
+                        Ok((started.elapsed(), last))
+                    })
+                })
+                .await?;
+            locked(&self.marks).changes_looked(start, took, last);
+            if last.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn fold_counts(&self) -> Result<()> {
+        let start = locked(&self.tally).start();
+        let doing = "folding counts";
+        let long = tally_is_long(&self.runner.pool, start).await;
+        if !long.map_err(|error| self.runner.place.worded(error, doing))? {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let last = self.run(doing, move |session| Box::pin(async move { fold_tally(session, start).await })).await?;
+        locked(&self.tally).looked(start, started.elapsed(), Some(last));
+        Ok(())
+    }
+
+    /// Note which plugin versions a host serves from now on; those it served before stay noted.
+    pub(super) async fn note_versions(&self, host: HostId, digests: &[String]) -> Result<()> {
+        const HERE: &str = "SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0";
+        const NOTE: &str =
+            concat!("INSERT IGNORE INTO laelaps_host_plugin (host, plugin, noted_at) SELECT ?, s.id, ? FROM ", ids!());
+        let plugins = self.plugin_ids(digests.iter().map(String::as_str).collect::<BTreeSet<_>>()).await?;
+        let plugins = json(plugins.into_values());
+        self.run("noting plugin versions", move |session| {
+            let plugins = plugins.clone();
+            Box::pin(async move {
+                let here: i64 = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()).await?;
+                if here == 0 {
+                    return Err(failure::unknown_host(host));
+                }
+                let now = session.now;
+                sqlx::query(NOTE).bind(host.0).bind(now).bind(plugins).execute(session.db()).await?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Fail claimed tasks that nobody can read, so that they stop nobody.
+    pub(super) async fn set_broken_aside(&self, host: HostId, broken: Vec<Broken>) -> Result<()> {
+        let policy = Policy::default();
+        let mut settlements = Vec::with_capacity(broken.len());
+        for Broken { task, problem } in broken {
+            tracing::error!(task = task.key, host = host.0, problem, "the data of a task is damaged; it is set aside as failed");
+            let event = Event::Failure {
+                kind: FailureKind::Reject,
+                code: "damaged-data".to_owned(),
+                message: format!("the stored data cannot be used: {problem}"),
+            };
+            settlements.push(Settlement::of(task.lease_ref, event, Attempt::of(&task), &policy, 0.0, None, Vec::new()));
+        }
+        self.settle_group(&settlements).await.map(drop)
+    }
+}
+
+async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error> {
+    const HOSTS: &str = "SELECT h.id, h.name, h.process_id, h.started_at,
+            (SELECT COUNT(*) FROM laelaps_claim AS c STRAIGHT_JOIN JSON_TABLE(c.tasks, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
+                STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
+                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1024 = c.id)
+        FROM laelaps_host AS h WHERE h.ended_at = 0 ORDER BY h.id";
+    let record = |row: &MySqlRow| {
+        Ok(HostRecord {
+            id: HostId(row.try_get(0)?),
+            name: row.try_get(1)?,
+            process_id: row.try_get(2)?,
+            started_at: Timestamp(row.try_get(3)?),
+            running: row.try_get::<i64, _>(4)?.unsigned_abs(),
+            alive: None,
+        })
+    };
+    sqlx::query(HOSTS).fetch_all(session.db()).await?.iter().map(record).collect()
+}
+
+/// A claim that is looked at.
+struct ClaimRow {
+    id: i64,
+    host: i64,
+    tasks: String,
+    /// Its host has left.
+    left: bool,
+}
+
+/// A task that its host has lost.
+struct Stray {
+    lease_ref: LeaseRef,
+    key: String,
+    host: HostId,
+    attempt: Attempt,
+}
+
+/// The claims of some hosts.
+const CLAIMS_OF: &str =
+    concat!("SELECT c.id, c.host, c.tasks FROM ", ids!(), " STRAIGHT_JOIN laelaps_claim AS c ON c.host = s.id FOR UPDATE");
+
+async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<Reclaimed, Failure> {
+    const DUE: &str =
+        "SELECT id, host, tasks FROM laelaps_claim WHERE look_at <= ? ORDER BY look_at LIMIT ? FOR UPDATE SKIP LOCKED";
+    const LEFT: &str = "SELECT id FROM laelaps_host WHERE ended_at = 0 AND left_at <> 0";
+    let now = session.now;
+    let left: Vec<i64> = sqlx::query_scalar(LEFT).fetch_all(session.db()).await?;
+    let mut claims: Vec<ClaimRow> = Vec::new();
+    if !left.is_empty() {
+        let found: Vec<(i64, i64, String)> = sqlx::query_as(CLAIMS_OF).bind(json(&left)).fetch_all(session.db()).await?;
+        claims.extend(found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: true }));
+    }
+    let due: Vec<(i64, i64, String)> = sqlx::query_as(DUE).bind(now).bind(CLAIMS_MAX).fetch_all(session.db()).await?;
+    let due = due.into_iter().filter(|(_, host, _)| !left.contains(host));
+    claims.extend(due.map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false }));
+    let strays = look_at(session, claims, true).await?;
+    // Nothing waits after a loss, so no random number is needed.
+    let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
+    let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
+    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict, Verdict::Fail { .. })).collect();
+    let answers = if settlements.is_empty() {
+        Vec::new()
+    } else {
+        Group::new(&settlements, HashMap::new(), true)?.write(session, &Default::default()).await?
+    };
+    let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
+    let tasks =
+        lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed }).collect();
+    let dead_hosts = strike_off(session).await?;
+    Ok(Reclaimed { tasks, dead_hosts })
+}
+
+/// Find what is lost among the tasks of claims, and hold it; let go of claims of which nothing runs, and set the next look at the others.
+/// At most [`RECLAIMED_MAX`] and one claim more; the claims after that are left as they are. If `taking` is false, nothing counts as lost.
+async fn look_at(session: &mut Session<'_>, claims: Vec<ClaimRow>, taking: bool) -> Result<Vec<Stray>, Failure> {
+    const RUNNING: &str = concat!(
+        "SELECT t.id, t.lease, t.`key`, t.host, t.attempts, t.max_attempts, t.releases, t.lost, t.lost_alone, t.alone, t.until, ",
+        moment!(),
+        " FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id WHERE t.state = 'running' FOR UPDATE"
+    );
+    const OUT: &str = concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_claim AS r ON r.id = s.id");
+    const NEXT: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$[0]', look_at BIGINT PATH '$[1]',
+            tasks VARCHAR(30000) CHARACTER SET ascii PATH '$[2]')) AS s
+        STRAIGHT_JOIN laelaps_claim AS c ON c.id = s.id SET c.look_at = s.look_at, c.tasks = s.tasks";
+    let mut tasks: Vec<i64> = Vec::new();
+    let mut looked: HashMap<i64, bool> = HashMap::with_capacity(claims.len());
+    for claim in claims {
+        if tasks.len() >= RECLAIMED_MAX {
+            break;
+        }
+        let of_claim: Vec<i64> = serde_json::from_str(&claim.tasks).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        tasks.extend(of_claim);
+        tracing::trace!(claim = claim.id, host = claim.host, "looking at a claim");
+        looked.insert(claim.id, claim.left);
+    }
+    if looked.is_empty() {
+        return Ok(Vec::new());
+    }
+    tasks.sort_unstable();
+    tasks.dedup();
+    let mut strays = Vec::new();
+    let mut alive: HashMap<i64, (i64, Vec<i64>)> = HashMap::new();
+    for row in sqlx::query(RUNNING).bind(json(tasks)).fetch_all(session.db()).await? {
+        let lease: i64 = row.try_get(1)?;
+        // A task may run again, under a later claim.
+        let claim = lease / 1_024;
+        let Some(left) = looked.get(&claim) else { continue };
+        let (until, now): (i64, i64) = (row.try_get(10)?, row.try_get(11)?);
+        if taking && (*left || until <= now) {
+            strays.push(stray(&row)?);
+        } else {
+            let (next, tasks) = alive.entry(claim).or_insert((until, Vec::new()));
+            *next = until.min(*next);
+            tasks.push(row.try_get(0)?);
+        }
+    }
+    let over = json(looked.keys().filter(|claim| !alive.contains_key(claim)));
+    sqlx::query(OUT).bind(over).execute(session.db()).await?;
+    if !alive.is_empty() {
+        let next = json(alive.into_iter().map(|(claim, (look_at, tasks))| (claim, look_at, json(tasks))));
+        sqlx::query(NEXT).bind(next).execute(session.db()).await?;
+    }
+    Ok(strays)
+}
+
+fn stray(row: &MySqlRow) -> Result<Stray, sqlx::Error> {
+    Ok(Stray {
+        lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
+        key: text(row, 2)?,
+        host: HostId(row.try_get(3)?),
+        attempt: Attempt {
+            attempt: row.try_get::<u32, _>(4)?.saturating_add(1),
+            max_attempts: row.try_get(5)?,
+            releases: row.try_get(6)?,
+            lost: row.try_get(7)?,
+            lost_alone: row.try_get(8)?,
+            alone: row.try_get(9)?,
+        },
+    })
+}
+
+/// Strike off those that have left or were not seen for long, if they hold no task. Hosts gone long ago are forgotten.
+async fn strike_off(session: &mut Session<'_>) -> Result<Vec<HostRecord>, Failure> {
+    const GONE: &str = "SELECT h.id, h.name, h.process_id, h.started_at FROM laelaps_host AS h
+        WHERE h.ended_at = 0 AND (h.left_at <> 0 OR h.seen_at < ?) AND NOT EXISTS (SELECT 1 FROM laelaps_claim AS c WHERE c.host = h.id)
+        FOR UPDATE";
+    const OFF: &str = concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.ended_at = ?");
+    const FORGET: &str = "DELETE FROM laelaps_host WHERE ended_at <> 0 AND id <= ?";
+    const FORGET_PLUGINS: &str = "DELETE FROM laelaps_host_plugin WHERE host <= ? AND host NOT IN (SELECT id FROM laelaps_host)";
+    let now = session.now;
+    let gone = sqlx::query(GONE).bind(now - ms(UNSEEN)).fetch_all(session.db()).await?;
+    let record = |row: &MySqlRow| {
+        Ok(HostRecord {
+            id: HostId(row.try_get(0)?),
+            name: row.try_get(1)?,
+            process_id: row.try_get(2)?,
+            started_at: Timestamp(row.try_get(3)?),
+            running: 0,
+            alive: None,
+        })
+    };
+    let gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
+    let Some(last) = gone.iter().map(|host| host.id.0).max() else { return Ok(gone) };
+    sqlx::query(OFF).bind(json(gone.iter().map(|host| host.id.0))).bind(now).execute(session.db()).await?;
+    let forgotten = last - GONE_HOSTS_KEPT;
+    if sqlx::query(FORGET).bind(forgotten).execute(session.db()).await?.rows_affected() > 0 {
+        sqlx::query(FORGET_PLUGINS).bind(forgotten).execute(session.db()).await?;
+    }
+    Ok(gone)
+}

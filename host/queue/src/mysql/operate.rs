@@ -1,0 +1,275 @@
+//! What operators and producers do to tasks by hand, and the removal of what is over.
+
+use std::time::Duration;
+
+use sqlx::Row as _;
+
+use super::MySql;
+use super::accounts::{Changes, Waiting};
+use super::connect::text;
+use super::failure::{self, Failure};
+use super::rows::{count, ids, json};
+use super::session::{Session, now};
+use super::settle::{record_attempts, retain, set_aside};
+use crate::outcome::ms;
+use crate::{Error, Result, State};
+
+/// How a task is ended by hand.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ByHand {
+    Finish,
+    Cancel,
+}
+
+impl ByHand {
+    fn state(self) -> State {
+        match self {
+            Self::Finish => State::Finished,
+            Self::Cancel => State::Cancelled,
+        }
+    }
+
+    fn event(self) -> &'static str {
+        match self {
+            Self::Finish => "force-finish",
+            Self::Cancel => "cancel",
+        }
+    }
+
+    fn doing(self) -> &'static str {
+        match self {
+            Self::Finish => "finishing a task by force",
+            Self::Cancel => "cancelling a task",
+        }
+    }
+}
+
+/// A task as an operation by hand needs it.
+struct Found {
+    task: i64,
+    key: String,
+    task_type: String,
+    state: State,
+    user: String,
+    max_running: Option<u32>,
+    run_at: i64,
+    lease: i64,
+    host: i64,
+    attempts: u32,
+    alone: bool,
+    event: String,
+}
+
+/// Find a task, and hold its row.
+async fn find(session: &mut Session<'_>, key: &str) -> Result<Found, Failure> {
+    const FIND: &str = "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
+        CAST(event AS CHAR) FROM laelaps_task WHERE `key` = ? FOR UPDATE";
+    let Some(row) = sqlx::query(FIND).bind(key.as_bytes().to_vec()).fetch_optional(session.db()).await? else {
+        return Err(Failure::from(Error::NotFound(key.to_owned())));
+    };
+    Ok(Found {
+        task: row.try_get(0)?,
+        key: text(&row, 1)?,
+        task_type: text(&row, 2)?,
+        state: failure::state(&text(&row, 3)?)?,
+        user: text(&row, 4)?,
+        max_running: row.try_get(5)?,
+        run_at: row.try_get(6)?,
+        lease: row.try_get(7)?,
+        host: row.try_get(8)?,
+        attempts: row.try_get(9)?,
+        alone: row.try_get(10)?,
+        event: text(&row, 11)?,
+    })
+}
+
+/// Take a waiting task from where it waits.
+async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
+    const OF_USER: &str = "DELETE FROM laelaps_ready_of_user WHERE user = ? AND run_at = ? AND task = ?";
+    const PLACES: [&str; 3] = [
+        "DELETE FROM laelaps_ready WHERE run_at = ? AND task = ?",
+        "DELETE FROM laelaps_scheduled WHERE run_at = ? AND task = ?",
+        "DELETE FROM laelaps_suspect WHERE run_at = ? AND task = ?",
+    ];
+    if !found.user.is_empty() {
+        let query = sqlx::query(OF_USER).bind(found.user.as_bytes().to_vec()).bind(found.run_at).bind(found.task);
+        if query.execute(session.db()).await?.rows_affected() == 1 {
+            changes.unready(&found.user);
+            return Ok(());
+        }
+    }
+    for sql in PLACES {
+        let query = sqlx::query(sql).bind(found.run_at).bind(found.task);
+        if query.execute(session.db()).await?.rows_affected() == 1 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// End a waiting or running task. A running attempt loses its lease.
+async fn end(session: &mut Session<'_>, key: &str, by: ByHand, retention: Duration) -> Result<(), Failure> {
+    const END: &str = "UPDATE laelaps_task SET state = ?, until = 0, event = ?, finished_at = ?, retained_until = ? WHERE id = ?";
+    let found = find(session, key).await?;
+    let mut changes = Changes::default();
+    match found.state {
+        State::Waiting => unqueue(session, &found, &mut changes).await?,
+        State::Running => {
+            changes.stopped(&found.user);
+            let record = (found.task, found.lease, found.attempts.saturating_add(1), found.host, 0, by.event(), None, None);
+            record_attempts(session, &[record]).await?;
+        }
+        // An earlier try was committed after all.
+        state if session.repeated && state == by.state() && found.event == by.event() => return Ok(()),
+        state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
+    }
+    let now = session.now;
+    let until = now.saturating_add(ms(retention));
+    let query = sqlx::query(END).bind(by.state().as_str()).bind(by.event()).bind(now).bind(until).bind(found.task);
+    query.execute(session.db()).await?;
+    changes.ended(&found.task_type, by.state());
+    if by.state() == State::Cancelled {
+        set_aside(session, &[found.task], State::Cancelled).await?;
+    }
+    retain(session, vec![(until, found.task)]).await?;
+    changes.write(session).await
+}
+
+/// Make a waiting task due now, or give a failed or cancelled one a new life.
+async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
+    const DUE: &str = "UPDATE laelaps_task SET run_at = ? WHERE id = ?";
+    const REVIVE: &str =
+        "UPDATE laelaps_task SET state = 'waiting', run_at = ?, attempts = 0, releases = 0, lost = 0, lost_alone = 0,
+        alone = 0, finished_at = 0, retained_until = 0 WHERE id = ?";
+    const FORGET: [&str; 2] = ["DELETE FROM laelaps_failure WHERE task = ?", "DELETE FROM laelaps_set_aside WHERE task = ?"];
+    let found = find(session, key).await?;
+    let mut changes = Changes::default();
+    let now = session.now;
+    // What is ready already keeps its place in the order.
+    let run_at = if found.state == State::Waiting { found.run_at.min(now) } else { now };
+    let alone = match found.state {
+        State::Waiting => {
+            unqueue(session, &found, &mut changes).await?;
+            sqlx::query(DUE).bind(run_at).bind(found.task).execute(session.db()).await?;
+            found.alone
+        }
+        State::Failed | State::Cancelled => {
+            sqlx::query(REVIVE).bind(run_at).bind(found.task).execute(session.db()).await?;
+            for sql in FORGET {
+                sqlx::query(sql).bind(found.task).execute(session.db()).await?;
+            }
+            changes.revived(&found.task_type, found.state);
+            false
+        }
+        State::Running => return Err(refused(found, "it has an attempt under way")),
+        State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
+    };
+    let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
+    changes.enqueue(session, &[waiting]).await?;
+    changes.write(session).await
+}
+
+fn refused(found: Found, problem: &'static str) -> Failure {
+    Failure::from(Error::WrongState { key: found.key, state: found.state, problem })
+}
+
+impl MySql {
+    pub(super) async fn end_by_hand(&self, key: &str, by: ByHand, retention: Duration) -> Result<()> {
+        let key = key.to_owned();
+        self.run(by.doing(), move |session| {
+            let key = key.clone();
+            Box::pin(async move { end(session, &key, by, retention).await })
+        })
+        .await
+    }
+
+    pub(super) async fn retry_by_hand(&self, key: &str) -> Result<()> {
+        let key = key.to_owned();
+        // A second time it is due or ready already, which stays as it is.
+        self.run("retrying a task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { retry(session, &key).await })
+        })
+        .await
+    }
+
+    /// Remove at most `limit` tasks whose retention has ended, oldest end first.
+    pub(super) async fn remove_old(&self, limit: u32) -> Result<u64> {
+        const LOOK: &str = concat!("SELECT EXISTS (SELECT 1 FROM laelaps_retention WHERE until <= ", now!(), ")");
+        let garbage = self.read("looking for ended retention", || sqlx::query(LOOK)).await?;
+        let garbage: bool = garbage.try_get(0).map_err(|error| self.runner.place.worded(error, "looking for ended retention"))?;
+        if !garbage {
+            return Ok(0);
+        }
+        // Of a try that was committed after all the number is not known; the next call answers for what is left.
+        self.run("removing old tasks", move |session| Box::pin(async move { clean_up(session, limit).await })).await
+    }
+}
+
+async fn clean_up(session: &mut Session<'_>, limit: u32) -> Result<u64, Failure> {
+    const OVER: &str = "SELECT id, tasks FROM laelaps_retention WHERE until <= ? ORDER BY until LIMIT ? FOR UPDATE SKIP LOCKED";
+    const CUT: &str = "UPDATE laelaps_retention SET tasks = ? WHERE id = ?";
+    const OUT: &str = concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_retention AS r ON r.id = s.id");
+    const ENDED: &str = concat!(
+        "SELECT t.id, CAST(t.state AS CHAR) FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
+        WHERE t.state IN ('finished', 'failed', 'cancelled') AND t.retained_until <= ? FOR UPDATE"
+    );
+    let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
+    let now = session.now;
+    let groups: Vec<(i64, String)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
+    let mut tasks: Vec<i64> = Vec::new();
+    let mut done = Vec::new();
+    for (id, group) in groups {
+        let mut group: Vec<i64> = serde_json::from_str(&group).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        let room = limit - tasks.len();
+        if group.len() <= room {
+            done.push(id);
+            tasks.append(&mut group);
+        } else if room > 0 {
+            let rest = group.split_off(room);
+            tasks.append(&mut group);
+            sqlx::query(CUT).bind(json(rest)).bind(id).execute(session.db()).await?;
+        }
+        if tasks.len() == limit {
+            break;
+        }
+    }
+    sqlx::query(OUT).bind(json(done)).execute(session.db()).await?;
+    tasks.sort_unstable();
+    let mut changes = Changes::default();
+    let mut removed: Vec<i64> = Vec::with_capacity(tasks.len());
+    for row in sqlx::query(ENDED).bind(json(tasks)).bind(now).fetch_all(session.db()).await? {
+        removed.push(row.try_get(0)?);
+        changes.removed(failure::state(&text(&row, 1)?)?, 1);
+    }
+    remove(session, &removed).await?;
+    changes.write(session).await?;
+    Ok(removed.len() as u64)
+}
+
+async fn remove(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure> {
+    macro_rules! remove_from {
+        ($table:literal, $column:literal) => {
+            concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN ", $table, " AS r ON r.", $column, " = s.id")
+        };
+    }
+    const REMOVE: [&str; 7] = [
+        remove_from!("laelaps_task", "id"),
+        remove_from!("laelaps_task_data", "task"),
+        remove_from!("laelaps_output", "task"),
+        remove_from!("laelaps_failure", "task"),
+        remove_from!("laelaps_progress", "task"),
+        remove_from!("laelaps_attempt", "task"),
+        remove_from!("laelaps_set_aside", "task"),
+    ];
+    if tasks.is_empty() {
+        return Ok(());
+    }
+    let tasks = json(tasks);
+    for sql in REMOVE {
+        sqlx::query(sql).bind(tasks.clone()).execute(session.db()).await?;
+    }
+    Ok(())
+}

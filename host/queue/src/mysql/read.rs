@@ -1,0 +1,316 @@
+//! What readers see: one task, lists, counts. None of it holds a row; what belongs together is read from one snapshot.
+
+use std::collections::HashMap;
+
+use sqlx::Row as _;
+use sqlx::mysql::MySqlRow;
+
+use super::MySql;
+use super::connect::text;
+use super::failure::{self, Failure};
+use super::rows::{Joined, ids, json};
+use super::session::Session;
+use crate::{AttemptRecord, Filter, HostId, Lease, Page, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
+
+/// The most tasks of a page.
+const PAGE_MAX: u32 = 10_000;
+/// The most data and output of a page, unless one task alone has more.
+const PAGE_BYTES_MAX: i64 = 64 << 20;
+
+macro_rules! task_columns {
+    () => {
+        "t.id, t.`key`, t.type, CAST(t.state AS CHAR), t.user, t.max_running, t.attempts, t.max_attempts, t.lost, t.created_at, t.run_at,
+        t.until, t.host, t.finished_at, t.retained_until, v.digest, f.code, f.message, p.done, p.total, p.note"
+    };
+}
+
+macro_rules! beside {
+    () => {
+        " LEFT JOIN laelaps_failure AS f ON f.task = t.id
+        LEFT JOIN laelaps_progress AS p ON p.task = t.id AND p.lease = t.lease AND t.state = 'running'
+        LEFT JOIN laelaps_plugin_version AS v ON v.id = t.plugin"
+    };
+}
+
+fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
+    let user = text(row, 4)?;
+    let state = failure::state(&text(row, 3)?)?;
+    let moment =
+        |place: usize| Ok::<_, sqlx::Error>(Some(row.try_get::<i64, _>(place)?).filter(|moment| *moment != 0).map(Timestamp));
+    let done: Option<i64> = row.try_get(18)?;
+    let total: Option<i64> = row.try_get(19)?;
+    let note: Option<String> = row.try_get(20)?;
+    let digest: Option<Vec<u8>> = row.try_get(15)?;
+    Ok(Task {
+        id: TaskId(row.try_get(0)?),
+        key: text(row, 1)?,
+        task_type: text(row, 2)?,
+        state,
+        user: Some(user).filter(|user| !user.is_empty()),
+        max_running: row.try_get(5)?,
+        attempts: row.try_get(6)?,
+        max_attempts: row.try_get(7)?,
+        lost: row.try_get(8)?,
+        created_at: Timestamp(row.try_get(9)?),
+        run_at: Timestamp(row.try_get(10)?),
+        until: moment(11)?,
+        host: Some(row.try_get::<i64, _>(12)?).filter(|_| state == State::Running).map(HostId),
+        progress: done.map(|done| Progress {
+            done: done.unsigned_abs(),
+            total: total.map(i64::unsigned_abs),
+            note: note.unwrap_or_default(),
+        }),
+        finished_at: moment(13)?,
+        retained_until: moment(14)?,
+        plugin_digest: digest.map(|digest| String::from_utf8_lossy(&digest).into_owned()),
+        error_code: row.try_get(16)?,
+        error_message: row.try_get(17)?,
+        data: None,
+        output: None,
+    })
+}
+
+/// Add data and output. Data that cannot be decompressed is shown as it is stored.
+async fn with_data(session: &mut Session<'_>, tasks: &mut [Task]) -> Result<(), Failure> {
+    const DATA: &str =
+        concat!("SELECT d.task, d.part, d.data FROM ", ids!(), " STRAIGHT_JOIN laelaps_task_data AS d ON d.task = s.id");
+    const OUTPUT: &str =
+        concat!("SELECT o.task, o.part, o.output FROM ", ids!(), " STRAIGHT_JOIN laelaps_output AS o ON o.task = s.id");
+    let ids = json(tasks.iter().map(|task| task.id));
+    let mut stored = joined(session, DATA, ids.clone()).await?;
+    let mut outputs = joined(session, OUTPUT, ids).await?;
+    for task in tasks {
+        let stored = stored.remove(&task.id).unwrap_or_default();
+        task.data = Some(data::decompress(stored.clone()).unwrap_or(stored));
+        task.output = outputs.remove(&task.id);
+    }
+    Ok(())
+}
+
+async fn joined(session: &mut Session<'_>, sql: &'static str, ids: String) -> Result<HashMap<TaskId, Vec<u8>>, Failure> {
+    let mut found: HashMap<TaskId, Joined> = HashMap::new();
+    for row in sqlx::query(sql).bind(ids).fetch_all(session.db()).await? {
+        found.entry(TaskId(row.try_get(0)?)).or_default().add(row.try_get(1)?, row.try_get(2)?);
+    }
+    Ok(found.into_iter().map(|(task, parts)| (task, parts.into_bytes())).collect())
+}
+
+macro_rules! list_of {
+    ($source:expr, $keys:expr) => {
+        concat!(
+            "SELECT DISTINCT t.id FROM ",
+            $source,
+            " WHERE t.id > ? AND (? IS NULL OR t.type = ?) AND (? IS NULL OR t.user = ?) AND (? IS NULL OR FIND_IN_SET(t.state, ?)) ",
+            $keys,
+            " ORDER BY t.id LIMIT ?"
+        )
+    };
+}
+
+/// All tasks by number: for all states, or for many finished ones.
+const SCAN: &str = list_of!("laelaps_task AS t", "");
+/// By the index of keys.
+const BY_KEY: &str = list_of!("laelaps_task AS t FORCE INDEX (by_key)", "AND t.`key` >= ? AND t.`key` < ?");
+/// Few among many finished ones: from the places where they stand.
+const FEW: &str = list_of!(
+    "(SELECT task AS id FROM laelaps_ready WHERE ? UNION ALL SELECT task FROM laelaps_ready_of_user WHERE ?
+        UNION ALL SELECT task FROM laelaps_scheduled WHERE ? UNION ALL SELECT task FROM laelaps_suspect WHERE ?
+        UNION ALL SELECT s.id FROM laelaps_claim AS c STRAIGHT_JOIN JSON_TABLE(c.tasks, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s WHERE ?
+        UNION ALL SELECT task FROM laelaps_set_aside WHERE FIND_IN_SET(state, ?)) AS few
+    STRAIGHT_JOIN laelaps_task AS t ON t.id = few.id",
+    ""
+);
+
+/// The numbers of one more task than the page takes.
+async fn matching(session: &mut Session<'_>, filter: &Filter, limit: u32) -> Result<Vec<i64>, Failure> {
+    let states =
+        (!filter.states.is_empty()).then(|| filter.states.iter().map(|state| state.as_str()).collect::<Vec<_>>().join(","));
+    let prefix = filter.key_prefix.as_deref().filter(|prefix| !prefix.is_empty());
+    let (task_type, user) = (filter.task_type.as_ref(), filter.user.as_ref());
+    let of = |state: State| filter.states.contains(&state);
+    let few = prefix.is_none() && states.is_some() && !of(State::Finished);
+    let mut query = sqlx::query(match prefix {
+        Some(_) => BY_KEY,
+        None if few => FEW,
+        None => SCAN,
+    });
+    if few {
+        let waiting = of(State::Waiting);
+        query = query.bind(waiting).bind(waiting).bind(waiting).bind(waiting).bind(of(State::Running)).bind(states.clone());
+    }
+    query = query.bind(filter.after.map_or(0, |after| after.0));
+    for name in [task_type, user] {
+        let name = name.map(|name| name.as_bytes().to_vec());
+        query = query.bind(name.clone()).bind(name);
+    }
+    query = query.bind(states.clone()).bind(states);
+    if let Some(prefix) = prefix {
+        query = query.bind(prefix.as_bytes().to_vec()).bind(successor(prefix));
+    }
+    let rows = query.bind(i64::from(limit) + 1).fetch_all(session.db()).await?;
+    Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
+}
+
+/// The least bytes that are greater than all that start with `prefix`: text never has the greatest byte.
+fn successor(prefix: &str) -> Vec<u8> {
+    let mut bytes = prefix.as_bytes().to_vec();
+    if let Some(last) = bytes.last_mut() {
+        *last = last.saturating_add(1);
+    }
+    bytes
+}
+
+async fn page(session: &mut Session<'_>, filter: &Filter) -> Result<Page, Failure> {
+    const TASKS: &str =
+        concat!("SELECT ", task_columns!(), " FROM ", ids!(), " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id", beside!());
+    const BYTES: &str = concat!(
+        "SELECT s.id, CAST(COALESCE((SELECT SUM(d.bytes) FROM laelaps_task_data AS d WHERE d.task = s.id), 0)
+            + COALESCE((SELECT SUM(LENGTH(o.output)) FROM laelaps_output AS o WHERE o.task = s.id), 0) AS SIGNED) FROM ",
+        ids!(),
+        " ORDER BY s.place"
+    );
+    let limit = filter.limit.clamp(1, PAGE_MAX);
+    let mut ids = matching(session, filter, limit).await?;
+    let mut more = ids.len() > limit as usize;
+    ids.truncate(limit as usize);
+    if filter.with_data {
+        let bytes: Vec<(i64, i64)> = sqlx::query_as(BYTES).bind(json(&ids)).fetch_all(session.db()).await?;
+        let mut sum = 0_i64;
+        let fitting = bytes.iter().take_while(|(_, bytes)| {
+            sum += bytes;
+            sum <= PAGE_BYTES_MAX
+        });
+        let fitting = fitting.count().max(1);
+        more |= fitting < ids.len();
+        ids.truncate(fitting);
+    }
+    let rows = sqlx::query(TASKS).bind(json(&ids)).fetch_all(session.db()).await?;
+    let mut tasks: Vec<Task> = rows.iter().map(task).collect::<Result<_, _>>()?;
+    tasks.sort_unstable_by_key(|task| task.id);
+    if filter.with_data {
+        with_data(session, &mut tasks).await?;
+    }
+    let next = tasks.last().map(|task| task.id).filter(|_| more);
+    Ok(Page { tasks, next })
+}
+
+async fn attempts(session: &mut Session<'_>, key: Vec<u8>) -> Result<Vec<AttemptRecord>, Failure> {
+    const ATTEMPTS: &str =
+        "SELECT past.attempt, past.lease, h.name, h.process_id, v.digest, past.ended_at, past.event, past.code,
+            past.message, past.host
+        FROM (SELECT a.attempt, a.lease, a.host, a.plugin, a.ended_at, a.event, a.code, a.message
+            FROM laelaps_task AS t STRAIGHT_JOIN laelaps_attempt AS a ON a.task = t.id WHERE t.`key` = ?
+            UNION ALL
+            SELECT attempts, lease, host, plugin, finished_at, CAST(event AS CHAR), NULL, NULL FROM laelaps_task
+            WHERE `key` = ? AND event = 'finish') AS past
+        LEFT JOIN laelaps_host AS h ON h.id = past.host LEFT JOIN laelaps_plugin_version AS v ON v.id = past.plugin
+        ORDER BY past.lease";
+    let rows = sqlx::query(ATTEMPTS).bind(key.clone()).bind(key).fetch_all(session.db()).await?;
+    let record = |row: &MySqlRow| {
+        let name: Option<String> = row.try_get(2)?;
+        let process_id: Option<u32> = row.try_get(3)?;
+        let host = match (name, process_id, row.try_get::<i64, _>(9)?) {
+            (Some(name), Some(process_id), _) => format!("{name}, process {process_id}"),
+            (_, _, 0) => "unknown".to_owned(),
+            (_, _, id) => format!("host {id}, no longer known"),
+        };
+        let digest: Option<Vec<u8>> = row.try_get(4)?;
+        Ok(AttemptRecord {
+            attempt: row.try_get(0)?,
+            lease: Lease(row.try_get(1)?),
+            host,
+            plugin_digest: digest.map(|digest| String::from_utf8_lossy(&digest).into_owned()),
+            ended_at: Timestamp(row.try_get(5)?),
+            event: text(row, 6)?,
+            error_code: row.try_get(7)?,
+            error_message: row.try_get(8)?,
+        })
+    };
+    let mut records: Vec<AttemptRecord> = rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
+    let surplus = records.len().saturating_sub(AttemptRecord::KEPT);
+    records.drain(..surplus);
+    Ok(records)
+}
+
+async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
+    const TALLY: &str = "SELECT CAST(what AS CHAR), name, CAST(SUM(tasks) AS SIGNED) FROM laelaps_tally GROUP BY what, name";
+    const SCHEDULED: &str = "SELECT COUNT(*) FROM laelaps_scheduled WHERE run_at > ?";
+    const HEADS: &str = "SELECT (SELECT MIN(run_at) FROM laelaps_ready), (SELECT MIN(run_at) FROM laelaps_ready_of_user),
+        (SELECT MIN(run_at) FROM laelaps_suspect), (SELECT MIN(run_at) FROM laelaps_scheduled)";
+    let now = session.now;
+    let (mut running, mut ended, mut types) = (0, HashMap::new(), Vec::new());
+    for row in sqlx::query(TALLY).fetch_all(session.db()).await? {
+        let (name, tasks) = (text(&row, 1)?, u64::try_from(row.try_get::<i64, _>(2)?).unwrap_or(0));
+        match text(&row, 0)?.as_str() {
+            "running" => running = tasks,
+            "ended" => drop(ended.insert(name, tasks)),
+            _ if tasks > 0 => types.push((name, tasks)),
+            _ => {}
+        }
+    }
+    types.sort_unstable_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
+    let scheduled: i64 = sqlx::query_scalar(SCHEDULED).bind(now).fetch_one(session.db()).await?;
+    let scheduled = scheduled.unsigned_abs();
+    let heads = sqlx::query(HEADS).fetch_one(session.db()).await?;
+    let heads = (0..4).map(|place| heads.try_get::<Option<i64>, _>(place)).collect::<Result<Vec<_>, _>>()?;
+    // What has become due and was not moved over yet may be claimed just the same.
+    let oldest = heads.into_iter().flatten().min().map(Timestamp).filter(|moment| *moment <= Timestamp(now));
+    // Every task that waits or runs is of a type.
+    let open: u64 = types.iter().map(|(_, tasks)| tasks).sum();
+    types.truncate(100);
+    let of = |state: State| ended.get(state.as_str()).copied().unwrap_or(0);
+    Ok(Stats {
+        ready: open.saturating_sub(running + scheduled),
+        scheduled,
+        running,
+        finished: of(State::Finished),
+        failed: of(State::Failed),
+        cancelled: of(State::Cancelled),
+        oldest_ready_ms: oldest.map(|moment| u64::try_from(Timestamp(now).since(moment).as_millis()).unwrap_or(u64::MAX)),
+        types,
+    })
+}
+
+impl MySql {
+    pub(super) async fn task_of(&self, key: &str) -> Result<Option<Task>> {
+        const GET: &str = concat!("SELECT ", task_columns!(), " FROM laelaps_task AS t", beside!(), " WHERE t.`key` = ?");
+        let key = key.as_bytes().to_vec();
+        self.runner
+            .read_together("reading a task", move |session| {
+                let key = key.clone();
+                Box::pin(async move {
+                    let row = sqlx::query(GET).bind(key).fetch_optional(session.db()).await?;
+                    let mut found: Vec<Task> = row.iter().map(task).collect::<Result<_, _>>()?;
+                    if !found.is_empty() {
+                        with_data(session, &mut found).await?;
+                    }
+                    Ok(found.pop())
+                })
+            })
+            .await
+    }
+
+    pub(super) async fn attempts_of(&self, key: &str) -> Result<Vec<AttemptRecord>> {
+        let key = key.as_bytes().to_vec();
+        self.runner
+            .read_together("reading attempts", move |session| {
+                let key = key.clone();
+                Box::pin(async move { attempts(session, key).await })
+            })
+            .await
+    }
+
+    pub(super) async fn page_of(&self, filter: &Filter) -> Result<Page> {
+        let filter = std::sync::Arc::new(filter.clone());
+        self.runner
+            .read_together("listing tasks", move |session| {
+                let filter = std::sync::Arc::clone(&filter);
+                Box::pin(async move { page(session, &filter).await })
+            })
+            .await
+    }
+
+    pub(super) async fn count_all(&self) -> Result<Stats> {
+        self.runner.read_together("counting tasks", |session| Box::pin(async move { stats(session).await })).await
+    }
+}

@@ -1,0 +1,110 @@
+//! Sets as one parameter: JSON that the server unfolds with JSON_TABLE, and bytes in parts beside it.
+
+/// A set as one parameter: a JSON array.
+pub(super) fn json<T: serde::Serialize>(items: impl IntoIterator<Item = T>) -> String {
+    let items: Vec<T> = items.into_iter().collect();
+    serde_json::to_string(&items).unwrap_or_else(|error| unreachable!("numbers and texts are JSON: {error}"))
+}
+
+/// A number of tasks as the database counts.
+pub(super) fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// The most bytes of one part. A statement carries two of them at most, which a server takes by default (max_allowed_packet).
+pub(super) const PART_BYTES: usize = 4 << 20;
+/// The most bytes of one statement, unless one part alone has more.
+const STATEMENT_BYTES: usize = 8 << 20;
+/// The most rows of one statement.
+const STATEMENT_ROWS: usize = 1_000;
+
+/// Bytes to be stored in parts, as many statements as they need.
+#[derive(Default)]
+pub(super) struct Parts {
+    statements: Vec<Statement>,
+}
+
+/// Task, part, size of the whole (on the first part), place of its first byte, length.
+type Part = (i64, usize, usize, usize, usize);
+
+#[derive(Default)]
+struct Statement {
+    parts: Vec<Part>,
+    bytes: Vec<u8>,
+}
+
+impl Parts {
+    /// Add what a task has. `size` is noted on the first part.
+    pub(super) fn push(&mut self, task: i64, size: usize, bytes: &[u8]) {
+        let empty: &[u8] = &[];
+        let chunks = bytes.chunks(PART_BYTES).chain(bytes.is_empty().then_some(empty));
+        for (part, chunk) in chunks.enumerate() {
+            let has_room = |statement: &Statement| {
+                statement.parts.len() < STATEMENT_ROWS && statement.bytes.len() + chunk.len() <= STATEMENT_BYTES
+            };
+            if !self.statements.last().is_some_and(has_room) {
+                self.statements.push(Statement::default());
+            }
+            let Some(statement) = self.statements.last_mut() else { continue };
+            let size = if part == 0 { size } else { 0 };
+            statement.parts.push((task, part, size, statement.bytes.len() + 1, chunk.len()));
+            statement.bytes.extend_from_slice(chunk);
+        }
+    }
+
+    /// For each statement: the bytes, and the parts as [`PARTS`] unfolds them.
+    pub(super) fn into_statements(self) -> impl Iterator<Item = (Vec<u8>, String)> {
+        self.statements.into_iter().map(|statement| (statement.bytes, json(statement.parts)))
+    }
+}
+
+/// The rows of a statement's parts; the parameter is what [`Parts::into_statements`] answers.
+macro_rules! parts {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]', part INT PATH '$[1]', size BIGINT PATH '$[2]', start BIGINT PATH '$[3]',
+            length BIGINT PATH '$[4]')) AS s"
+    };
+}
+pub(super) use parts;
+
+/// The rows of a set of numbers, in their order.
+macro_rules! ids {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, id BIGINT PATH '$')) AS s"
+    };
+}
+pub(super) use ids;
+
+/// The rows of a set of times and tasks.
+macro_rules! places {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (run_at BIGINT PATH '$[0]', task BIGINT PATH '$[1]')) AS s"
+    };
+}
+pub(super) use places;
+
+/// The rows of a set of names.
+macro_rules! names {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS s"
+    };
+}
+pub(super) use names;
+
+/// Bytes that came back in parts, in whatever order.
+#[derive(Default)]
+pub(super) struct Joined(Vec<(u16, Vec<u8>)>);
+
+impl Joined {
+    pub(super) fn add(&mut self, part: u16, bytes: Vec<u8>) {
+        self.0.push((part, bytes));
+    }
+
+    pub(super) fn into_bytes(mut self) -> Vec<u8> {
+        if self.0.len() == 1 {
+            return self.0.pop().map(|(_, bytes)| bytes).unwrap_or_default();
+        }
+        self.0.sort_unstable_by_key(|(part, _)| *part);
+        self.0.into_iter().flat_map(|(_, bytes)| bytes).collect()
+    }
+}

@@ -1,0 +1,295 @@
+//! Operations as transactions: each on a tokio task of its own and on one connection, tried again where that is safe.
+//!
+//! Authority: the server. An operation is begun, run and committed as a whole; whoever waits for it may go away, and it still ends as a whole.
+//! What another transaction stood in the way of (deadlock, lock wait time-out) has changed nothing and is run again after a moment. The same
+//! goes for a connection that was lost before the commit was sent. After that it is not known whether the commit took place: the operation is
+//! run again and told so ([`Session::repeated`]), and finds out by looking, or does no harm the second time. No connection goes back to the
+//! pool inside a transaction.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sqlx::mysql::{MySqlArguments, MySqlRow};
+use sqlx::pool::PoolConnection;
+use sqlx::query::Query;
+use sqlx::{MySql, MySqlConnection, MySqlPool, Row as _};
+use tokio::sync::Notify;
+
+use super::failure::{Failure, Place};
+use crate::{Error, Result};
+
+/// Tries of an operation that others stand in the way of.
+const CONFLICTS_MAX: u32 = 30;
+/// The longest pause after a conflict.
+const CONFLICT_PAUSE_MAX: Duration = Duration::from_millis(200);
+/// The longest pause before another try to reach the server.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// The server's clock at the beginning of a statement, in milliseconds, whatever the session's time zone is.
+macro_rules! now {
+    () => {
+        "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000"
+    };
+}
+pub(super) use now;
+
+/// The server's clock at the moment, in milliseconds: also after a statement has waited for a lock. For sessions of ours, which are in UTC.
+macro_rules! moment {
+    () => {
+        "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', SYSDATE(3)) DIV 1000"
+    };
+}
+pub(super) use moment;
+
+const BEGIN: &str = concat!("START TRANSACTION; SELECT ", now!());
+/// For readers whose statements have to see the same moment.
+const BEGIN_SNAPSHOT: &str = concat!(
+    "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY; SELECT ",
+    now!()
+);
+
+/// The future of an operation.
+pub(super) type Work<'s, T> = Pin<Box<dyn Future<Output = Result<T, Failure>> + Send + 's>>;
+
+/// The open transaction, as an operation sees it.
+pub(super) struct Session<'c> {
+    connection: &'c mut MySqlConnection,
+    /// The time by the server's clock at the beginning of the transaction.
+    pub(super) now: i64,
+    /// Set by an operation after which a claim may find something.
+    pub(super) wake: bool,
+    /// An earlier try of this operation may have been committed.
+    pub(super) repeated: bool,
+}
+
+impl<'c> Session<'c> {
+    /// A transaction that somebody else has begun and will end.
+    pub(super) async fn joining(connection: &'c mut MySqlConnection) -> Result<Self, sqlx::Error> {
+        const NOW: &str = concat!("SELECT ", now!());
+        let now = sqlx::query_scalar(NOW).fetch_one(&mut *connection).await?;
+        Ok(Self { connection, now, wake: false, repeated: false })
+    }
+
+    /// Where statements run.
+    pub(super) fn db(&mut self) -> &mut MySqlConnection {
+        self.connection
+    }
+}
+
+/// A connection inside a transaction. It must not go back to the pool like that.
+struct Begun {
+    connection: PoolConnection<MySql>,
+    now: i64,
+}
+
+impl Begun {
+    async fn begin(pool: &MySqlPool, begin: &'static str) -> Result<Self, sqlx::Error> {
+        let mut connection = pool.acquire().await?;
+        let begun = sqlx::raw_sql(begin).fetch_all(&mut *connection).await;
+        let now = begun.and_then(|rows| rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get::<i64, _>(0));
+        match now {
+            Ok(now) => Ok(Self { connection, now }),
+            Err(error) => {
+                drop(connection.detach());
+                Err(error)
+            }
+        }
+    }
+
+    fn session(&mut self, repeated: bool) -> Session<'_> {
+        Session { connection: &mut self.connection, now: self.now, wake: false, repeated }
+    }
+
+    async fn commit(mut self) -> Result<(), Trouble> {
+        match sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let failure = Failure::from(error);
+                let known = !failure.is_disconnection();
+                self.break_off();
+                Err(if known { Trouble::Undone(failure) } else { Trouble::Unknown(failure) })
+            }
+        }
+    }
+
+    async fn roll_back(mut self) {
+        if sqlx::raw_sql("ROLLBACK").execute(&mut *self.connection).await.is_err() {
+            self.break_off();
+        }
+    }
+
+    /// Close the connection: the server takes back what is not committed.
+    fn break_off(self) {
+        drop(self.connection.detach());
+    }
+}
+
+/// Why an operation did not come to its end.
+enum Trouble {
+    /// Nothing was changed.
+    Undone(Failure),
+    /// Whether it was committed is not known.
+    Unknown(Failure),
+}
+
+/// What operations need.
+#[derive(Clone, Debug)]
+pub(super) struct Runner {
+    pub(super) pool: MySqlPool,
+    pub(super) place: Place,
+    pub(super) wakeup: Arc<Notify>,
+    /// How long to go on trying to reach the server.
+    patience: Duration,
+    /// How long a try may take.
+    limit: Duration,
+}
+
+impl Runner {
+    pub(super) fn new(pool: MySqlPool, place: Place, patience: Duration, statement_timeout: Duration) -> Self {
+        // An operation has several statements.
+        Self { pool, place, wakeup: Arc::default(), patience, limit: statement_timeout.saturating_mul(2) }
+    }
+
+    /// Run an operation in a transaction on a task of its own, and answer when it is durable. `doing` says what it does, for errors.
+    ///
+    /// # Errors
+    /// The operation's own, or the transaction's. Nothing was changed, unless the server was lost during the commit and did not come back
+    /// within the patience: then it is not known.
+    pub(super) async fn run<T, F>(&self, doing: &'static str, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
+    {
+        let runner = self.clone();
+        let running = tokio::spawn(async move { runner.run_here(doing, operation).await });
+        running.await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// As [`Runner::run`], on the task of the caller, which must not be dropped before it ends.
+    pub(super) async fn run_here<T, F>(&self, doing: &'static str, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync,
+    {
+        let started = Instant::now();
+        let (mut conflicts, mut losses) = (0, 0);
+        let mut repeated = false;
+        loop {
+            let (failure, known) = match self.once(&operation, repeated).await {
+                Ok(done) => return Ok(done),
+                Err(Trouble::Undone(failure)) => (failure, true),
+                Err(Trouble::Unknown(failure)) => (failure, false),
+            };
+            let pause = if failure.is_conflict() && conflicts < CONFLICTS_MAX {
+                conflicts += 1;
+                pause_after(conflicts, Duration::from_millis(2), CONFLICT_PAUSE_MAX)
+            } else if failure.is_disconnection() && started.elapsed() < self.patience {
+                losses += 1;
+                repeated |= !known;
+                // The pool may hold several connections of a server that was started again.
+                pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX)
+            } else {
+                return Err(failure.into_error(doing, &self.place));
+            };
+            tracing::debug!(doing, ?failure, pause_ms = pause.as_millis(), "trying again");
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn once<T, F>(&self, operation: &F, repeated: bool) -> Result<T, Trouble>
+    where
+        F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T>,
+    {
+        let begun = tokio::time::timeout(self.limit, Begun::begin(&self.pool, BEGIN)).await;
+        let mut begun = match begun {
+            Ok(begun) => begun.map_err(|error| Trouble::Undone(error.into()))?,
+            Err(_) => return Err(Trouble::Undone(silence(self.limit))),
+        };
+        let mut session = begun.session(repeated);
+        let done = tokio::time::timeout(self.limit, operation(&mut session)).await;
+        let wake = session.wake;
+        match done.unwrap_or_else(|_| Err(silence(self.limit))) {
+            Ok(done) => {
+                match tokio::time::timeout(self.limit, begun.commit()).await {
+                    Ok(committed) => committed?,
+                    Err(_) => return Err(Trouble::Unknown(silence(self.limit))),
+                }
+                if wake {
+                    self.wakeup.notify_waiters();
+                    self.wakeup.notify_one();
+                }
+                Ok(done)
+            }
+            Err(failure) if failure.is_disconnection() => {
+                begun.break_off();
+                Err(Trouble::Undone(failure))
+            }
+            Err(failure) => {
+                begun.roll_back().await;
+                Err(Trouble::Undone(failure))
+            }
+        }
+    }
+
+    /// One row of a query, asked again if the connection was lost.
+    pub(super) async fn read_row<'q>(
+        &self,
+        doing: &'static str,
+        query: impl Fn() -> Query<'q, MySql, MySqlArguments>,
+    ) -> Result<MySqlRow> {
+        let started = Instant::now();
+        let mut losses = 0;
+        loop {
+            let failure = match tokio::time::timeout(self.limit, query().fetch_one(&self.pool)).await {
+                Ok(Ok(row)) => return Ok(row),
+                Ok(Err(error)) => Failure::from(error),
+                Err(_) => silence(self.limit),
+            };
+            if !failure.is_disconnection() || started.elapsed() >= self.patience {
+                return Err(failure.into_error(doing, &self.place));
+            }
+            losses += 1;
+            tokio::time::sleep(pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX)).await;
+        }
+    }
+
+    /// Run several reads that see the same moment.
+    pub(super) async fn read_together<T, F>(&self, doing: &'static str, reads: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
+    {
+        let runner = self.clone();
+        let reading = tokio::spawn(async move {
+            let started = Instant::now();
+            let mut losses = 0;
+            loop {
+                let read = async {
+                    let mut begun = Begun::begin(&runner.pool, BEGIN_SNAPSHOT).await?;
+                    let read = reads(&mut begun.session(false)).await;
+                    begun.roll_back().await;
+                    read
+                };
+                match read.await {
+                    Ok(read) => return Ok(read),
+                    Err(failure) if failure.is_disconnection() && started.elapsed() < runner.patience => losses += 1,
+                    Err(failure) => return Err(failure.into_error(doing, &runner.place)),
+                }
+                tokio::time::sleep(pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX)).await;
+            }
+        });
+        reading.await.unwrap_or(Err(Error::Closed))
+    }
+}
+
+/// A pause that doubles up to its longest, drawn from its upper half, so that those who met do not meet again.
+fn pause_after(times: u32, first: Duration, longest: Duration) -> Duration {
+    let pause = first.saturating_mul(1 << times.min(16)).min(longest);
+    pause.mul_f64(0.5 + fastrand::f64() / 2.0)
+}
+
+fn silence(limit: Duration) -> Failure {
+    let words = format!("the server gave no answer within {} ms", limit.as_millis());
+    Failure::from(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words)))
+}

@@ -1,0 +1,159 @@
+//! New tasks.
+//!
+//! Neither server can tell which rows an INSERT of many has made, so each submit marks its rows with a number of its own, where the lease
+//! will stand. The same mark tells a repeated submit that the first one was committed after all.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use sqlx::{MySqlConnection, Row as _};
+
+use super::MySql;
+use super::accounts::{Changes, Waiting};
+use super::connect::text;
+use super::failure::Failure;
+use super::rows::{Parts, json, names, parts};
+use super::session::Session;
+use crate::batch::{Batch, Row};
+use crate::{NewTask, Result, Submitted};
+
+/// Tasks of one statement.
+const CHUNK_ROWS: usize = 1_000;
+
+/// Store the rows whose key is new; the caller writes the changes. Answers for each whether it was.
+pub(super) async fn store_rows(
+    session: &mut Session<'_>,
+    rows: &[Row],
+    mark: i64,
+    changes: &mut Changes,
+) -> Result<Vec<bool>, Failure> {
+    let mut created = Vec::with_capacity(rows.len());
+    let mut waiting = Vec::with_capacity(rows.len());
+    let mut stored = Parts::default();
+    for chunk in rows.chunks(CHUNK_ROWS) {
+        for (row, task, run_at) in store_chunk(session, chunk, mark).await? {
+            created.push(task.is_some());
+            let Some(task) = task else { continue };
+            stored.push(task, row.bytes, &row.stored);
+            changes.entered(&row.task_type);
+            waiting.push(Waiting { task, run_at, user: row.user.clone(), max_running: row.max_running, alone: false });
+        }
+    }
+    store_data(session, stored).await?;
+    changes.enqueue(session, &waiting).await?;
+    Ok(created)
+}
+
+/// A number for the rows of a submit that no other has.
+pub(super) fn new_mark() -> i64 {
+    -fastrand::i64(1..i64::MAX)
+}
+
+pub(super) const INSERT: &str = "INSERT IGNORE INTO laelaps_task (`key`, type, user, max_running, max_attempts, created_at, run_at, lease)
+    SELECT s.name, s.type, s.user, s.max_running, s.max_attempts, ?, s.run_at, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        place FOR ORDINALITY, name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', type VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]',
+        user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[2]', max_running BIGINT PATH '$[3]', max_attempts BIGINT PATH '$[4]',
+        run_at BIGINT PATH '$[5]')) AS s ORDER BY s.place";
+
+/// Rows of one submit stand together or nearly so, whatever others insert meanwhile.
+pub(super) const INSERTED: &str = "SELECT id, `key` FROM laelaps_task WHERE id >= ? AND lease = ? ORDER BY id LIMIT ?";
+
+/// Each row of a chunk with the number of its task, if it was stored, and when it may run.
+async fn store_chunk<'r>(
+    session: &mut Session<'_>,
+    chunk: &'r [Row],
+    mark: i64,
+) -> Result<Vec<(&'r Row, Option<i64>, i64)>, Failure> {
+    let now = session.now;
+    let run_at = |row: &Row| row.run_at.map_or(now, |moment| moment.max(now));
+    let rows =
+        json(chunk.iter().map(|row| (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row))));
+    let inserted = sqlx::query(INSERT).bind(now).bind(mark).bind(rows).execute(session.db()).await?;
+    let mut ids = HashMap::with_capacity(chunk.len());
+    if inserted.rows_affected() > 0 {
+        let first = i64::try_from(inserted.last_insert_id()).unwrap_or(i64::MAX);
+        let most = i64::try_from(inserted.rows_affected()).unwrap_or(i64::MAX);
+        for row in sqlx::query(INSERTED).bind(first).bind(mark).bind(most).fetch_all(session.db()).await? {
+            ids.insert(text(&row, 1)?, row.try_get::<i64, _>(0)?);
+        }
+    }
+    // Follow-ups of several attempts may share a key: the first one was stored, and takes the number.
+    Ok(chunk.iter().map(|row| (row, ids.remove(row.key.as_str()), run_at(row))).collect())
+}
+
+async fn store_data(session: &mut Session<'_>, stored: Parts) -> Result<(), Failure> {
+    const DATA: &str = concat!(
+        "INSERT INTO laelaps_task_data (task, part, bytes, data) SELECT s.task, s.part, s.size, SUBSTRING(?, s.start, s.length) FROM ",
+        parts!()
+    );
+    for (bytes, rows) in stored.into_statements() {
+        sqlx::query(DATA).bind(bytes).bind(rows).execute(session.db()).await?;
+    }
+    Ok(())
+}
+
+/// Which rows an earlier try of the same submit has stored after all; None if it has stored none.
+async fn stored_before(session: &mut Session<'_>, rows: &[Row], mark: i64) -> Result<Option<Vec<bool>>, Failure> {
+    const MARKED: &str =
+        concat!("SELECT t.`key` FROM ", names!(), " STRAIGHT_JOIN laelaps_task AS t ON t.`key` = s.name WHERE t.lease = ?");
+    let keys = json(rows.iter().map(|row| row.key.as_str()));
+    let found = sqlx::query(MARKED).bind(keys).bind(mark).fetch_all(session.db()).await?;
+    let mut found: HashSet<String> = found.iter().map(|row| text(row, 0)).collect::<Result<_, _>>()?;
+    // Of several rows with one key the first is the one that was stored.
+    Ok((!found.is_empty()).then(|| rows.iter().map(|row| found.remove(row.key.as_str())).collect()))
+}
+
+/// Store batches in the session's transaction, or find out what an earlier try of the same has stored. The answers of each batch.
+pub(super) async fn submit(session: &mut Session<'_>, batches: &[Batch], mark: i64) -> Result<Vec<Vec<Submitted>>, Failure> {
+    let rows: Cow<'_, [Row]> = match batches {
+        [only] => Cow::Borrowed(&only.rows),
+        several => Cow::Owned(several.iter().flat_map(|batch| batch.rows.iter().cloned()).collect()),
+    };
+    let before = if session.repeated { stored_before(session, &rows, mark).await? } else { None };
+    let created = match before {
+        Some(created) => created,
+        None => {
+            let mut changes = Changes::default();
+            let created = store_rows(session, &rows, mark, &mut changes).await?;
+            changes.write(session).await?;
+            created
+        }
+    };
+    let mut first = 0;
+    let mut answers = Vec::with_capacity(batches.len());
+    for batch in batches {
+        answers.push(Batch::answers(&batch.places, |row| created[first + row]));
+        first += batch.rows.len();
+    }
+    Ok(answers)
+}
+
+impl MySql {
+    /// Store a batch, durably when it returns.
+    pub(super) async fn store(&self, batch: Batch) -> Result<Vec<Submitted>> {
+        let (batch, mark) = (Arc::new([batch]), new_mark());
+        let answers = self
+            .run("submitting tasks", move |session| {
+                let batch = Arc::clone(&batch);
+                Box::pin(async move { submit(session, &*batch, mark).await })
+            })
+            .await?;
+        Ok(answers.into_iter().flatten().collect())
+    }
+}
+
+/// Store tasks in the transaction of a caller, who commits it or takes it back.
+///
+/// # Errors
+/// [`crate::Error::InvalidTask`] if one of the tasks breaks a bound, and errors of the database; the caller's transaction has to be taken back.
+pub(super) async fn submit_in(
+    connection: &mut MySqlConnection,
+    tasks: &[NewTask],
+    place: &super::failure::Place,
+) -> Result<Vec<Submitted>> {
+    let batch = [Batch::new(tasks)?];
+    let storing = async { submit(&mut Session::joining(connection).await?, &batch, new_mark()).await };
+    let answers = storing.await.map_err(|failure: Failure| failure.into_error("submitting tasks", place))?;
+    Ok(answers.into_iter().flatten().collect())
+}

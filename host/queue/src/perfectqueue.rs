@@ -1,0 +1,324 @@
+//! Tasks in PerfectQueue's own table, which its Ruby producers and workers use at the same moment (`type: rdb_compat`).
+//!
+//! Authority: the table, and within it `timeout` says almost everything. With now in seconds by the server's clock:
+//!
+//! ```text
+//!   1,300,000,000 < timeout <= now   may be acquired: waiting, or its lease ran out
+//!   timeout > now, created_at        running, or waiting for its time
+//!   created_at NULL                  finished (failed and cancelled as well); timeout = end - 1,000,000,000 + retention
+//!   timeout <= now - 1,000,000,000   may be removed
+//! ```
+//!
+//! Our workers acquire under the same lock as Ruby's (see [`claim`]) and in the same order (see [`order`]), but every write of theirs is fenced
+//! (see [`lease`]). Ruby's writes are not: whatever Ruby writes to a row of ours wins, and our lease is lost. Times are whole seconds
+//! here: leases and delays are rounded up. What the table has no columns for stands in a table of ours beside it (see [`side`]), if the
+//! operator allows it, else in the log.
+
+mod blob;
+mod broken;
+mod candidates;
+mod claim;
+mod keep;
+mod lease;
+mod lost;
+mod operate;
+mod order;
+mod read;
+mod run;
+mod schema;
+mod settle;
+mod side;
+mod submit;
+mod table;
+mod take;
+mod walk;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::mysql::{MySqlConnection, MySqlPool};
+use tokio::sync::{Notify, OnceCell};
+
+use self::run::Patience;
+use self::schema::Columns;
+use self::table::Names;
+use crate::mysql::connect::Access;
+use crate::mysql::failure::Failure;
+use crate::{
+    AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, State, Stats,
+    Submitted, Task, Timestamp, Transaction,
+};
+
+/// PerfectQueue's table.
+#[derive(Debug)]
+pub(crate) struct PerfectQueue {
+    shared: Arc<Shared>,
+}
+
+/// What the operations of a process share.
+#[derive(Debug)]
+struct Shared {
+    config: crate::PerfectQueue,
+    policy: Policy,
+    patience: Duration,
+    access: Access,
+    pool: MySqlPool,
+    /// Known once the table was found.
+    names: OnceCell<Arc<Names>>,
+    leases: lease::Leases,
+    claimer: tokio::sync::Mutex<claim::Claimer>,
+    hosts: Mutex<HashMap<HostId, (HostDescription, Timestamp)>>,
+    pages: Arc<read::Pages>,
+    strays: Arc<operate::Strays>,
+    wakeup: Notify,
+}
+
+impl PerfectQueue {
+    /// Connect; the table need not be there yet.
+    pub(crate) async fn open(table: &crate::PerfectQueue, config: &Config) -> Result<Self> {
+        Names::new(table)?;
+        if config.policy.max_attempts.is_some() && !table.side_table {
+            let problem = "PerfectQueue's table cannot count attempts; turn `side_table` on, or leave it out".to_owned();
+            return Err(Error::Config { setting: "max_attempts", problem });
+        }
+        let access = Access::new(config)?;
+        let server = Self::first_connection(&access, config.patience).await?;
+        let shared = Shared {
+            config: table.clone(),
+            policy: config.policy.clone(),
+            patience: config.patience,
+            pool: access.pool(&server),
+            access,
+            names: OnceCell::new(),
+            leases: lease::Leases::default(),
+            claimer: tokio::sync::Mutex::default(),
+            hosts: Mutex::default(),
+            pages: Arc::default(),
+            strays: Arc::default(),
+            wakeup: Notify::new(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Connect with patience, to learn what the server is.
+    async fn first_connection(access: &Access, patience: Duration) -> Result<crate::mysql::connect::Server> {
+        let mut patience = Patience::new(patience);
+        loop {
+            let failure = match access.connect().await {
+                Ok((_, server)) => return Ok(server),
+                Err(error) => Failure::from(error),
+            };
+            match patience.after(failure) {
+                Ok(pause) => tokio::time::sleep(pause).await,
+                Err(failure) => return Err(failure.into_error("connecting", &access.place)),
+            }
+        }
+    }
+
+    /// What the server says of the tables, on a connection of the pool.
+    async fn columns(&self, doing: &'static str) -> Result<Columns> {
+        let found = async {
+            let mut connection = self.shared.pool.acquire().await?;
+            Columns::find(&self.shared.config, &mut connection).await
+        };
+        found.await.map_err(|error| self.shared.access.place.worded(error, doing))
+    }
+}
+
+impl Shared {
+    /// The names in statements, once the table is there and as it has to be.
+    async fn names(&self, connection: &mut MySqlConnection) -> Result<Arc<Names>, Failure> {
+        let find = async {
+            let columns = Columns::find(&self.config, connection).await?;
+            match columns.status(&self.config) {
+                SchemaStatus::Current(_) => Ok(Arc::new(Names::with(&self.config, &columns)?)),
+                SchemaStatus::Old { found, needed } => Err(Failure::from(Error::SchemaTooOld { found, needed })),
+                SchemaStatus::Missing | SchemaStatus::New { .. } => Err(Failure::from(Error::NotInitialised)),
+            }
+        };
+        self.names.get_or_try_init(|| find).await.cloned()
+    }
+
+    /// Tell those of this process who wait for work.
+    fn wake(&self) {
+        self.wakeup.notify_waiters();
+        self.wakeup.notify_one();
+    }
+
+    fn hosts(&self) -> std::sync::MutexGuard<'_, HashMap<HostId, (HostDescription, Timestamp)>> {
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn knows_host(&self, host: HostId) -> bool {
+        self.hosts().contains_key(&host)
+    }
+
+    /// The host in words.
+    fn host_name(&self, host: HostId) -> String {
+        self.hosts()
+            .get(&host)
+            .map_or_else(|| format!("host {}", host.0), |(host, _)| format!("{}, process {}", host.name, host.process_id))
+    }
+}
+
+#[async_trait]
+impl Backend for PerfectQueue {
+    async fn init(&self) -> Result<Migration> {
+        let shared = &self.shared;
+        let done = async {
+            // Not out of the pool: what is left of a lock must not stay with a connection that others use.
+            let (mut connection, _) = shared.access.connect().await?;
+            schema::migrate(&shared.config, &mut connection).await
+        };
+        let (applied, version) =
+            done.await.map_err(|failure: Failure| failure.into_error("making the tables", &shared.access.place))?;
+        Ok(Migration { applied, version })
+    }
+
+    async fn plan(&self) -> Result<Vec<PlannedStep>> {
+        let steps = self.columns("looking at the tables").await?.steps(&self.shared.config);
+        steps.map(schema::planned).map_err(|failure| failure.into_error("looking at the tables", &self.shared.access.place))
+    }
+
+    async fn drift(&self) -> Result<Vec<String>> {
+        Ok(self.columns("comparing the tables").await?.drift(&self.shared.config))
+    }
+
+    async fn schema_status(&self) -> Result<SchemaStatus> {
+        Ok(self.columns("looking at the tables").await?.status(&self.shared.config))
+    }
+
+    async fn now(&self) -> Result<Timestamp> {
+        const NOW: &str = "SELECT CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)";
+        let now = sqlx::query_scalar(NOW).fetch_one(&self.shared.pool).await;
+        now.map(Timestamp).map_err(|error| self.shared.access.place.worded(error, "asking for the time"))
+    }
+
+    async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let batch = submit::Batch::new(tasks, self.shared.config.side_table)?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let answers = self.shared.perform(batch).await?;
+        if answers.contains(&Submitted::Created) {
+            self.shared.wake();
+        }
+        Ok(answers)
+    }
+
+    async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let Transaction::MySql(connection) = transaction else { return Err(transaction.foreign("MySQL")) };
+        let batch = submit::Batch::new(tasks, self.shared.config.side_table)?;
+        let submitted = async {
+            let names = self.shared.names(connection).await?;
+            batch.store_in(&names, connection).await
+        };
+        submitted.await.map_err(|failure: Failure| failure.into_error("submitting tasks", &self.shared.access.place))
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        self.shared.claim(claim).await
+    }
+
+    async fn heartbeat(&self, beats: &[Beat]) -> Result<Vec<LeaseAnswer>> {
+        if beats.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.shared.renew(beats).await
+    }
+
+    async fn settle(&self, settlements: &[Settlement]) -> Result<Vec<LeaseAnswer>> {
+        if settlements.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.shared.settle(settlements).await
+    }
+
+    async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
+        self.shared.update(lease_ref, members).await
+    }
+
+    /// Nothing to do: a row whose lease ran out may be acquired as it is, and is counted as lost then.
+    async fn reclaim(&self, _policy: &Policy) -> Result<Reclaimed> {
+        Ok(Reclaimed::default())
+    }
+
+    /// Hosts are known to their own process only.
+    async fn register_host(&self, description: &HostDescription) -> Result<HostId> {
+        let now = self.now().await?;
+        let host = HostId(fastrand::i64(1..i64::MAX));
+        self.shared.hosts().insert(host, (description.clone(), now));
+        Ok(host)
+    }
+
+    async fn unregister_host(&self, host: HostId) -> Result<()> {
+        self.shared.hosts().remove(&host);
+        Ok(())
+    }
+
+    async fn hosts(&self) -> Result<Vec<HostRecord>> {
+        let hosts = self.shared.hosts();
+        let record = |(id, (host, started_at)): (&HostId, &(HostDescription, Timestamp))| HostRecord {
+            id: *id,
+            name: host.name.clone(),
+            process_id: host.process_id,
+            started_at: *started_at,
+            running: self.shared.leases.of(*id),
+            alive: Some(true),
+        };
+        let mut records: Vec<HostRecord> = hosts.iter().map(record).collect();
+        records.sort_unstable_by_key(|record| record.started_at);
+        Ok(records)
+    }
+
+    /// The version that ran an attempt is noted with its settlement; there is no place for more.
+    async fn note_plugins(&self, _host: HostId, _digests: &[String]) -> Result<()> {
+        Ok(())
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Task>> {
+        self.shared.perform(read::Get { key: key.to_owned() }).await
+    }
+
+    async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
+        self.shared.perform(read::Attempts { key: key.to_owned() }).await
+    }
+
+    async fn list(&self, filter: &Filter) -> Result<Page> {
+        self.shared.perform(read::List { filter: filter.clone(), pages: Arc::clone(&self.shared.pages) }).await
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        self.shared.perform(read::Count).await
+    }
+
+    async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
+        self.shared.perform(operate::End { key: key.to_owned(), state: State::Finished, retention }).await
+    }
+
+    async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
+        self.shared.perform(operate::End { key: key.to_owned(), state: State::Cancelled, retention }).await
+    }
+
+    async fn retry(&self, key: &str) -> Result<()> {
+        self.shared.perform(operate::Retry { key: key.to_owned() }).await?;
+        self.shared.wake();
+        Ok(())
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.shared.clean_up(limit).await
+    }
+
+    async fn wakeup(&self) {
+        self.shared.wakeup.notified().await;
+    }
+
+    async fn close(&self) {
+        self.shared.claimer.lock().await.close();
+        self.shared.pool.close().await;
+    }
+}

@@ -1,0 +1,369 @@
+//! Claims, under the lock that all workers of the table share.
+//!
+//! A worker that acquires holds MySQL's lock of the table's name; Ruby's workers read first and write then, so that nobody else may write between.
+//! The lock belongs to a session. So the claims of this process have a connection of their own, and one that is given up half-way
+//! is closed and never used again: the lock goes with it at once, and nobody waits.
+//!
+//! A claim writes one token and one time into all its rows. Which rows it got is told by the number of rows written, or, if others were
+//! quicker, by reading the token back.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sqlx::Row as _;
+use sqlx::mysql::MySqlConnection;
+use tokio::sync::oneshot;
+
+use super::Shared;
+use super::candidates::{Choice, Ready};
+use super::lost::LostLeases;
+use super::order::Pick;
+use super::run::Patience;
+use super::side::{self, Side};
+use super::table::Names;
+use super::take::take;
+use super::walk::{Ages, Users};
+use crate::mysql::failure::Failure;
+use crate::{Attempt, Claim, Claimed, ClaimedTask, Error, Event, Policy, Result, Settlement, Timestamp};
+
+/// The most tasks of one claim.
+const CLAIMED_MAX: u32 = 1_000;
+/// How long the lock is waited for, in seconds. PerfectQueue's number.
+const LOCK_SECONDS: i64 = 10;
+/// The pause after the lock was not to be had, doubled each time. PerfectQueue's numbers.
+const PAUSE_FIRST: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Rows that have to run alone and are remembered.
+const SUSPECTS_MAX: usize = 100;
+/// Between two words in the log about what is left for others.
+const LEFT_AGAIN: Duration = Duration::from_secs(60);
+
+/// What the claims of this process share.
+#[derive(Debug, Default)]
+pub(super) struct Claimer {
+    connection: Option<MySqlConnection>,
+    ages: Ages,
+    users: Users,
+    /// Rows that were met and have to run alone.
+    suspects: Vec<Pick>,
+    /// The last claim found nothing: look before asking for the lock.
+    idle: bool,
+    pause: Option<Pause>,
+    left_told: Option<Instant>,
+    /// Claims that find something until rows are removed.
+    until_clean_up: Option<u32>,
+}
+
+/// The lock was not to be had.
+#[derive(Debug)]
+struct Pause {
+    until: Instant,
+    next: Duration,
+}
+
+/// In what state a claim leaves its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It holds no lock and can be used again.
+    Clean,
+    Broken,
+}
+
+/// Why a claim hands out nothing.
+enum Nothing {
+    Failed(Failure),
+    /// Nobody waits for it any more.
+    GivenUp,
+}
+
+impl From<sqlx::Error> for Nothing {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Failed(Failure::from(error))
+    }
+}
+
+impl From<Failure> for Nothing {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl Shared {
+    /// Claim, in a task of its own: what it took is handed back if the caller has gone.
+    pub(super) async fn claim(self: &Arc<Self>, claim: &Claim) -> Result<Claimed> {
+        if !self.knows_host(claim.host) {
+            return Err(Error::UnknownHost(claim.host));
+        }
+        let (answer, answered) = oneshot::channel();
+        let (shared, claim) = (Arc::clone(self), claim.clone());
+        tokio::spawn(async move { shared.claim_and_answer(claim, answer).await });
+        answered.await.map_err(|_| Error::Closed)?
+    }
+
+    async fn claim_and_answer(self: Arc<Self>, claim: Claim, mut answer: oneshot::Sender<Result<Claimed>>) {
+        let mut claimer = tokio::select! {
+            claimer = self.claimer.lock() => claimer,
+            () = answer.closed() => return,
+        };
+        let claimed = claimer.claim_with_patience(&claim, &self, &mut answer).await;
+        let cleans_up = claimed.as_ref().is_ok_and(|claimed| claimed.as_ref().is_some_and(|claimed| !claimed.tasks.is_empty()))
+            && claimer.counts_to_clean_up(self.config.cleanup_interval);
+        drop(claimer);
+        match claimed {
+            Ok(None) => {}
+            Ok(Some(claimed)) => {
+                if let Err(Ok(unheard)) = answer.send(Ok(claimed)) {
+                    self.hand_back(&unheard.tasks).await;
+                }
+            }
+            Err(failure) => {
+                let error = failure.into_error("claiming tasks", &self.access.place);
+                // Whoever has gone does not want to know.
+                let _ = answer.send(Err(error));
+            }
+        }
+        if cleans_up && let Err(error) = self.clean_up_once().await {
+            tracing::warn!(%error, "rows whose retention has ended cannot be removed yet");
+        }
+    }
+
+    async fn hand_back(self: &Arc<Self>, tasks: &[ClaimedTask]) {
+        let policy = Policy::default();
+        let settled = |task: &ClaimedTask| {
+            Settlement::of(task.lease_ref, Event::Stopped, Attempt::of(task), &policy, 0.0, None, Vec::new())
+        };
+        let settlements: Vec<Settlement> = tasks.iter().map(settled).collect();
+        if let Err(error) = self.settle(&settlements).await {
+            tracing::warn!(%error, tasks = tasks.len(), "claimed tasks cannot be handed back; they come back when their leases end");
+        }
+    }
+}
+
+impl Claimer {
+    /// Whether it is time to remove rows, after a claim that found something. The first time comes after a random part of the interval, so
+    /// that hosts that begin together do not all do it at once.
+    fn counts_to_clean_up(&mut self, interval: u32) -> bool {
+        let left = self.until_clean_up.get_or_insert_with(|| fastrand::u32(..interval.max(1)));
+        if *left == 0 {
+            *left = interval.saturating_sub(1);
+            return true;
+        }
+        *left -= 1;
+        false
+    }
+
+    /// None if nobody waits for it any more.
+    async fn claim_with_patience(
+        &mut self,
+        claim: &Claim,
+        shared: &Arc<Shared>,
+        answer: &mut oneshot::Sender<Result<Claimed>>,
+    ) -> Result<Option<Claimed>, Failure> {
+        let mut patience = Patience::new(shared.patience);
+        loop {
+            // Out of its place: whatever ends this before it is put back closes the connection, and with it the lock goes.
+            let connection = match self.connection.take() {
+                Some(connection) => Ok(connection),
+                None => shared.access.connect().await.map(|(connection, _)| connection).map_err(Failure::from),
+            };
+            let claimed = match connection {
+                Ok(mut connection) => {
+                    let claimed = self.claim_on(&mut connection, claim, shared, answer).await;
+                    if claimed.as_ref().is_ok_and(|(_, end)| *end == End::Clean) {
+                        self.connection = Some(connection);
+                    }
+                    claimed.map(|(claimed, _)| claimed)
+                }
+                Err(failure) => Err(Nothing::Failed(failure)),
+            };
+            let failure = match claimed {
+                Ok(claimed) => return Ok(Some(claimed)),
+                Err(Nothing::GivenUp) => return Ok(None),
+                Err(Nothing::Failed(failure)) => failure,
+            };
+            self.ages.look_again();
+            self.users.look_again();
+            let pause = patience.after(failure)?;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = answer.closed() => return Ok(None),
+            }
+        }
+    }
+
+    async fn claim_on(
+        &mut self,
+        connection: &mut MySqlConnection,
+        claim: &Claim,
+        shared: &Arc<Shared>,
+        answer: &mut oneshot::Sender<Result<Claimed>>,
+    ) -> Result<(Claimed, End), Nothing> {
+        let names = shared.names(connection).await?;
+        let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
+        if !claim.ignore_users {
+            self.users.accept(claim.accepts.as_ref());
+            self.users.look(limit, &names, connection).await?;
+        }
+        let nothing_known = self.suspects.is_empty() && !claim.ignore_users && self.users.waiting.is_empty();
+        if nothing_known || (self.idle && self.suspects.is_empty()) {
+            let next_due_in = due_in(&names, connection).await?;
+            if nothing_known || next_due_in.is_none_or(|wait| wait > Duration::ZERO) {
+                self.idle = true;
+                return Ok((Claimed { next_due_in, ..Claimed::default() }, End::Clean));
+            }
+        }
+        if !self.lock(&names, connection, answer).await? {
+            return Ok((Claimed::default(), End::Clean));
+        }
+        let claimed = self.claim_locked(connection, claim, limit, &names, shared).await?;
+        // What is claimed is claimed, even if the connection breaks now.
+        let end = if unlock(&names, connection).await.is_ok() { End::Clean } else { End::Broken };
+        self.idle = claimed.tasks.is_empty();
+        self.tell_left();
+        Ok((claimed, end))
+    }
+
+    /// Get the table's lock. False if somebody else keeps it.
+    async fn lock(
+        &mut self,
+        names: &Names,
+        connection: &mut MySqlConnection,
+        answer: &mut oneshot::Sender<Result<Claimed>>,
+    ) -> Result<bool, Nothing> {
+        const LOCK: &str = "SELECT GET_LOCK(?, ?)";
+        if self.pause.as_ref().is_some_and(|pause| Instant::now() < pause.until) {
+            return Ok(false);
+        }
+        let locking = sqlx::query_scalar(LOCK).bind(names.lock()).bind(LOCK_SECONDS).fetch_one(connection);
+        let locked: Option<i64> = tokio::select! {
+            locked = locking => locked?,
+            () = answer.closed() => return Err(Nothing::GivenUp),
+        };
+        if locked == Some(1) {
+            self.pause = None;
+            return Ok(true);
+        }
+        let pause = self.pause.as_ref().map_or(PAUSE_FIRST, |pause| pause.next);
+        tracing::warn!(
+            lock = names.lock(),
+            waited_seconds = LOCK_SECONDS,
+            pause_ms = pause.as_millis(),
+            "another worker keeps the table's lock; no task can be claimed. SELECT IS_USED_LOCK tells its connection"
+        );
+        self.pause = Some(Pause { until: Instant::now() + pause, next: (pause * 2).min(PAUSE_MAX) });
+        Ok(false)
+    }
+
+    async fn claim_locked(
+        &mut self,
+        connection: &mut MySqlConnection,
+        claim: &Claim,
+        limit: usize,
+        names: &Names,
+        shared: &Arc<Shared>,
+    ) -> Result<Claimed, Nothing> {
+        let mut choice = Choice::new(limit, claim.accepts.as_ref());
+        let alone = claim.alone && !self.suspects.is_empty();
+        if alone {
+            self.suspects = choice.one_of(&self.suspects, claim.ignore_users, names, connection).await?;
+        }
+        let alone = alone && !choice.chosen.is_empty();
+        if !alone && claim.ignore_users {
+            choice.by_age(&mut self.ages, names, connection).await?;
+        } else if !alone {
+            choice.between_users(&mut self.users, names, connection).await?;
+        }
+        for broken in std::mem::take(&mut choice.broken) {
+            super::broken::set_aside(&broken, names, connection).await?;
+        }
+        let (chosen, sides) = self.fit_to_run(std::mem::take(&mut choice.chosen), alone, names, connection, shared).await?;
+        let tasks = take(chosen, sides, claim, choice.now_ms, names, connection, shared).await?;
+        let next_due_in = if choice.cut_short {
+            Some(Duration::ZERO)
+        } else if tasks.is_empty() {
+            due_after_now(names, connection).await?
+        } else {
+            None
+        };
+        Ok(Claimed { tasks, alone_waiting: !self.suspects.is_empty(), next_due_in })
+    }
+
+    /// Leave out what must not run now: what was lost with its workers and has failed by that, and what has to run alone. Only our own table
+    /// knows.
+    async fn fit_to_run(
+        &mut self,
+        chosen: Vec<Ready>,
+        alone: bool,
+        names: &Names,
+        connection: &mut MySqlConnection,
+        shared: &Arc<Shared>,
+    ) -> Result<(Vec<Ready>, HashMap<String, Side>), Nothing> {
+        if !names.has_side() || chosen.is_empty() {
+            return Ok((chosen, HashMap::new()));
+        }
+        let keys: Vec<&str> = chosen.iter().map(Ready::key).collect();
+        let mut sides = side::load(&keys, false, names, connection).await?;
+        for ready in &chosen {
+            let key = ready.key();
+            let side = sides.remove(key).filter(|side| side.created_at == ready.created_at);
+            sides.insert(key.to_owned(), side.unwrap_or_else(|| Side::new(ready.created_at)));
+        }
+        let lost = LostLeases::among(&chosen, &sides);
+        let failed = lost.note(&mut sides, &shared.policy, names, connection).await?;
+        let mut fit = Vec::with_capacity(chosen.len());
+        for ready in chosen {
+            if failed.contains(ready.key()) {
+                continue;
+            }
+            if !alone && sides.get(ready.key()).is_some_and(|side| side.alone) {
+                let suspect = ready.into_pick();
+                if self.suspects.len() < SUSPECTS_MAX && !self.suspects.contains(&suspect) {
+                    self.suspects.push(suspect);
+                }
+            } else {
+                fit.push(ready);
+            }
+        }
+        Ok((fit, sides))
+    }
+
+    /// Say now and then that there are tasks which this host does not touch.
+    fn tell_left(&mut self) {
+        let left = self.ages.passed.max(self.users.left());
+        if left > 0 && self.left_told.is_none_or(|told| told.elapsed() >= LEFT_AGAIN) {
+            self.left_told = Some(Instant::now());
+            tracing::info!(tasks = left, "tasks whose types have no route here are left for other workers");
+        }
+    }
+
+    /// Close the connection.
+    pub(super) fn close(&mut self) {
+        self.connection = None;
+    }
+}
+
+async fn unlock(names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    const UNLOCK: &str = "SELECT RELEASE_LOCK(?)";
+    sqlx::query(UNLOCK).bind(names.lock()).execute(connection).await.map(drop)
+}
+
+/// How long until something may be acquired: a scheduled row, or one whose lease ends by then. Zero if there is something now.
+async fn due_in(names: &Names, connection: &mut MySqlConnection) -> Result<Option<Duration>, sqlx::Error> {
+    const NEXT: &str =
+        "SELECT MIN(t.timeout), {now} FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout < 2147483647";
+    due(NEXT, names, connection).await
+}
+
+/// The same without what may be acquired now, and was left.
+async fn due_after_now(names: &Names, connection: &mut MySqlConnection) -> Result<Option<Duration>, sqlx::Error> {
+    const NEXT: &str =
+        "SELECT MIN(t.timeout), {now} FROM {t} AS t {index} WHERE t.timeout > UNIX_TIMESTAMP() AND t.timeout < 2147483647";
+    due(NEXT, names, connection).await
+}
+
+async fn due(statement: &str, names: &Names, connection: &mut MySqlConnection) -> Result<Option<Duration>, sqlx::Error> {
+    let row = sqlx::query(names.sql(statement)).fetch_one(connection).await?;
+    let (first, now): (Option<i64>, i64) = (row.try_get(0)?, row.try_get(1)?);
+    Ok(first.map(|first| Timestamp(first * 1_000).since(Timestamp(now))))
+}

@@ -1,0 +1,213 @@
+//! What operators and producers do to tasks by hand, and the removal of what is over.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::Connection as _;
+use sqlx::mysql::MySqlConnection;
+
+use super::Shared;
+use super::read::{self, Found};
+use super::run::Operation;
+use super::settle::{ended_timeout, seconds};
+use super::side::{self, Record, Side};
+use super::table::{Names, is_token, json};
+use crate::mysql::failure::Failure;
+use crate::{Error, Result, State};
+
+/// Rows removed in one transaction.
+const REMOVED_MAX: u32 = 1_000;
+/// Such transactions after one claim.
+const REMOVALS_MAX: u32 = 20;
+/// Rows of our table that one removal looks at for tasks that Ruby has removed.
+const STRAYS_LOOK: i64 = 500;
+
+/// End a waiting or running task, as finished or cancelled. A running attempt loses its lease, as our token goes.
+pub(super) struct End {
+    pub(super) key: String,
+    pub(super) state: State,
+    pub(super) retention: Duration,
+}
+
+#[async_trait]
+impl Operation for End {
+    type Answer = ();
+    const DOING: &'static str = "ending a task by hand";
+
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
+        const END: &str = "UPDATE {t} SET created_at = NULL, resource = NULL, owner = 0, timeout = ? WHERE id = ?";
+        let mut transaction = connection.begin().await?;
+        let (found, side) = read::lock(&self.key, names, &mut transaction).await?;
+        let Some(created_at) = found.created_at else {
+            let state = found.state(side.as_ref());
+            return Err(Failure::from(Error::AlreadyEnded { key: found.key, state }));
+        };
+        let timeout = ended_timeout(found.now_ms / 1_000, seconds(self.retention));
+        sqlx::query(names.sql(END)).bind(timeout).bind(&found.key).execute(&mut *transaction).await?;
+        if names.has_side() {
+            let mut side = side.unwrap_or_else(|| Side::new(created_at));
+            if is_token(found.owner) && found.state(Some(&side)) == State::Running {
+                let event = if self.state == State::Cancelled { "cancel" } else { "force-finish" };
+                let attempt = side.attempts.saturating_add(1);
+                side.record(Record::new(attempt, found.owner, "a host that had it then".to_owned(), found.now_ms, event));
+            }
+            (side.state, side.timeout, side.ended_ms) = (Some(self.state), Some(timeout), Some(found.now_ms));
+            side.user = found.user.or(side.user);
+            side.progress = None;
+            side::store(&[(&found.key, side)], names, &mut transaction).await?;
+        }
+        transaction.commit().await?;
+        if !names.has_side() && self.state == State::Cancelled {
+            tracing::warn!(task = found.key, "a task is cancelled; PerfectQueue's table shows it as finished");
+        }
+        Ok(())
+    }
+}
+
+/// Make a waiting task due now, or give a failed or cancelled one a new life.
+pub(super) struct Retry {
+    pub(super) key: String,
+}
+
+#[async_trait]
+impl Operation for Retry {
+    type Answer = ();
+    const DOING: &'static str = "retrying a task";
+
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
+        const DUE: &str = "UPDATE {t} SET timeout = ?, owner = 0, created_at = ?, resource = ? WHERE id = ?";
+        let mut transaction = connection.begin().await?;
+        let (found, side) = read::lock(&self.key, names, &mut transaction).await?;
+        let now = found.now_ms / 1_000;
+        let state = found.state(side.as_ref());
+        if state == State::Waiting && found.timeout <= now {
+            // It is due, and keeps its place.
+            return Ok(());
+        }
+        if !names.has_side() && !found.is_set_aside() {
+            return Err(Failure::from(unknown(found, state)));
+        }
+        let mut side = match (state, side) {
+            (State::Running, _) => return Err(refused(found, state, "it has an attempt under way, or waits for its time")),
+            (State::Finished, _) => {
+                return Err(refused(found, state, "finished work is not done again; submit it under another key"));
+            }
+            (_, side) => side.unwrap_or_else(|| Side::new(found.created_at.unwrap_or(now))),
+        };
+        let user = found.user.as_ref().or(side.user.as_ref());
+        let query = sqlx::query(names.sql(DUE)).bind(now).bind(found.created_at.unwrap_or(side.created_at)).bind(user);
+        query.bind(&found.key).execute(&mut *transaction).await?;
+        if names.has_side() {
+            if state != State::Waiting {
+                side = Side { max_attempts: side.max_attempts, records: side.records, ..Side::new(side.created_at) };
+            }
+            (side.state, side.timeout) = (None, None);
+            side::store(&[(&found.key, side)], names, &mut transaction).await?;
+        }
+        transaction.commit().await?;
+        Ok(())
+    }
+}
+
+fn refused(found: Found, state: State, problem: &'static str) -> Failure {
+    Failure::from(Error::WrongState { key: found.key, state, problem })
+}
+
+fn unknown(found: Found, state: State) -> Error {
+    let what = "retrying this task";
+    let why = if state == State::Running {
+        "PerfectQueue's table does not tell a task that waits for its time from one that runs"
+    } else {
+        "PerfectQueue's table does not tell failed and cancelled tasks from finished ones, nor whose they were"
+    };
+    Error::NotSupported { what, why: format!("task {:?}: {why}; `side_table` keeps it", found.key) }
+}
+
+/// How far the search for rows of our table whose task Ruby has removed has come.
+#[derive(Debug, Default)]
+pub(super) struct Strays {
+    from: Mutex<String>,
+}
+
+/// Remove rows whose retention has ended.
+struct CleanUp {
+    limit: u32,
+    strays: Arc<Strays>,
+}
+
+impl Shared {
+    /// Remove at most `limit` rows; answers how many.
+    pub(super) async fn clean_up(self: &Arc<Self>, limit: u32) -> Result<u64> {
+        let mut removed = 0;
+        let mut left = limit.clamp(1, 100_000);
+        while left > 0 {
+            let batch = left.min(REMOVED_MAX);
+            let gone = self.perform(CleanUp { limit: batch, strays: Arc::clone(&self.strays) }).await?;
+            removed += gone;
+            left -= batch;
+            if gone < u64::from(batch) {
+                break;
+            }
+        }
+        Ok(removed)
+    }
+
+    /// What follows a claim now and then.
+    pub(super) async fn clean_up_once(self: &Arc<Self>) -> Result<()> {
+        self.clean_up(REMOVED_MAX * REMOVALS_MAX).await.map(drop)
+    }
+}
+
+#[async_trait]
+impl Operation for CleanUp {
+    type Answer = u64;
+    const DOING: &'static str = "removing old tasks";
+
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<u64, Failure> {
+        const OVER: &str = "SELECT t.id FROM {t} AS t {index} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000
+            ORDER BY t.timeout LIMIT ?";
+        const REMOVE: &str = "DELETE t FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
+            STRAIGHT_JOIN {t} AS t ON t.id = {as_key} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000";
+        let over: Vec<String> =
+            sqlx::query_scalar(names.sql(OVER)).bind(i64::from(self.limit)).fetch_all(&mut *connection).await?;
+        let mut removed = 0;
+        if !over.is_empty() {
+            let mut over = over;
+            over.sort_unstable();
+            let mut transaction = connection.begin().await?;
+            let query = sqlx::query(names.sql(REMOVE)).bind(json(&over));
+            removed = query.execute(&mut *transaction).await?.rows_affected();
+            forget(&over, names, &mut transaction).await?;
+            transaction.commit().await?;
+        }
+        if names.has_side() {
+            self.forget_strays(names, connection).await?;
+        }
+        Ok(removed)
+    }
+}
+
+/// Remove what is noted of keys that have no row.
+async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    const FORGET: &str = "DELETE s FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
+        STRAIGHT_JOIN {s} AS s ON s.id = {as_side_key}
+        WHERE NOT EXISTS (SELECT 1 FROM {t} AS t WHERE t.id = {as_key})";
+    if !names.has_side() || keys.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(names.sql(FORGET)).bind(json(keys)).execute(connection).await.map(drop)
+}
+
+impl CleanUp {
+    /// Look at a few rows of our table, and remove those whose task Ruby has removed.
+    async fn forget_strays(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        const LOOK: &str = "SELECT id FROM {s} WHERE id > ? ORDER BY id LIMIT ?";
+        let from = self.strays.from.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let keys: Vec<String> =
+            sqlx::query_scalar(names.sql(LOOK)).bind(from).bind(STRAYS_LOOK).fetch_all(&mut *connection).await?;
+        forget(&keys, names, connection).await?;
+        *self.strays.from.lock().unwrap_or_else(PoisonError::into_inner) = keys.last().cloned().unwrap_or_default();
+        Ok(())
+    }
+}

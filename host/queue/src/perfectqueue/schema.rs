@@ -1,0 +1,218 @@
+//! The tables: PerfectQueue's own, made as its `init` makes it, and ours beside it.
+//!
+//! Nothing in PerfectQueue's table says what made it, so its columns do: version 1 has no `owner` (before PerfectQueue 0.9), version 2 has
+//! one, version 3 has our table beside it. Statements of MySQL that change tables cannot be taken back, so each step may be taken again.
+
+use std::collections::BTreeMap;
+
+use sqlx::Row as _;
+use sqlx::mysql::{MySqlConnection, MySqlRow};
+
+use super::table::{Names, quoted};
+use crate::mysql::failure::Failure;
+use crate::{PerfectQueue, PlannedStep, SchemaStatus};
+
+/// PerfectQueue's table, without its index.
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS {t} (
+    id VARCHAR(255) NOT NULL,
+    timeout INT NOT NULL,
+    data LONGBLOB NOT NULL,
+    created_at INT,
+    resource VARCHAR(255),
+    max_running INT,
+    owner BIGINT(21) UNSIGNED NOT NULL DEFAULT 0,
+    PRIMARY KEY (id)
+) ENGINE=InnoDB";
+
+const OWNER: &str = "ALTER TABLE {t} ADD COLUMN owner BIGINT(21) UNSIGNED NOT NULL DEFAULT 0";
+
+/// Ours. `created_at` tells a task from a later one of the same key. `state` and `timeout` are as we last wrote the task's row, and count
+/// only while that row still has this `timeout`: what Ruby wrote since then wins.
+const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
+    id VARCHAR(255) NOT NULL,
+    created_at INT NOT NULL,
+    state VARCHAR(9),
+    timeout INT,
+    user VARCHAR(255),
+    attempts INT UNSIGNED NOT NULL DEFAULT 0,
+    max_attempts INT UNSIGNED,
+    releases INT UNSIGNED NOT NULL DEFAULT 0,
+    lost INT UNSIGNED NOT NULL DEFAULT 0,
+    lost_alone INT UNSIGNED NOT NULL DEFAULT 0,
+    alone TINYINT UNSIGNED NOT NULL DEFAULT 0,
+    lost_owner BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    ended_ms BIGINT,
+    plugin VARCHAR(255),
+    error_code VARCHAR(255),
+    error_message TEXT,
+    output LONGBLOB,
+    progress LONGTEXT,
+    records LONGTEXT,
+    PRIMARY KEY (id),
+    INDEX by_state (state, timeout)
+) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin";
+
+/// The columns that are used, with the types they have to have. Ruby's older tables have them in other widths, which do no harm.
+const COLUMNS: [(&str, &[&str]); 7] = [
+    ("id", &["varchar"]),
+    ("timeout", &["int", "bigint"]),
+    ("data", &["longblob"]),
+    ("created_at", &["int", "bigint"]),
+    ("resource", &["varchar"]),
+    ("max_running", &["int", "bigint"]),
+    ("owner", &["bigint"]),
+];
+
+/// What the server says of the tables.
+#[derive(Debug, Default)]
+pub(super) struct Columns {
+    /// Of the keys.
+    pub(super) charset: String,
+    /// Of the keys.
+    pub(super) collation: String,
+    /// An index that begins with the times.
+    pub(super) time_index: Option<String>,
+    /// Name to type, of PerfectQueue's table.
+    found: BTreeMap<String, String>,
+    primary_key: Vec<String>,
+    has_side: bool,
+}
+
+impl Columns {
+    /// Look. Of a table that is not there nothing is found.
+    pub(super) async fn find(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<Self, sqlx::Error> {
+        const FIND: &str = "SELECT CAST(LOWER(column_name) AS CHAR), CAST(LOWER(data_type) AS CHAR),
+                CAST(coalesce(character_set_name, 'binary') AS CHAR), CAST(coalesce(collation_name, 'binary') AS CHAR)
+            FROM information_schema.columns WHERE table_schema = DATABASE() AND table_name = ?";
+        const INDEXES: &str = "SELECT CAST(index_name AS CHAR), CAST(LOWER(column_name) AS CHAR)
+            FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = ? AND
+                (index_name = 'PRIMARY' OR seq_in_index = 1) ORDER BY index_name, seq_in_index";
+        const HAS: &str = "SELECT count(*) FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = ?";
+        let text = |row: &MySqlRow, place: usize| row.try_get::<String, _>(place);
+        let mut columns = Self::default();
+        for row in sqlx::query(FIND).bind(&config.table).fetch_all(&mut *connection).await? {
+            let name = text(&row, 0)?;
+            if name == "id" {
+                (columns.charset, columns.collation) = (text(&row, 2)?, text(&row, 3)?);
+            }
+            columns.found.insert(name, text(&row, 1)?);
+        }
+        for row in sqlx::query(INDEXES).bind(&config.table).fetch_all(&mut *connection).await? {
+            match (text(&row, 0)?, text(&row, 1)?) {
+                (index, column) if index == "PRIMARY" => columns.primary_key.push(column),
+                (index, column) if column == "timeout" => columns.time_index = Some(index),
+                _ => {}
+            }
+        }
+        let side = format!("{}_laelaps", config.table);
+        columns.has_side = sqlx::query_scalar::<_, i64>(HAS).bind(side).fetch_one(connection).await? > 0;
+        Ok(columns)
+    }
+
+    /// Whether PerfectQueue's table is there.
+    pub(super) fn is_there(&self) -> bool {
+        self.found.contains_key("id")
+    }
+
+    /// How they stand to what is needed.
+    pub(super) fn status(&self, config: &PerfectQueue) -> SchemaStatus {
+        let needed = if config.side_table { 3 } else { 2 };
+        if !self.is_there() {
+            return SchemaStatus::Missing;
+        }
+        let found = if !self.found.contains_key("owner") {
+            1
+        } else if config.side_table && self.has_side {
+            3
+        } else {
+            2
+        };
+        if found < needed { SchemaStatus::Old { found, needed } } else { SchemaStatus::Current(found) }
+    }
+
+    /// What is missing, oldest step first: each version with a statement.
+    pub(super) fn steps(&self, config: &PerfectQueue) -> Result<Vec<(i64, String)>, Failure> {
+        let names = Names::new(config)?;
+        let index = quoted(&format!("index_{}_on_timeout", config.table));
+        let mut steps = Vec::new();
+        if !self.is_there() {
+            steps.push((2, names.sql(TABLE).0));
+        } else if !self.found.contains_key("owner") {
+            steps.push((2, names.sql(OWNER).0));
+        }
+        if self.time_index.is_none() {
+            steps.push((2, format!("{} {index} ON {} (timeout)", "CREATE INDEX", names.sql("{t}").0)));
+        }
+        if config.side_table && !self.has_side {
+            steps.push((3, names.sql(SIDE).0));
+        }
+        Ok(steps)
+    }
+
+    /// How the table differs from what is needed, in words.
+    pub(super) fn drift(&self, config: &PerfectQueue) -> Vec<String> {
+        let table = &config.table;
+        let mut differences = Vec::new();
+        for (column, types) in COLUMNS {
+            match self.found.get(column) {
+                None if column == "owner" => {
+                    differences.push(format!("{table} has no column owner (it was made before PerfectQueue 0.9); init adds it"));
+                }
+                None => differences.push(format!("{table} has no column {column}")),
+                Some(found) if !types.contains(&found.as_str()) => {
+                    differences.push(format!("{table}.{column} is {found}, not {}", types[0]));
+                }
+                Some(_) => {}
+            }
+        }
+        if self.primary_key != ["id"] {
+            differences.push(format!("the primary key of {table} is ({}), not (id)", self.primary_key.join(", ")));
+        }
+        if self.time_index.is_none() {
+            differences
+                .push(format!("{table} has no index on timeout; init adds it, and without it every claim reads the whole table"));
+        }
+        if config.side_table && !self.has_side {
+            differences.push(format!("there is no table {table}_laelaps; init makes it"));
+        }
+        differences
+    }
+}
+
+/// Take the steps that are missing. Others that do the same at this moment are waited for.
+pub(super) async fn migrate(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<(Vec<i64>, i64), Failure> {
+    const LOCK: &str = "SELECT GET_LOCK(CONCAT('laelaps.init.', MD5(CONCAT(DATABASE(), '.', ?))), 60)";
+    const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('laelaps.init.', MD5(CONCAT(DATABASE(), '.', ?))))";
+    let locked: Option<i64> = sqlx::query_scalar(LOCK).bind(&config.table).fetch_one(&mut *connection).await?;
+    if locked != Some(1) {
+        let waited = std::io::Error::new(std::io::ErrorKind::TimedOut, "another program has been making the tables for 60 s");
+        return Err(Failure::Sql(sqlx::Error::Io(waited)));
+    }
+    let taken = take_steps(config, connection).await;
+    // The lock goes with the connection at the latest.
+    let _ = sqlx::query(UNLOCK).bind(&config.table).execute(connection).await;
+    taken
+}
+
+async fn take_steps(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<(Vec<i64>, i64), Failure> {
+    let steps = Columns::find(config, connection).await?.steps(config)?;
+    let mut applied = Vec::new();
+    for (version, sql) in steps {
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut *connection).await?;
+        applied.push(version);
+    }
+    applied.dedup();
+    Ok((applied, if config.side_table { 3 } else { 2 }))
+}
+
+/// The steps as `init --dry-run` shows them.
+pub(super) fn planned(steps: Vec<(i64, String)>) -> Vec<PlannedStep> {
+    let mut planned: Vec<PlannedStep> = Vec::new();
+    for (version, sql) in steps {
+        match planned.last_mut().filter(|step| step.version == version) {
+            Some(step) => step.sql = format!("{};\n{sql}", step.sql),
+            None => planned.push(PlannedStep { version, sql }),
+        }
+    }
+    planned
+}

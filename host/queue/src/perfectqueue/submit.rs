@@ -1,0 +1,281 @@
+//! New tasks, stored as Ruby stores them.
+
+use std::collections::HashSet;
+
+use async_trait::async_trait;
+use sqlx::Connection as _;
+use sqlx::mysql::MySqlConnection;
+
+use super::blob;
+use super::run::Operation;
+use super::table::{Names, TIME_MAX, json};
+use crate::mysql::failure::{Failure, number};
+use crate::{Error, NewTask, Result, Submitted};
+
+/// Rows of one statement.
+const CHUNK_ROWS: usize = 1_000;
+/// Data of one statement, unless one task alone has more: below the least `max_allowed_packet` that servers come with.
+const CHUNK_BYTES: usize = 8 << 20;
+/// The server's number for a key that is there already.
+const DUPLICATE: u16 = 1062;
+
+/// Tasks that keep their bounds, ready to be stored.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    rows: Vec<Row>,
+    /// For each task that was asked for: its row, or None if an earlier one has the same key.
+    places: Vec<Option<usize>>,
+}
+
+#[derive(Debug)]
+struct Row {
+    key: String,
+    stored: Vec<u8>,
+    /// Unix seconds; 0: now.
+    run_at: i64,
+    user: Option<String>,
+    max_running: Option<u32>,
+    max_attempts: Option<u32>,
+}
+
+impl Row {
+    fn of(task: &NewTask, has_side: bool) -> Result<Self> {
+        let invalid = |problem: String| Error::InvalidTask { key: task.key.clone(), problem };
+        task.check()?;
+        // Not before the moment, in whole seconds.
+        let run_at = task.run_at.map_or(0, |moment| moment.0.saturating_add(999).div_euclid(1_000));
+        if run_at >= TIME_MAX {
+            return Err(invalid("run_at is later than January 2038, where the times of PerfectQueue's table end".to_owned()));
+        }
+        if task.max_running.is_some_and(|most| i32::try_from(most).is_err()) {
+            return Err(invalid(format!("max_running is above {}, the most that PerfectQueue's table can hold", i32::MAX)));
+        }
+        if task.max_attempts.is_some() && !has_side {
+            let why = "PerfectQueue's table cannot count attempts; turn `side_table` on".to_owned();
+            return Err(Error::NotSupported { what: "max_attempts", why });
+        }
+        let data: &[u8] = if task.data.is_empty() { b"{}" } else { &task.data };
+        Ok(Self {
+            key: task.key.clone(),
+            stored: blob::write(&task.task_type, data, task.compression).map_err(invalid)?,
+            run_at: run_at.max(0),
+            user: task.user.clone().filter(|user| !user.is_empty()),
+            max_running: task.max_running,
+            max_attempts: task.max_attempts,
+        })
+    }
+}
+
+impl Row {
+    /// Whether it has something that the table has no room for.
+    fn is_noted(&self) -> bool {
+        self.run_at > 0 || self.max_attempts.is_some()
+    }
+}
+
+/// The rows of a set: place, key, time, where its data is among all data, user, most running, most attempts.
+macro_rules! rows {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) PATH '$[1]', run_at BIGINT PATH '$[2]',
+            first BIGINT PATH '$[3]', bytes BIGINT PATH '$[4]', user VARCHAR(255) PATH '$[5]', max_running BIGINT PATH '$[6]',
+            max_attempts BIGINT PATH '$[7]')) AS f"
+    };
+}
+
+macro_rules! insert {
+    ($verb:literal) => {
+        concat!(
+            $verb,
+            " INTO {t} (id, timeout, data, created_at, resource, max_running)
+            SELECT f.id, IF(f.run_at <= 1300000000, UNIX_TIMESTAMP(), f.run_at), SUBSTRING(?, f.first, f.bytes), UNIX_TIMESTAMP(),
+                NULLIF(f.user, ''), NULLIF(f.max_running, -1) FROM ",
+            rows!()
+        )
+    };
+}
+
+impl Batch {
+    /// Check, and bring into the form that is stored.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTask`] for the first task that breaks a bound, [`Error::NotSupported`] for what the table cannot hold.
+    pub(super) fn new(tasks: &[NewTask], has_side: bool) -> Result<Self> {
+        if tasks.len() > NewTask::BATCH_MAX {
+            let problem = format!("the batch has {} tasks; at most {} are taken at once", tasks.len(), NewTask::BATCH_MAX);
+            return Err(Error::InvalidTask { key: tasks[0].key.clone(), problem });
+        }
+        let mut batch = Self::default();
+        let mut seen = HashSet::with_capacity(tasks.len());
+        for task in tasks {
+            let first = seen.insert(task.key.as_str());
+            let row = Row::of(task, has_side)?;
+            batch.places.push(first.then_some(batch.rows.len()));
+            if first {
+                batch.rows.push(row);
+            }
+        }
+        Ok(batch)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    fn answers(&self, created: &[bool]) -> Vec<Submitted> {
+        let answer = |place: &Option<usize>| match place {
+            Some(row) if created[*row] => Submitted::Created,
+            _ => Submitted::AlreadyExists,
+        };
+        self.places.iter().map(answer).collect()
+    }
+
+    /// Store the follow-ups of settlements inside their transaction. One whose key is there counts as submitted.
+    pub(super) async fn store_new(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
+        if names.has_side() && self.rows.iter().any(Row::is_noted) {
+            return self.store(names, connection).await.map(drop);
+        }
+        for chunk in chunks(&self.rows) {
+            insert(insert!("INSERT IGNORE"), chunk, names, connection).await?;
+        }
+        Ok(())
+    }
+
+    /// Store as part of a transaction that is open.
+    pub(super) async fn store_in(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<Submitted>, Failure> {
+        Ok(self.answers(&self.store(names, connection).await?))
+    }
+
+    async fn store(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, Failure> {
+        let mut created = Vec::with_capacity(self.rows.len());
+        for chunk in chunks(&self.rows) {
+            let stored = store_chunk(chunk, names, connection).await?;
+            if names.has_side() {
+                note(chunk.iter().zip(&stored).filter(|(_, stored)| **stored).map(|(row, _)| row), names, connection).await?;
+            }
+            created.extend(stored);
+        }
+        Ok(created)
+    }
+}
+
+#[async_trait]
+impl Operation for Batch {
+    type Answer = Vec<Submitted>;
+    const DOING: &'static str = "submitting tasks";
+
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure> {
+        // One statement is a transaction by itself: the way of nearly all submits.
+        let alone = !(names.has_side() && self.rows.iter().any(Row::is_noted)) && chunks(&self.rows).count() == 1;
+        if alone && let Some(stored) = unless_duplicate(insert(insert!("INSERT"), &self.rows, names, connection).await)? {
+            return Ok(self.answers(&vec![stored; self.rows.len()]));
+        }
+        if alone && self.rows.len() == 1 {
+            return Ok(self.answers(&[false]));
+        }
+        let mut transaction = connection.begin().await?;
+        let answers = self.store_in(names, &mut transaction).await?;
+        transaction.commit().await?;
+        Ok(answers)
+    }
+}
+
+/// Parts that fit into a statement.
+fn chunks(rows: &[Row]) -> impl Iterator<Item = &[Row]> {
+    let mut rest = rows;
+    std::iter::from_fn(move || {
+        let mut bytes = 0_usize;
+        let fitting = rest.iter().take(CHUNK_ROWS).take_while(|row| {
+            bytes += row.stored.len();
+            bytes <= CHUNK_BYTES
+        });
+        let (chunk, others) = rest.split_at(fitting.count().max(1).min(rest.len()));
+        rest = others;
+        (!chunk.is_empty()).then_some(chunk)
+    })
+}
+
+/// True if it was stored, None if a key was there.
+fn unless_duplicate(inserted: Result<(), Failure>) -> Result<Option<bool>, Failure> {
+    match inserted {
+        Ok(()) => Ok(Some(true)),
+        Err(Failure::Sql(error)) if number(&error) == Some(DUPLICATE) => Ok(None),
+        Err(failure) => Err(failure),
+    }
+}
+
+async fn insert<'r>(
+    statement: &str,
+    rows: impl IntoIterator<Item = &'r Row>,
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<(), Failure> {
+    let mut bytes = Vec::new();
+    let rows = json(rows.into_iter().enumerate().map(|(place, row)| {
+        let first = bytes.len() + 1;
+        bytes.extend_from_slice(&row.stored);
+        let user = row.user.as_deref().unwrap_or_default();
+        let max_running = row.max_running.map_or(-1, i64::from);
+        (place, &row.key, row.run_at, first, row.stored.len(), user, max_running)
+    }));
+    sqlx::query(names.sql(statement)).bind(bytes).bind(rows).execute(connection).await?;
+    Ok(())
+}
+
+/// Store those whose key is new: all at once if all are, else those that are, and if others are quicker or two keys are one to the
+/// table (which may be blind to case), one by one.
+async fn store_chunk(rows: &[Row], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, Failure> {
+    const THERE: &str = concat!("SELECT f.place FROM ", rows!(), " STRAIGHT_JOIN {t} AS t ON t.id = {as_key}");
+    const INSERT: &str = insert!("INSERT");
+    if unless_duplicate(insert(INSERT, rows, names, connection).await)?.is_some() {
+        return Ok(vec![true; rows.len()]);
+    }
+    let keys = json(rows.iter().enumerate().map(|(place, row)| (place, &row.key)));
+    let there: Vec<i32> = sqlx::query_scalar(names.sql(THERE)).bind(keys).fetch_all(&mut *connection).await?;
+    let mut created = vec![true; rows.len()];
+    for place in there {
+        created[usize::try_from(place).unwrap_or_default()] = false;
+    }
+    let new: Vec<&Row> = rows.iter().zip(&created).filter(|(_, new)| **new).map(|(row, _)| row).collect();
+    if new.is_empty() || unless_duplicate(insert(INSERT, new, names, connection).await)?.is_some() {
+        return Ok(created);
+    }
+    for (row, created) in rows.iter().zip(&mut created).filter(|(_, created)| **created) {
+        *created = unless_duplicate(insert(INSERT, [row], names, connection).await)?.is_some();
+    }
+    Ok(created)
+}
+
+/// Note beside the table what it has no room for: the most attempts, and that a task waits for its time.
+async fn note<'r>(
+    rows: impl IntoIterator<Item = &'r Row>,
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<(), Failure> {
+    const NOTE: &str = concat!(
+        "INSERT INTO {s} (id, created_at, state, timeout, max_attempts)
+        SELECT t.id, t.created_at, IF(t.timeout > t.created_at, 'waiting', NULL), t.timeout, NULLIF(f.max_attempts, -1)
+        FROM ",
+        rows!(),
+        " STRAIGHT_JOIN {t} AS t ON t.id = {as_key}
+        WHERE t.created_at IS NOT NULL AND t.owner = 0 AND (t.timeout > t.created_at OR f.max_attempts > 0)
+        ON DUPLICATE KEY UPDATE state = IF({s}.created_at = VALUES(created_at), {s}.state, VALUES(state)),
+            timeout = IF({s}.created_at = VALUES(created_at), {s}.timeout, VALUES(timeout)),
+            max_attempts = IF({s}.created_at = VALUES(created_at), {s}.max_attempts, VALUES(max_attempts)),
+            attempts = IF({s}.created_at = VALUES(created_at), {s}.attempts, 0),
+            releases = IF({s}.created_at = VALUES(created_at), {s}.releases, 0),
+            lost = IF({s}.created_at = VALUES(created_at), {s}.lost, 0),
+            lost_alone = IF({s}.created_at = VALUES(created_at), {s}.lost_alone, 0),
+            alone = IF({s}.created_at = VALUES(created_at), {s}.alone, 0),
+            records = IF({s}.created_at = VALUES(created_at), {s}.records, NULL),
+            created_at = VALUES(created_at)"
+    );
+    let noted = rows
+        .into_iter()
+        .filter(|row| row.is_noted())
+        .map(|row| (0, &row.key, 0, 0, 0, "", -1, row.max_attempts.map_or(-1, i64::from)));
+    let noted: Vec<_> = noted.collect();
+    if !noted.is_empty() {
+        sqlx::query(names.sql(NOTE)).bind(json(noted)).execute(connection).await?;
+    }
+    Ok(())
+}

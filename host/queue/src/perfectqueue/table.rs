@@ -1,0 +1,181 @@
+//! PerfectQueue's table: its names in statements, its columns as the server has them, and the numbers that its one column of times lives by.
+
+use sqlx::AssertSqlSafe;
+use sqlx::mysql::MySqlConnection;
+
+use super::schema::Columns;
+use crate::{Error, PerfectQueue, Result};
+
+/// What a finished row's time is set back by, and what separates the retained from what may be removed, in seconds.
+pub(super) const DELETE_OFFSET: i64 = 1_000_000_000;
+/// Rows whose time is not later than this are never acquired.
+pub(super) const EVENT_HORIZON: i64 = 1_300_000_000;
+/// The last moment that the table's INT can hold. It marks rows that are set aside; tasks wait for earlier ones only.
+pub(super) const TIME_MAX: i64 = 2_147_483_647;
+/// The owner of rows that are set aside, since nobody can read them: "laelaps" in ASCII.
+pub(super) const SET_ASIDE: u64 = 0x6c61_656c_6170_7300;
+
+/// The bit that tells our tokens from connection numbers.
+const TOKEN: u64 = 1 << 62;
+
+/// A number for `owner` that no connection has and no other claim: 61 random bits below a one. It is even; the odd number behind it marks the
+/// row that a settlement under this token has finished.
+pub(super) fn token() -> u64 {
+    TOKEN | (fastrand::u64(..) & (TOKEN - 1) & !1)
+}
+
+/// Whether an `owner` was written by a claim of ours.
+pub(super) fn is_token(owner: u64) -> bool {
+    owner >> 62 == 1 && owner != SET_ASIDE
+}
+
+/// The names that statements need.
+#[derive(Debug)]
+pub(super) struct Names {
+    table: String,
+    side: String,
+    lock: String,
+    has_side: bool,
+    /// `FORCE INDEX` with the index on the times, whatever it is called; empty if there is none.
+    index: String,
+    /// How a key out of a set has to be spelt to be compared with the table's own.
+    as_key: String,
+    /// The same for a key of our table.
+    side_key: String,
+}
+
+impl Names {
+    /// The names, before anything is known of the table as it is.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a name that MySQL cannot have.
+    pub(super) fn new(config: &PerfectQueue) -> Result<Self> {
+        let name = &config.table;
+        let problem = |problem: String| Error::Config { setting: "table", problem };
+        let characters = name.chars().count();
+        let most = if config.side_table { 64 - SIDE.len() } else { 64 };
+        if characters == 0 || characters > most {
+            return Err(problem(format!("the name has {characters} characters; 1 to {most} are allowed")));
+        }
+        if let Some(wrong) = name.chars().find(|&character| character == '\0' || u32::from(character) > 0xffff) {
+            return Err(problem(format!("the name contains {wrong:?}, which MySQL does not allow")));
+        }
+        if name.ends_with(' ') {
+            return Err(problem("the name ends with a space, which MySQL does not allow".to_owned()));
+        }
+        Ok(Self {
+            table: quoted(name),
+            side: quoted(&format!("{name}{SIDE}")),
+            lock: name.clone(),
+            has_side: config.side_table,
+            index: String::new(),
+            as_key: "f.id".to_owned(),
+            side_key: "s.id".to_owned(),
+        })
+    }
+
+    /// The names with what the server says of the table.
+    pub(super) fn with(config: &PerfectQueue, columns: &Columns) -> Result<Self> {
+        let index = columns.time_index.as_deref().map(|index| format!("FORCE INDEX ({})", quoted(index))).unwrap_or_default();
+        let (charset, collation) = (&columns.charset, &columns.collation);
+        let spelt = |key: &str| format!("CONVERT({key} USING {charset}) COLLATE {collation}");
+        Ok(Self { index, as_key: spelt("f.id"), side_key: spelt("s.id"), ..Self::new(config)? })
+    }
+
+    /// The name of the lock under which tasks are acquired.
+    pub(super) fn lock(&self) -> &str {
+        &self.lock
+    }
+
+    /// Whether there is a table of ours beside it.
+    pub(super) fn has_side(&self) -> bool {
+        self.has_side
+    }
+
+    /// A statement with its names in place: `{t}` the table, `{s}` ours beside it, `{index}` a hint to use the index on times, `{as_key}` the
+    /// key `f.id` of a set, `{as_side_key}` the same for our table, `{side_key}` the key `s.id` of our table, `{number}` the number of the row `t`, `{now}` the time in milliseconds.
+    pub(super) fn sql(&self, statement: &str) -> AssertSqlSafe<String> {
+        let mut sql = String::with_capacity(statement.len() + 256);
+        let mut rest = statement;
+        while let Some((before, behind)) = rest.split_once('{') {
+            sql.push_str(before);
+            let (name, behind) = behind.split_once('}').unwrap_or((behind, ""));
+            sql.push_str(match name {
+                "t" => &self.table,
+                "s" => &self.side,
+                "index" => &self.index,
+                "as_key" => &self.as_key,
+                "side_key" => &self.side_key,
+                "as_side_key" => "CONVERT(f.id USING utf8mb4) COLLATE utf8mb4_bin",
+                "number" => "CAST(CONV(LEFT(MD5(CONVERT(t.id USING utf8mb4)), 15), 16, 10) AS SIGNED)",
+                "now" => "CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)",
+                other => unreachable!("a statement names {other}"),
+            });
+            rest = behind;
+        }
+        sql.push_str(rest);
+        AssertSqlSafe(sql)
+    }
+}
+
+/// What our table's name adds to PerfectQueue's.
+const SIDE: &str = "_laelaps";
+
+/// A name as MySQL reads any name.
+pub(super) fn quoted(name: &str) -> String {
+    format!("`{}`", name.replace('`', "``"))
+}
+
+/// A set of rows for one parameter.
+pub(super) fn json<T: serde::Serialize>(rows: impl IntoIterator<Item = T>) -> String {
+    let rows: Vec<T> = rows.into_iter().collect();
+    serde_json::to_string(&rows).unwrap_or_else(|error| unreachable!("plain values are JSON: {error}"))
+}
+
+/// The database's clock in milliseconds, rounded up.
+pub(super) async fn now(names: &Names, connection: &mut MySqlConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(names.sql("SELECT {now}")).fetch_one(connection).await
+}
+
+/// The first whole second that is not before a moment in milliseconds, as the table can hold it.
+pub(super) fn second_from(moment_ms: i64) -> i64 {
+    (moment_ms.saturating_add(999) / 1_000).min(TIME_MAX - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(table: &str) -> PerfectQueue {
+        PerfectQueue { table: table.to_owned(), cleanup_interval: 20, side_table: true }
+    }
+
+    #[test]
+    fn any_name_is_quoted_and_none_gets_out() {
+        let names = Names::new(&config("we`ird {s} name")).unwrap();
+        assert_eq!(names.sql("SELECT 1 FROM {t} JOIN {s}").0, "SELECT 1 FROM `we``ird {s} name` JOIN `we``ird {s} name_laelaps`");
+        assert_eq!(names.lock(), "we`ird {s} name");
+    }
+
+    #[test]
+    fn names_that_mysql_cannot_have_are_refused() {
+        let long = "x".repeat(57);
+        for name in ["", "a\0b", "a ", "a\u{1f40e}", long.as_str()] {
+            assert!(matches!(Names::new(&config(name)), Err(Error::Config { setting: "table", .. })), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_told_from_connections_and_from_what_is_set_aside() {
+        for _ in 0..1_000 {
+            let token = token();
+            assert!(is_token(token) && token.is_multiple_of(2) && i64::try_from(token).is_ok());
+        }
+        assert!(!is_token(0) && !is_token(u64::from(u32::MAX)) && !is_token(SET_ASIDE) && SET_ASIDE >> 62 == 1);
+    }
+
+    #[test]
+    fn seconds_are_rounded_up() {
+        assert_eq!([second_from(1_000), second_from(1_001), second_from(i64::MAX)], [1, 2, TIME_MAX - 1]);
+    }
+}

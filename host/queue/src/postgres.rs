@@ -1,0 +1,270 @@
+//! Tasks in a PostgreSQL database, 14 or later.
+//!
+//! Authority: the server. Any number of hosts and producers share it; a commit is durable when it is answered, as far as the server was not
+//! told otherwise. Each operation is one statement or one short transaction in READ COMMITTED (see [`session`]), and moments are the server's.
+//!
+//! Everything stands in a schema of its own, `laelaps`. A claim deletes from a narrow `ready` with SKIP LOCKED and writes the task's row; a
+//! settlement writes that row again; neither touches an index of it, nor a row that another host's claim or settlement has to write. What is
+//! counted is appended as differences. Only users have rows of their own that claims lock, one each, so that their limits hold.
+
+mod accounts;
+mod between;
+mod claim;
+mod connections;
+mod failure;
+mod held;
+mod hosts;
+mod keep;
+mod listen;
+mod mark;
+mod operate;
+mod read;
+mod schema;
+mod session;
+mod settle;
+mod submit;
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use self::connections::Connections;
+use self::session::Shared;
+use crate::batch::Batch;
+use crate::{
+    AttemptRecord, Backend, Beat, Claim, Claimed, Config, Filter, HostDescription, HostId, HostRecord, LeaseAnswer, LeaseRef,
+    Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
+    Timestamp, Transaction,
+};
+
+/// A PostgreSQL database with tasks.
+#[derive(Debug)]
+pub(crate) struct Postgres {
+    shared: Arc<Shared>,
+}
+
+impl Postgres {
+    /// Connect, with patience if the server cannot be reached.
+    pub(crate) async fn open(config: &Config) -> Result<Self> {
+        let connections = Connections::open(config).await?;
+        Ok(Self { shared: Shared::new(connections, config.patience, config.connections.listen) })
+    }
+}
+
+#[async_trait]
+impl Backend for Postgres {
+    async fn init(&self) -> Result<Migration> {
+        self.shared.run("creating the tables", |session| Box::pin(schema::migrate(session))).await
+    }
+
+    async fn plan(&self) -> Result<Vec<PlannedStep>> {
+        self.shared.run("planning the schema", |session| Box::pin(schema::plan(session))).await
+    }
+
+    async fn drift(&self) -> Result<Vec<String>> {
+        self.shared.run("comparing the schema", |session| Box::pin(schema::drift(session))).await
+    }
+
+    async fn schema_status(&self) -> Result<SchemaStatus> {
+        self.shared.run("looking at the schema", |session| Box::pin(schema::status(session))).await
+    }
+
+    async fn now(&self) -> Result<Timestamp> {
+        const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
+        let now = self.shared.run("asking for the time", |session| {
+            Box::pin(async move { Ok(sqlx::query_scalar(NOW).fetch_one(session.db()?).await?) })
+        });
+        Ok(Timestamp(now.await?))
+    }
+
+    async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let batch = Arc::new(Batch::new(tasks)?);
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let submitted = self.shared.run("submitting tasks", move |session| {
+            let batch = Arc::clone(&batch);
+            Box::pin(async move {
+                let answers = submit::submit(session, &batch).await?;
+                if answers.contains(&Submitted::Created) {
+                    session.afterwards(Shared::wake);
+                }
+                if batch.rows.iter().map(|row| row.user.as_str()).collect::<HashSet<&str>>().len() > accounts::CHANGES_MIN {
+                    session.afterwards(Shared::enter_changes);
+                }
+                Ok(answers)
+            })
+        });
+        submitted.await
+    }
+
+    async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let Transaction::Postgres(connection) = transaction else { return Err(transaction.foreign("PostgreSQL")) };
+        let batch = Batch::new(tasks)?;
+        let stored = submit::submit_in(connection, &batch).await;
+        stored.map_err(|failure| failure.into_error("submitting tasks", self.shared.connections.place()))
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        let asked = Arc::new(claim::Asked::new(claim.clone()));
+        let taken = self.shared.run_or_give_back(
+            "claiming tasks",
+            move |session| {
+                let asked = Arc::clone(&asked);
+                Box::pin(async move { claim::claim(session, &asked).await })
+            },
+            |shared, taken: claim::Taken| Box::pin(async move { taken.give_back(&shared).await }),
+        );
+        let mut taken = taken.await?;
+        let broken = taken.value_mut().map(claim::Taken::open).unwrap_or_default();
+        // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
+        if !broken.is_empty()
+            && let Err(error) = claim::set_aside(&self.shared, broken).await
+        {
+            tracing::error!(%error, "damaged tasks cannot be set aside yet");
+        }
+        Ok(taken.take().map(claim::Taken::into_claimed).unwrap_or_default())
+    }
+
+    async fn heartbeat(&self, beats: &[Beat]) -> Result<Vec<LeaseAnswer>> {
+        if beats.is_empty() {
+            return Ok(Vec::new());
+        }
+        let beats = keep::Beats::new(beats);
+        let renewed = self.shared.run("renewing leases", move |session| {
+            let beats = beats.clone();
+            Box::pin(async move { beats.write(session).await })
+        });
+        renewed.await
+    }
+
+    async fn settle(&self, settlements: &[Settlement]) -> Result<Vec<LeaseAnswer>> {
+        if settlements.is_empty() {
+            return Ok(Vec::new());
+        }
+        settle::Group::new(settlements)?.write(&self.shared, "settling attempts").await
+    }
+
+    async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
+        keep::merge_data(&self.shared, lease_ref, members).await
+    }
+
+    async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
+        let policy = policy.clone();
+        let taken = self.shared.run("taking back lost tasks", move |session| {
+            let policy = policy.clone();
+            Box::pin(async move { hosts::take_back(session, &policy).await })
+        });
+        taken.await
+    }
+
+    async fn register_host(&self, description: &HostDescription) -> Result<HostId> {
+        hosts::register(&self.shared, description).await
+    }
+
+    async fn unregister_host(&self, host: HostId) -> Result<()> {
+        self.shared.run("striking off a host", move |session| Box::pin(async move { hosts::leave(session, &[host]).await })).await
+    }
+
+    async fn hosts(&self) -> Result<Vec<HostRecord>> {
+        self.shared.run("reading hosts", |session| Box::pin(hosts::hosts(session))).await
+    }
+
+    async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()> {
+        let digests = digests.to_vec();
+        let noted = self.shared.run("noting plugin versions", move |session| {
+            let digests = digests.clone();
+            Box::pin(async move { hosts::note_plugins(session, host, &digests).await })
+        });
+        noted.await
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Task>> {
+        let key = key.to_owned();
+        let read = self.shared.run("reading a task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { read::get(session, &key).await })
+        });
+        read.await
+    }
+
+    async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
+        let key = key.to_owned();
+        let read = self.shared.run("reading attempts", move |session| {
+            let key = key.clone();
+            Box::pin(async move { read::attempts(session, &key).await })
+        });
+        read.await
+    }
+
+    async fn list(&self, filter: &Filter) -> Result<Page> {
+        let filter = filter.clone();
+        let read = self.shared.run("listing tasks", move |session| {
+            let filter = filter.clone();
+            Box::pin(async move { read::list(session, &filter).await })
+        });
+        read.await
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        self.shared.run("counting tasks", |session| Box::pin(read::stats(session))).await
+    }
+
+    async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
+        self.end("finishing a task by force", key, operate::ByHand::Finish, retention).await
+    }
+
+    async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
+        self.end("cancelling a task", key, operate::ByHand::Cancel, retention).await
+    }
+
+    async fn retry(&self, key: &str) -> Result<()> {
+        let key = key.to_owned();
+        let retried = self.shared.run("retrying a task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { operate::retry(session, &key).await })
+        });
+        retried.await
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.shared.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, limit))).await
+    }
+
+    async fn wakeup(&self) {
+        self.shared.listener.start(&self.shared);
+        self.shared.wakeup.notified().await;
+    }
+
+    async fn close(&self) {
+        self.shared.listener.stop();
+        if !self.shared.end().await {
+            return;
+        }
+        let hosts: Vec<HostId> = self.shared.hosts().drain().collect();
+        if !hosts.is_empty() {
+            // What they still hold can be taken back at once instead of when the leases end.
+            let left = self.shared.try_once(move |session| {
+                let hosts = hosts.clone();
+                Box::pin(async move { hosts::leave(session, &hosts).await })
+            });
+            if let Err(error) = left.await {
+                tracing::debug!(?error, "the hosts of this program are left to be found gone");
+            }
+        }
+        self.shared.connections.close().await;
+    }
+}
+
+impl Postgres {
+    async fn end(&self, doing: &'static str, key: &str, by: operate::ByHand, retention: Duration) -> Result<()> {
+        let key = key.to_owned();
+        let ended = self.shared.run(doing, move |session| {
+            let key = key.clone();
+            Box::pin(async move { operate::end(session, &key, by, retention).await })
+        });
+        ended.await
+    }
+}

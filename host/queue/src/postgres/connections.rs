@@ -1,0 +1,192 @@
+//! Connections: a few, kept open, each used by one operation at a time.
+//!
+//! Not the driver's pool, which asks the server for a sign of life whenever a connection comes back: for statements as short as ours that is
+//! a good part of the work. An operation here runs to its end whether or not its caller waits, so that a connection comes back outside a
+//! transaction, or not at all; one that has died in the meantime is noticed by its next operation, which begins again on another.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
+use sqlx::{ConnectOptions, Connection};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use super::failure::{self, Failure};
+use crate::{Config, Error, Result, Tls};
+
+/// The oldest version that keeps all promises.
+const VERSION_MIN: u32 = 140_000;
+/// Longest pause between two tries to connect.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// How every connection is set up. All statements are made to go through an index, whatever the planner believes about a table that was
+/// empty a moment ago: it would remember a plan for few rows while the table grows.
+const SETTINGS: [(&str, &str); 6] = [
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("jit", "off"),
+    ("default_transaction_isolation", "read committed"),
+];
+
+#[derive(Debug)]
+pub(super) struct Connections {
+    options: PgConnectOptions,
+    place: String,
+    connect_timeout: Duration,
+    statement_timeout: Duration,
+    permits: Semaphore,
+    idle: Mutex<Vec<PgConnection>>,
+}
+
+/// A connection in use. Dropped without [`Taken::give_back`], it is closed.
+pub(super) struct Taken<'c> {
+    pub(super) connection: Option<PgConnection>,
+    owner: &'c Connections,
+    _permit: SemaphorePermit<'c>,
+}
+
+impl Taken<'_> {
+    /// For the next operation; it must be outside a transaction.
+    pub(super) fn give_back(self) {
+        self.owner.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(self.connection);
+    }
+}
+
+impl Connections {
+    /// Read the configuration and look at the server, with patience if it cannot be reached.
+    pub(super) async fn open(config: &Config) -> Result<Self> {
+        let options = options(config)?;
+        let settings = &config.connections;
+        let connections = Self {
+            options,
+            place: config.place(),
+            connect_timeout: settings.connect_timeout,
+            statement_timeout: settings.statement_timeout,
+            permits: Semaphore::new(usize::try_from(settings.max.clamp(1, 100)).unwrap_or(1)),
+            idle: Mutex::default(),
+        };
+        let started = Instant::now();
+        let mut pause = Duration::from_millis(50);
+        let mut connection = loop {
+            match connections.connect().await {
+                Ok(connection) => break connection,
+                Err(failure) if failure.is_lost() && started.elapsed() + pause < config.patience => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSE_MAX);
+                }
+                Err(failure) => return Err(failure.into_error("connecting", &connections.place)),
+            }
+        };
+        connections.look(&mut connection).await?;
+        connections.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        Ok(connections)
+    }
+
+    /// Whether the server can be used as it is.
+    async fn look(&self, connection: &mut PgConnection) -> Result<()> {
+        const LOOK: &str = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4,
+            current_setting('server_encoding'), current_setting('enable_seqscan')";
+        let looked = sqlx::query_as(LOOK).fetch_one(connection).await;
+        let (version, number, encoding, scans): (String, i32, String, String) =
+            looked.map_err(|error| failure::unconnected(error, &self.place))?;
+        if number.unsigned_abs() < VERSION_MIN {
+            let problem = format!("PostgreSQL {version} is too old; 14 is the oldest that can be used");
+            return Err(failure::unusable(&self.place, problem, "upgrade the server"));
+        }
+        if encoding != "UTF8" {
+            let problem = format!("the database's encoding is {encoding}, not UTF8");
+            return Err(failure::unusable(&self.place, problem, "make a database with ENCODING 'UTF8'"));
+        }
+        if scans == "on" {
+            tracing::warn!(
+                place = self.place,
+                "a pooler keeps our settings from the server; give them to the role, as docs/databases.md tells, or claims get slow"
+            );
+        }
+        Ok(())
+    }
+
+    pub(super) fn options(&self) -> &PgConnectOptions {
+        &self.options
+    }
+
+    pub(super) fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// How long an operation may take before its connection is given up: longer than the server lets one statement take, so that it is
+    /// only ever a server that does not answer at all.
+    pub(super) fn silence_max(&self) -> Duration {
+        self.statement_timeout + self.connect_timeout
+    }
+
+    /// A connection that nobody else uses: an idle one, or a new one. Waits while as many are in use as there may be.
+    pub(super) async fn take(&self) -> Result<Taken<'_>, Failure> {
+        let permit = self.permits.acquire().await.map_err(|_| Failure::from(Error::Closed))?;
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let connection = match idle {
+            Some(connection) => connection,
+            None => self.connect().await?,
+        };
+        Ok(Taken { connection: Some(connection), owner: self, _permit: permit })
+    }
+
+    async fn connect(&self) -> Result<PgConnection, Failure> {
+        let connected = tokio::time::timeout(self.connect_timeout, self.options.connect()).await;
+        match connected {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(Failure::from(failure::unconnected(error, &self.place))),
+            Err(_) => {
+                let words = format!("no answer within {} ms", self.connect_timeout.as_millis());
+                let error = sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words));
+                Err(Failure::from(failure::unconnected(error, &self.place)))
+            }
+        }
+    }
+
+    /// Close what is idle: after one connection has died, the others most likely have as well.
+    pub(super) fn drop_idle(&self) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// End all; nobody uses one any more.
+    pub(super) async fn close(&self) {
+        self.permits.close();
+        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        for connection in idle {
+            if let Err(error) = connection.close().await {
+                tracing::debug!(place = self.place, %error, "closing a connection");
+            }
+        }
+    }
+}
+
+/// What the driver has to know. What the URL says itself stands.
+fn options(config: &Config) -> Result<PgConnectOptions> {
+    let problem = |error: sqlx::Error| Error::Config { setting: "url", problem: format!("cannot be read: {error}") };
+    let mut options: PgConnectOptions = config.url.parse().map_err(problem)?;
+    if options.get_application_name().is_none() {
+        options = options.application_name("laelaps");
+    }
+    let said = options.get_options().unwrap_or_default().to_owned();
+    let timeout = config.connections.statement_timeout.as_millis().to_string();
+    let timeouts = [("statement_timeout", timeout.as_str()), ("idle_in_transaction_session_timeout", timeout.as_str())];
+    for (name, value) in SETTINGS.into_iter().chain(timeouts).filter(|(name, _)| !said.contains(name)) {
+        options = options.options([(name, value)]);
+    }
+    if let Some(tls) = config.connections.tls {
+        options = options.ssl_mode(match tls {
+            Tls::Disabled => PgSslMode::Disable,
+            Tls::Preferred => PgSslMode::Prefer,
+            Tls::Required => PgSslMode::Require,
+            Tls::VerifyAuthority => PgSslMode::VerifyCa,
+            Tls::VerifyIdentity => PgSslMode::VerifyFull,
+        });
+    }
+    if let Some(authority) = &config.connections.certificate_authority {
+        options = options.ssl_root_cert(authority);
+    }
+    Ok(options.disable_statement_logging())
+}

@@ -1,0 +1,210 @@
+//! Hosts, and what becomes of tasks whose host or lease is gone.
+//!
+//! Authority: the leases. This server cannot see whether a host's process lives. A host that leaves says so, and what it still has is taken
+//! back at once; else when the leases end. Whoever knows more (a watchdog, an operator) marks the host as one that has left. A host that was
+//! not seen for long and has nothing is struck off.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use sqlx::Row as _;
+use sqlx::postgres::PgRow;
+
+use super::failure::{self, Failure};
+use super::session::{Session, Shared};
+use super::settle::{Group, clean, plugin_ids};
+use crate::{
+    Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
+    Settlement, TaskId, Timestamp, Verdict,
+};
+
+/// Tasks taken back in one transaction.
+const RECLAIMED_MAX: i64 = 1_000;
+/// Claims looked at in one transaction.
+const CLAIMS_MAX: i64 = 64;
+/// A host that claims nothing for so long, and has nothing, is struck off.
+const UNSEEN_MS_MAX: i64 = 600_000;
+/// Hosts that are gone and still kept, for tracing lost attempts.
+const GONE_HOSTS_KEPT: i64 = 1_000;
+
+pub(super) async fn register(shared: &Arc<Shared>, description: &HostDescription) -> Result<HostId> {
+    const ENTER: &str = "INSERT INTO laelaps.host (name, process_id, started_at, seen_at)
+        SELECT $1, $2, now, now FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock RETURNING id";
+    let description = description.clone();
+    let id = shared
+        .run("registering a host", move |session| {
+            let (name, process_id) = (clean(&description.name), i64::from(description.process_id));
+            Box::pin(async move {
+                let id: i64 = sqlx::query_scalar(ENTER).bind(name).bind(process_id).fetch_one(session.db()?).await?;
+                session.shared.hosts().insert(HostId(id));
+                Ok(HostId(id))
+            })
+        })
+        .await?;
+    shared.listener.start(shared);
+    Ok(id)
+}
+
+/// Strike a host off that holds nothing; else it has left, and what it holds can be taken back.
+pub(super) async fn leave(session: &mut Session, hosts: &[HostId]) -> Result<(), Failure> {
+    const LEAVE: &str = "UPDATE laelaps.host SET left_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
+        WHERE id = ANY($1) AND ended_at IS NULL AND left_at IS NULL";
+    const CLAIMS: &str = "SELECT id FROM laelaps.claim WHERE host = ANY($1) FOR UPDATE SKIP LOCKED";
+    let numbers: Vec<i64> = hosts.iter().map(|host| host.0).collect();
+    session.begin().await?;
+    sqlx::query(LEAVE).bind(&numbers).execute(session.db()?).await?;
+    let claims: Vec<i64> = sqlx::query_scalar(CLAIMS).bind(&numbers).fetch_all(session.db()?).await?;
+    sweep(session, &claims).await?;
+    strike_off(session).await?;
+    session.commit().await?;
+    let mut ours = session.shared.hosts();
+    for host in hosts {
+        ours.remove(host);
+    }
+    Ok(())
+}
+
+fn record(row: &PgRow) -> Result<HostRecord, sqlx::Error> {
+    let left: Option<i64> = row.try_get(5)?;
+    Ok(HostRecord {
+        id: HostId(row.try_get(0)?),
+        name: row.try_get(1)?,
+        process_id: u32::try_from(row.try_get::<i64, _>(2)?).unwrap_or(u32::MAX),
+        started_at: Timestamp(row.try_get(3)?),
+        running: row.try_get::<i64, _>(4)?.unsigned_abs(),
+        alive: left.map(|_| false),
+    })
+}
+
+pub(super) async fn hosts(session: &mut Session) -> Result<Vec<HostRecord>, Failure> {
+    const HOSTS: &str = "SELECT id, name, process_id, started_at,
+            (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND task.host = host.id
+                AND task.id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim WHERE claim.host = host.id))),
+            left_at
+        FROM laelaps.host WHERE ended_at IS NULL ORDER BY id";
+    let rows = sqlx::query(HOSTS).fetch_all(session.db()?).await?;
+    Ok(rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?)
+}
+
+/// A task that its host has lost.
+struct Stray {
+    lease_ref: LeaseRef,
+    key: String,
+    host: HostId,
+    attempt: Attempt,
+}
+
+/// Take back what hosts that have left and ended leases hold, at most a batch, and strike hosts off that hold nothing any more.
+pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<Reclaimed, Failure> {
+    const LOOK: &str = "SELECT EXISTS (SELECT FROM laelaps.claim WHERE check_at <= now)
+            OR EXISTS (SELECT FROM laelaps.host WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1))
+        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
+    let anything: bool = sqlx::query_scalar(LOOK).bind(UNSEEN_MS_MAX).fetch_one(session.db()?).await?;
+    if !anything {
+        return Ok(Reclaimed::default());
+    }
+    session.begin().await?;
+    let (claims, strays) = strays(session).await?;
+    // Nothing waits after a loss, so no random number is needed.
+    let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
+    let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
+    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict, Verdict::Fail { .. })).collect();
+    let answers = if settlements.is_empty() { Vec::new() } else { Group::of_lost(&settlements)?.write_in(session).await? };
+    sweep(session, &claims).await?;
+    let dead_hosts = strike_off(session).await?;
+    session.commit().await?;
+    let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
+    let lost = lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed });
+    Ok(Reclaimed { tasks: lost.collect(), dead_hosts })
+}
+
+/// Claims that are to be looked at: their time has come, or their host has left.
+pub(super) const CLAIMS: &str = "SELECT id, host, tasks FROM laelaps.claim WHERE id = ANY(ARRAY(
+        SELECT id FROM (SELECT id FROM laelaps.claim WHERE check_at <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+            ORDER BY check_at LIMIT $1) AS due
+        UNION
+        SELECT id FROM (SELECT claim.id FROM laelaps.host JOIN laelaps.claim ON claim.host = host.id
+            WHERE host.ended_at IS NULL AND host.left_at IS NOT NULL LIMIT $1) AS left_over))
+    FOR UPDATE SKIP LOCKED";
+
+/// Tasks of these claims that still run, although their lease has ended or their host has left; locked, so that no heartbeat comes between.
+pub(super) const STRAYS: &str = "SELECT id, lease, key, host, attempts, max_attempts, coalesce(releases, 0), coalesce(lost, 0),
+        coalesce(lost_alone, 0), alone
+    FROM laelaps.task WHERE id = ANY($1) AND state = 'running'
+        AND (until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+            OR host = ANY(ARRAY(SELECT id FROM laelaps.host WHERE ended_at IS NULL AND left_at IS NOT NULL)))
+    ORDER BY id LIMIT $2 FOR UPDATE";
+
+async fn strays(session: &mut Session) -> Result<(Vec<i64>, Vec<Stray>), Failure> {
+    let rows: Vec<(i64, i64, Vec<i64>)> = sqlx::query_as(CLAIMS).bind(CLAIMS_MAX).fetch_all(session.db()?).await?;
+    let claims: Vec<i64> = rows.iter().map(|(claim, ..)| *claim).collect();
+    let tasks: HashSet<i64> = rows.into_iter().flat_map(|(.., tasks)| tasks).collect();
+    let tasks: Vec<i64> = tasks.into_iter().collect();
+    let rows = sqlx::query(STRAYS).bind(tasks).bind(RECLAIMED_MAX).fetch_all(session.db()?).await?;
+    let number = |row: &PgRow, place: usize| row.try_get::<i32, _>(place).map(i32::unsigned_abs);
+    let stray = |row: &PgRow| -> Result<Stray, sqlx::Error> {
+        let most: Option<i64> = row.try_get(5)?;
+        Ok(Stray {
+            lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
+            key: row.try_get(2)?,
+            host: HostId(row.try_get(3)?),
+            attempt: Attempt {
+                attempt: number(row, 4)?.saturating_add(1),
+                max_attempts: most.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+                releases: number(row, 6)?,
+                lost: number(row, 7)?,
+                lost_alone: number(row, 8)?,
+                alone: row.try_get(9)?,
+            },
+        })
+    };
+    Ok((claims, rows.iter().map(stray).collect::<Result<_, sqlx::Error>>()?))
+}
+
+/// Claims whose rows are locked: those of which nothing runs any more go, the others are looked at again when the next of their leases ends.
+pub(super) const SWEEP: &str = "WITH looked AS MATERIALIZED (
+        SELECT claim.id, (SELECT min(until) FROM laelaps.task
+            WHERE task.id = ANY(claim.tasks) AND task.state = 'running' AND task.host = claim.host) AS next
+        FROM laelaps.claim WHERE claim.id = ANY($1)),
+    gone AS (DELETE FROM laelaps.claim WHERE id = ANY(ARRAY(SELECT id FROM looked WHERE next IS NULL)))
+    UPDATE laelaps.claim SET check_at = looked.next FROM looked WHERE claim.id = looked.id AND claim.id = ANY($1) AND looked.next IS NOT NULL";
+
+async fn sweep(session: &mut Session, claims: &[i64]) -> Result<(), Failure> {
+    if !claims.is_empty() {
+        sqlx::query(SWEEP).bind(claims).execute(session.db()?).await?;
+    }
+    Ok(())
+}
+
+/// Strike off the hosts that have left, or were not seen for long, and hold nothing. Answers which are gone. Hosts gone long ago are
+/// forgotten.
+async fn strike_off(session: &mut Session) -> Result<Vec<HostRecord>, Failure> {
+    const OFF: &str = "UPDATE laelaps.host SET ended_at = now, left_at = coalesce(left_at, now)
+        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock
+        WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1)
+            AND NOT EXISTS (SELECT FROM laelaps.claim WHERE claim.host = host.id)
+        RETURNING id, name, process_id, started_at, 0::int8, left_at";
+    const FORGET: &str = "WITH old AS (
+            DELETE FROM laelaps.host WHERE ended_at IS NOT NULL AND id <= (SELECT max(id) FROM laelaps.host) - $1 RETURNING id)
+        DELETE FROM laelaps.host_plugin WHERE host = ANY(ARRAY(SELECT id FROM old))";
+    let rows = sqlx::query(OFF).bind(UNSEEN_MS_MAX).fetch_all(session.db()?).await?;
+    if !rows.is_empty() {
+        sqlx::query(FORGET).bind(GONE_HOSTS_KEPT).execute(session.db()?).await?;
+    }
+    Ok(rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?)
+}
+
+/// Note which plugin versions a host serves from now on; those it served before stay noted.
+pub(super) async fn note_plugins(session: &mut Session, host: HostId, digests: &[String]) -> Result<(), Failure> {
+    const NOTE: &str = "INSERT INTO laelaps.host_plugin (host, plugin, noted_at)
+        SELECT $1, plugin, (extract(epoch FROM clock_timestamp()) * 1000)::int8 FROM unnest($2::int4[]) AS noted (plugin) ORDER BY plugin
+        ON CONFLICT (host, plugin) DO NOTHING";
+    const HERE: &str = "SELECT EXISTS (SELECT FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL)";
+    let here: bool = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()?).await?;
+    if !here {
+        return Err(failure::unknown_host(host));
+    }
+    let ids = plugin_ids(session, digests.iter().map(String::as_str).collect()).await?;
+    sqlx::query(NOTE).bind(host.0).bind(ids.into_values().collect::<Vec<i32>>()).execute(session.db()?).await?;
+    Ok(())
+}

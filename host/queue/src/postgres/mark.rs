@@ -1,0 +1,222 @@
+//! Low-water marks: where the next claim begins to look.
+//!
+//! A claimed task leaves a dead entry in the index of what is ready, and while any transaction of the server is old, those stay: a claim that
+//! began at the head would walk over all of them. So it begins where the last one ended. What enters before that place (a task that was given
+//! back, or whose producer took long to commit) is met by a look from the head: at once if this process put it there itself; else after
+//! [`INTERVAL`], or after [`SHARE`] times as long as such a look takes if that is longer; and while a look is cheap also as soon as a claim is
+//! not filled or a notice comes.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Between two looks from the head.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Looks from the head take at most one part of this many of the time.
+const SHARE: u32 = 20;
+/// A look from the head that takes no longer may come at any time.
+const CHEAP: Duration = Duration::from_millis(5);
+
+/// A place in the order of claims: when a task became ready, and its number.
+pub(super) type Place = (i64, i64);
+
+const HEAD: Place = (i64::MIN, i64::MIN);
+
+/// Where one claim begins to look.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct From {
+    /// Among the tasks without user.
+    pub(super) ready: Place,
+    /// Among those of all users, for who does not look at users.
+    pub(super) in_time: Place,
+    /// Among what is not due.
+    pub(super) due: i64,
+    /// Among the changes of accounts.
+    pub(super) change: i64,
+    head: bool,
+    version: u64,
+}
+
+impl From {
+    /// Where a claim begins that knows of a task at this place.
+    pub(super) fn lowered(self, place: Place) -> Self {
+        Self { ready: self.ready.min(place), in_time: self.in_time.min(place), ..self }
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    ready: Place,
+    in_time: Place,
+    due: i64,
+    change: i64,
+    looked_at: Option<Instant>,
+    took: Duration,
+    hinted: bool,
+    /// Raised by whatever makes a mark that an earlier claim brings back too high.
+    version: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Marks(Mutex<State>);
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self(Mutex::new(State {
+            ready: HEAD,
+            in_time: HEAD,
+            due: i64::MIN,
+            change: i64::MIN,
+            looked_at: None,
+            took: Duration::ZERO,
+            hinted: false,
+            version: 0,
+        }))
+    }
+}
+
+impl Marks {
+    /// Where a claim begins now.
+    pub(super) fn begin(&self) -> From {
+        let mut state = self.lock();
+        let rest = INTERVAL.max(state.took * SHARE);
+        let head = state.looked_at.is_none_or(|looked_at| looked_at.elapsed() >= rest) || (state.hinted && state.took < CHEAP);
+        if head { Self::head(&mut state) } else { Self::at(&state) }
+    }
+
+    /// The head, for a claim that found too little from `from`, if such a look is cheap and was not just taken.
+    pub(super) fn begin_again(&self, from: From) -> Option<From> {
+        let mut state = self.lock();
+        (!from.head && state.took < CHEAP).then(|| Self::head(&mut state))
+    }
+
+    fn head(state: &mut State) -> From {
+        state.version += 1;
+        state.hinted = false;
+        // Only one claim at a time looks from the head.
+        state.looked_at = Some(Instant::now());
+        From { ready: HEAD, in_time: HEAD, due: i64::MIN, change: i64::MIN, head: true, ..Self::at(state) }
+    }
+
+    /// Where the marks are, for who claims nothing.
+    pub(super) fn here(&self) -> From {
+        Self::at(&self.lock())
+    }
+
+    fn at(state: &State) -> From {
+        From {
+            ready: state.ready,
+            in_time: state.in_time,
+            due: state.due,
+            change: state.change,
+            head: false,
+            version: state.version,
+        }
+    }
+
+    /// A look took this long.
+    pub(super) fn looked(&self, from: From, took: Duration) {
+        if from.head {
+            self.lock().took = took;
+        }
+    }
+
+    /// The last place that a claim took among the tasks without user.
+    pub(super) fn took_ready(&self, from: From, place: Place) {
+        let mut state = self.lock();
+        if state.version == from.version {
+            state.ready = place;
+        }
+    }
+
+    /// The last place that a claim took among those of all users.
+    pub(super) fn took_in_time(&self, from: From, place: Place) {
+        let mut state = self.lock();
+        if state.version == from.version {
+            state.in_time = place;
+        }
+    }
+
+    /// Nothing before this moment is in the schedule any more.
+    pub(super) fn moved_due(&self, from: From, moment: i64) {
+        let mut state = self.lock();
+        if state.version == from.version {
+            state.due = moment;
+        }
+    }
+
+    /// No change of an account before this one is left.
+    pub(super) fn entered(&self, from: From, change: i64) {
+        let mut state = self.lock();
+        if state.version == from.version {
+            state.change = change;
+        }
+    }
+
+    /// A task of this process entered at this place.
+    pub(super) fn lower(&self, place: Place) {
+        let mut state = self.lock();
+        state.version += 1;
+        state.ready = state.ready.min(place);
+        state.in_time = state.in_time.min(place);
+    }
+
+    /// Something may have entered anywhere.
+    pub(super) fn hint(&self) {
+        self.lock().hinted = true;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_begins_where_the_last_one_ended() {
+        let marks = Marks::default();
+        let first = marks.begin();
+        assert_eq!(first.ready, HEAD);
+        marks.looked(first, CHEAP * 2);
+        marks.took_ready(first, (5, 7));
+        assert_eq!(marks.begin().ready, (5, 7));
+        assert!(marks.begin_again(marks.begin()).is_none(), "such a look is not cheap");
+    }
+
+    #[test]
+    fn what_enters_before_the_mark_lowers_it_even_under_a_claim_that_is_under_way() {
+        let marks = Marks::default();
+        let first = marks.begin();
+        marks.took_ready(first, (5, 7));
+        let under_way = marks.begin();
+        marks.lower((3, 9));
+        marks.took_ready(under_way, (6, 1));
+        assert_eq!(marks.begin().ready, (3, 9));
+    }
+
+    #[test]
+    fn a_hint_leads_to_the_head_while_that_is_cheap() {
+        let marks = Marks::default();
+        let first = marks.begin();
+        marks.took_ready(first, (5, 7));
+        marks.hint();
+        assert_eq!(marks.begin().ready, HEAD);
+        let second = marks.begin();
+        assert_eq!(second.ready, (5, 7), "once");
+        marks.looked(first, CHEAP * 2);
+        marks.hint();
+        assert_eq!(marks.begin().ready, (5, 7));
+    }
+
+    #[test]
+    fn a_claim_that_is_not_filled_looks_from_the_head_while_that_is_cheap() {
+        let marks = Marks::default();
+        let first = marks.begin();
+        assert!(marks.begin_again(first).is_none(), "it did already");
+        marks.took_ready(first, (5, 7));
+        let second = marks.begin();
+        assert_eq!(marks.begin_again(second).map(|from| from.ready), Some(HEAD));
+    }
+}

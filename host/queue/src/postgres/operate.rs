@@ -1,0 +1,313 @@
+//! What operators and producers do to tasks by hand, and the removal of what is over.
+//!
+//! A waiting task is first taken from its place, which waits for a claim that is about to take it; then it is nobody else's. If it was not
+//! there any more, it is looked up again.
+
+use std::time::Duration;
+
+use sqlx::Row as _;
+
+use super::accounts;
+use super::failure::{self, Failure};
+use super::session::Session;
+use crate::outcome::ms;
+use crate::{Error, State};
+
+/// How often a task is looked up that others keep moving.
+const TRIES_MAX: usize = 100;
+/// Differences of counts after which they are put together, and the most that one call does.
+const TALLY_MIN: i64 = 200;
+const TALLY_MAX: i64 = 50_000;
+
+/// How a task is ended by hand.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ByHand {
+    Finish,
+    Cancel,
+}
+
+impl ByHand {
+    fn state(self) -> State {
+        match self {
+            Self::Finish => State::Finished,
+            Self::Cancel => State::Cancelled,
+        }
+    }
+
+    fn event(self) -> &'static str {
+        match self {
+            Self::Finish => "force-finish",
+            Self::Cancel => "cancel",
+        }
+    }
+}
+
+/// A task as an operation by hand needs it.
+struct Found {
+    task: i64,
+    key: String,
+    state: State,
+    user: String,
+    run_at: i64,
+    lease: i64,
+}
+
+/// Where a task waited.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Waited {
+    Ready,
+    Scheduled,
+    Suspect,
+}
+
+async fn find(session: &mut Session, key: &str) -> Result<Found, Failure> {
+    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE key = $1";
+    let missing = || Failure::from(Error::NotFound(key.to_owned()));
+    if key.contains('\0') {
+        return Err(missing());
+    }
+    let row = sqlx::query(FIND).bind(key).fetch_optional(session.db()?).await?.ok_or_else(missing)?;
+    Ok(Found {
+        task: row.try_get(0)?,
+        key: row.try_get(1)?,
+        state: failure::state(row.try_get(2)?)?,
+        user: row.try_get(3)?,
+        run_at: row.try_get(4)?,
+        lease: row.try_get(5)?,
+    })
+}
+
+/// Take a waiting task from where it waits; None if it is not there any more.
+async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>, Failure> {
+    const READY: &str = "DELETE FROM laelaps.ready WHERE user_name = $3 AND run_at = $1 AND task = $2";
+    const SCHEDULED: &str = "DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2";
+    const SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE run_at = $1 AND task = $2";
+    let ready = sqlx::query(READY).bind(found.run_at).bind(found.task).bind(&found.user);
+    if ready.execute(session.db()?).await?.rows_affected() == 1 {
+        if !found.user.is_empty() {
+            accounts::lock(session, vec![found.user.clone()]).await?;
+            accounts::look_again(session, std::slice::from_ref(&found.user)).await?;
+        }
+        return Ok(Some(Waited::Ready));
+    }
+    for (sql, waited) in [(SCHEDULED, Waited::Scheduled), (SUSPECT, Waited::Suspect)] {
+        if sqlx::query(sql).bind(found.run_at).bind(found.task).execute(session.db()?).await?.rows_affected() == 1 {
+            return Ok(Some(waited));
+        }
+    }
+    Ok(None)
+}
+
+/// End a waiting or running task. A running attempt loses its lease.
+pub(super) async fn end(session: &mut Session, key: &str, by: ByHand, retention: Duration) -> Result<(), Failure> {
+    for _ in 0..TRIES_MAX {
+        let found = find(session, key).await?;
+        session.begin().await?;
+        let ended = match found.state {
+            State::Waiting => end_waiting(session, &found, by, retention).await?,
+            State::Running => end_running(session, &found, by, retention).await?,
+            // A try before this one may have done it.
+            state if session.again && state == by.state() => true,
+            state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
+        };
+        if ended {
+            return session.commit().await;
+        }
+        session.roll_back().await?;
+    }
+    Err(Failure::from(Error::Database { doing: "ending a task that others keep moving", source: sqlx::Error::RowNotFound }))
+}
+
+/// $1 task, $2 state it has to be in, $3 lease, $4 state from now on, $5 event, $6 retention, $7 how many it is less in scheduled.
+pub(super) const END: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
+    done AS (
+        UPDATE laelaps.task SET state = $4::text::laelaps.state, until = NULL, event = $5, finished_at = (SELECT now FROM clock),
+            retained_until = (SELECT now FROM clock) + $6
+        WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
+        RETURNING id, type, user_name, lease, host, attempts, retained_until),
+    kept AS (INSERT INTO laelaps.retention (until, tasks) SELECT retained_until, ARRAY[id] FROM done),
+    cancelled AS (INSERT INTO laelaps.cancelled (task) SELECT id FROM done WHERE $4 = 'cancelled' ON CONFLICT DO NOTHING),
+    counted AS (
+        INSERT INTO laelaps.tally (type, live, scheduled, finished, cancelled)
+        SELECT type, -1, -$7::int8, CASE $4 WHEN 'finished' THEN 1 ELSE 0 END, CASE $4 WHEN 'cancelled' THEN 1 ELSE 0 END FROM done),
+    changed AS (
+        INSERT INTO laelaps.account_change (user_name, stopped) SELECT user_name, 1 FROM done WHERE user_name <> '' AND $2 = 'running'),
+    attempts AS (
+        INSERT INTO laelaps.attempt (task, lease, attempt, host, ended_at, event)
+        SELECT id, lease, attempts + 1, host, (SELECT now FROM clock), $5 FROM done WHERE $2 = 'running'),
+    trimmed AS (
+        DELETE FROM laelaps.attempt WHERE $2 = 'running' AND task = $1 AND lease <= (SELECT newer.lease FROM laelaps.attempt AS newer
+            WHERE newer.task = $1 ORDER BY newer.lease DESC OFFSET 19 LIMIT 1))
+    SELECT count(*) FROM done";
+
+async fn end_as(session: &mut Session, found: &Found, by: ByHand, retention: Duration, scheduled: i64) -> Result<bool, Failure> {
+    let ended: i64 = sqlx::query_scalar(END)
+        .bind(found.task)
+        .bind(found.state.as_str())
+        .bind(found.lease)
+        .bind(by.state().as_str())
+        .bind(by.event())
+        .bind(ms(retention))
+        .bind(scheduled)
+        .fetch_one(session.db()?)
+        .await?;
+    Ok(ended == 1)
+}
+
+async fn end_waiting(session: &mut Session, found: &Found, by: ByHand, retention: Duration) -> Result<bool, Failure> {
+    let Some(waited) = unqueue(session, found).await? else { return Ok(false) };
+    end_as(session, found, by, retention, i64::from(waited == Waited::Scheduled)).await
+}
+
+async fn end_running(session: &mut Session, found: &Found, by: ByHand, retention: Duration) -> Result<bool, Failure> {
+    end_as(session, found, by, retention, 0).await
+}
+
+/// Make a waiting task due now, or give a failed or cancelled one a new life.
+pub(super) async fn retry(session: &mut Session, key: &str) -> Result<(), Failure> {
+    for _ in 0..TRIES_MAX {
+        let found = find(session, key).await?;
+        session.begin().await?;
+        let done = match found.state {
+            State::Waiting => make_due(session, &found).await?,
+            State::Failed | State::Cancelled => revive(session, &found).await?,
+            State::Running => return Err(refused(found, "it has an attempt under way")),
+            State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
+        };
+        if done {
+            session.commit().await?;
+            session.afterwards(|shared| {
+                shared.marks.hint();
+                shared.wake();
+            });
+            return Ok(());
+        }
+        session.roll_back().await?;
+    }
+    Err(Failure::from(Error::Database { doing: "retrying a task that others keep moving", source: sqlx::Error::RowNotFound }))
+}
+
+fn refused(found: Found, problem: &'static str) -> Failure {
+    Failure::from(Error::WrongState { key: found.key, state: found.state, problem })
+}
+
+/// What is due already keeps its place in the order.
+async fn make_due(session: &mut Session, found: &Found) -> Result<bool, Failure> {
+    const WAITS: &str = "SELECT EXISTS (SELECT FROM laelaps.ready WHERE user_name = $3 AND run_at = $1 AND task = $2)
+        OR EXISTS (SELECT FROM laelaps.suspect WHERE run_at = $1 AND task = $2)";
+    const DUE: &str = "WITH unscheduled AS (DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2 RETURNING task),
+        due AS (
+            UPDATE laelaps.task SET run_at = least(run_at, (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+            WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, bytes, max_running, user_name, type, alone),
+        ready AS (
+            INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
+            SELECT run_at, id, bytes, max_running, user_name FROM due WHERE NOT alone),
+        suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM due WHERE alone),
+        changed AS (
+            INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
+            SELECT user_name, run_at, id, max_running FROM due WHERE user_name <> '' AND NOT alone),
+        counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
+        SELECT count(*) FROM due";
+    let due: i64 = sqlx::query_scalar(DUE).bind(found.run_at).bind(found.task).fetch_one(session.db()?).await?;
+    if due == 1 {
+        return Ok(true);
+    }
+    let waits = sqlx::query_scalar(WAITS).bind(found.run_at).bind(found.task).bind(&found.user);
+    Ok(waits.fetch_one(session.db()?).await?)
+}
+
+async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
+    const REVIVE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
+        revived AS (
+            UPDATE laelaps.task SET state = 'waiting', run_at = (SELECT now FROM clock), attempts = 0, releases = NULL, lost = NULL,
+                lost_alone = NULL, alone = false, finished_at = NULL, retained_until = NULL
+            WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
+            RETURNING id, run_at, bytes, max_running, user_name, type),
+        failure AS (DELETE FROM laelaps.failure WHERE task = (SELECT id FROM revived)),
+        cancelled AS (DELETE FROM laelaps.cancelled WHERE task = (SELECT id FROM revived)),
+        ready AS (
+            INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
+            SELECT run_at, id, bytes, max_running, user_name FROM revived),
+        changed AS (
+            INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
+            SELECT user_name, run_at, id, max_running FROM revived WHERE user_name <> ''),
+        counted AS (
+            INSERT INTO laelaps.tally (type, live, failed, cancelled)
+            SELECT type, 1, CASE $2 WHEN 'failed' THEN -1 ELSE 0 END, CASE $2 WHEN 'cancelled' THEN -1 ELSE 0 END FROM revived)
+        SELECT count(*) FROM revived";
+    let query = sqlx::query_scalar(REVIVE).bind(found.task).bind(found.state.as_str()).bind(found.lease);
+    let revived: i64 = query.fetch_one(session.db()?).await?;
+    Ok(revived == 1)
+}
+
+/// What is over, up to so many tasks and one group more.
+pub(super) const OVER: &str = "WITH over AS MATERIALIZED (
+        SELECT id, until, tasks FROM laelaps.retention WHERE until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+        ORDER BY until, id LIMIT $1 FOR UPDATE SKIP LOCKED)
+    SELECT id, tasks FROM (SELECT id, tasks, sum(cardinality(tasks)) OVER (ORDER BY until, id) - cardinality(tasks) AS before
+        FROM over) AS summed WHERE before < $1 ORDER BY before";
+
+pub(super) const REMOVE: &str = "WITH gone AS (
+        DELETE FROM laelaps.task WHERE id = ANY($1) AND state IN ('finished', 'failed', 'cancelled')
+            AND retained_until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+        RETURNING id, state, type),
+    data AS (DELETE FROM laelaps.task_data WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    outputs AS (DELETE FROM laelaps.output WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    failures AS (DELETE FROM laelaps.failure WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    cancelled AS (DELETE FROM laelaps.cancelled WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    progress AS (DELETE FROM laelaps.progress WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    attempts AS (DELETE FROM laelaps.attempt WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    counted AS (
+        INSERT INTO laelaps.tally (type, finished, failed, cancelled)
+        SELECT type, -count(*) FILTER (WHERE state = 'finished'), -count(*) FILTER (WHERE state = 'failed'),
+            -count(*) FILTER (WHERE state = 'cancelled')
+        FROM gone GROUP BY type)
+    SELECT count(*) FROM gone";
+
+/// Remove at most `limit` tasks whose retention has ended, oldest end first, and put differences of counts together.
+pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, Failure> {
+    const LOOK: &str = "SELECT EXISTS (SELECT FROM laelaps.retention
+        WHERE until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)),
+        (SELECT count(*) FROM (SELECT FROM laelaps.tally LIMIT $1) AS first) >= $1";
+    const CUT: &str = "UPDATE laelaps.retention SET tasks = $2 WHERE id = $1";
+    const OUT: &str = "DELETE FROM laelaps.retention WHERE id = ANY($1)";
+    let (garbage, counts): (bool, bool) = sqlx::query_as(LOOK).bind(TALLY_MIN).fetch_one(session.db()?).await?;
+    if counts {
+        put_together(session).await?;
+    }
+    if !garbage {
+        return Ok(0);
+    }
+    let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
+    session.begin().await?;
+    let groups: Vec<(i64, Vec<i64>)> = sqlx::query_as(OVER).bind(super::claim::count(limit)).fetch_all(session.db()?).await?;
+    let mut tasks: Vec<i64> = Vec::new();
+    let mut done = Vec::new();
+    for (id, mut group) in groups {
+        let room = limit - tasks.len();
+        if group.len() <= room {
+            done.push(id);
+        } else {
+            let rest = group.split_off(room);
+            sqlx::query(CUT).bind(id).bind(rest).execute(session.db()?).await?;
+        }
+        tasks.append(&mut group);
+    }
+    sqlx::query(OUT).bind(done).execute(session.db()?).await?;
+    let removed: i64 = sqlx::query_scalar(REMOVE).bind(tasks).fetch_one(session.db()?).await?;
+    session.commit().await?;
+    Ok(removed.unsigned_abs())
+}
+
+/// Put differences of counts together into one row of each type.
+async fn put_together(session: &mut Session) -> Result<(), Failure> {
+    const TOGETHER: &str = "WITH taken AS (
+            DELETE FROM laelaps.tally WHERE id = ANY(ARRAY(SELECT id FROM laelaps.tally ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED))
+            RETURNING type, live, scheduled, finished, failed, cancelled)
+        INSERT INTO laelaps.tally (type, live, scheduled, finished, failed, cancelled)
+        SELECT * FROM (SELECT type, sum(live)::int8 AS live, sum(scheduled)::int8 AS scheduled, sum(finished)::int8 AS finished,
+            sum(failed)::int8 AS failed, sum(cancelled)::int8 AS cancelled FROM taken GROUP BY type) AS summed
+        WHERE live <> 0 OR scheduled <> 0 OR finished <> 0 OR failed <> 0 OR cancelled <> 0";
+    sqlx::query(TOGETHER).bind(TALLY_MAX).execute(session.db()?).await?;
+    Ok(())
+}

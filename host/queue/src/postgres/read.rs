@@ -1,0 +1,287 @@
+//! What readers see: one task, lists, counts.
+
+use sqlx::Row as _;
+use sqlx::postgres::PgRow;
+
+use super::failure::{self, Failure};
+use super::session::Session;
+use crate::{AttemptRecord, Filter, HostId, Lease, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
+
+/// The most tasks of a page.
+const PAGE_MAX: u32 = 10_000;
+/// The most data and output of a page, unless one task alone has more.
+const PAGE_BYTES_MAX: usize = 64 << 20;
+
+macro_rules! task_columns {
+    () => {
+        "task.id, task.key, task.type, task.state::text, task.user_name, task.max_running, task.attempts, task.max_attempts,
+        coalesce(task.lost, 0), task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
+        (SELECT digest FROM laelaps.plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
+        progress.done, progress.total, progress.note"
+    };
+}
+
+/// With OFFSET 0 each is looked up by its number, whatever the planner once believed about the size of these tables.
+macro_rules! beside {
+    () => {
+        "LEFT JOIN LATERAL (SELECT code, message FROM laelaps.failure WHERE failure.task = task.id OFFSET 0) AS failure ON true
+        LEFT JOIN LATERAL (SELECT done, total, note FROM laelaps.progress
+            WHERE progress.task = task.id AND progress.lease = task.lease AND task.state = 'running' OFFSET 0) AS progress ON true"
+    };
+}
+
+macro_rules! with_data {
+    () => {
+        ", coalesce(task.data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)),
+        (SELECT output FROM laelaps.output WHERE output.task = task.id)"
+    };
+}
+
+fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
+    let user: String = row.try_get(4)?;
+    let state = failure::state(row.try_get(3)?)?;
+    let running = state == State::Running;
+    let limit = |place: usize| -> Result<Option<u32>, sqlx::Error> {
+        Ok(row.try_get::<Option<i64>, _>(place)?.map(|number| u32::try_from(number).unwrap_or(u32::MAX)))
+    };
+    let done: Option<i64> = row.try_get(18)?;
+    let total: Option<i64> = row.try_get(19)?;
+    let note: Option<String> = row.try_get(20)?;
+    Ok(Task {
+        id: TaskId(row.try_get(0)?),
+        key: row.try_get(1)?,
+        task_type: row.try_get(2)?,
+        state,
+        user: Some(user).filter(|user| !user.is_empty()),
+        max_running: limit(5)?,
+        attempts: row.try_get::<i32, _>(6)?.unsigned_abs(),
+        max_attempts: limit(7)?,
+        lost: row.try_get::<i32, _>(8)?.unsigned_abs(),
+        created_at: Timestamp(row.try_get(9)?),
+        run_at: Timestamp(row.try_get(10)?),
+        until: row.try_get::<Option<i64>, _>(11)?.map(Timestamp),
+        host: row.try_get::<Option<i64>, _>(12)?.filter(|_| running).map(HostId),
+        progress: done.map(|done| Progress {
+            done: done.unsigned_abs(),
+            total: total.map(i64::unsigned_abs),
+            note: note.unwrap_or_default(),
+        }),
+        finished_at: row.try_get::<Option<i64>, _>(13)?.map(Timestamp),
+        retained_until: row.try_get::<Option<i64>, _>(14)?.map(Timestamp),
+        plugin_digest: row.try_get(15)?,
+        error_code: row.try_get(16)?,
+        error_message: row.try_get(17)?,
+        data: None,
+        output: None,
+    })
+}
+
+/// The task with data and output. Data that cannot be decompressed is shown as it is stored.
+fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
+    let stored: Option<Vec<u8>> = row.try_get(21)?;
+    let stored = stored.unwrap_or_default();
+    let plain = data::decompress(stored.clone()).unwrap_or(stored);
+    Ok(Task { data: Some(plain), output: row.try_get(22)?, ..task(row)? })
+}
+
+pub(super) async fn get(session: &mut Session, key: &str) -> Result<Option<Task>, Failure> {
+    const GET: &str = concat!("SELECT ", task_columns!(), with_data!(), " FROM laelaps.task ", beside!(), " WHERE task.key = $1");
+    if key.contains('\0') {
+        return Ok(None);
+    }
+    let row = sqlx::query(GET).bind(key).fetch_optional(session.db()?).await?;
+    Ok(row.map(|row| task_with_data(&row)).transpose()?)
+}
+
+pub(super) async fn attempts(session: &mut Session, key: &str) -> Result<Vec<AttemptRecord>, Failure> {
+    const ATTEMPTS: &str =
+        "SELECT past.attempt, past.lease, host.name, host.process_id, plugin_version.digest, past.ended_at, past.event,
+            past.code, past.message, past.host
+        FROM (SELECT attempt.attempt, attempt.lease, attempt.host, attempt.plugin, attempt.ended_at, attempt.event, attempt.code,
+                attempt.message
+            FROM laelaps.task CROSS JOIN LATERAL (SELECT * FROM laelaps.attempt WHERE attempt.task = task.id OFFSET 0) AS attempt
+            WHERE task.key = $1
+            UNION ALL
+            SELECT attempts, lease, host, plugin, finished_at, event, NULL, NULL FROM laelaps.task
+            WHERE key = $1 AND event = 'finish' AND state = 'finished') AS past
+        LEFT JOIN laelaps.host ON host.id = past.host LEFT JOIN laelaps.plugin_version ON plugin_version.id = past.plugin
+        ORDER BY past.lease";
+    if key.contains('\0') {
+        return Ok(Vec::new());
+    }
+    let rows = sqlx::query(ATTEMPTS).bind(key).fetch_all(session.db()?).await?;
+    let record = |row: &PgRow| {
+        let name: Option<String> = row.try_get(2)?;
+        let process_id: Option<i64> = row.try_get(3)?;
+        let host = match (name, process_id, row.try_get::<Option<i64>, _>(9)?) {
+            (Some(name), Some(process_id), _) => format!("{name}, process {process_id}"),
+            (_, _, Some(id)) => format!("host {id}, no longer known"),
+            _ => "unknown".to_owned(),
+        };
+        Ok(AttemptRecord {
+            attempt: row.try_get::<i32, _>(0)?.unsigned_abs(),
+            lease: Lease(row.try_get(1)?),
+            host,
+            plugin_digest: row.try_get(4)?,
+            ended_at: Timestamp(row.try_get(5)?),
+            event: row.try_get(6)?,
+            error_code: row.try_get(7)?,
+            error_message: row.try_get(8)?,
+        })
+    };
+    let mut records: Vec<AttemptRecord> = rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
+    let surplus = records.len().saturating_sub(AttemptRecord::KEPT);
+    records.drain(..surplus);
+    Ok(records)
+}
+
+macro_rules! list_of {
+    ($source:expr, $keys:expr) => {
+        concat!(
+            "SELECT task.id FROM ",
+            $source,
+            " WHERE task.id > $1 AND ($2::text IS NULL OR task.type = $2) AND ($3::text IS NULL OR task.user_name = $3)
+            AND ($4::text[] IS NULL OR task.state::text = ANY($4)) ",
+            $keys,
+            " ORDER BY task.id LIMIT $7"
+        )
+    };
+}
+
+/// All tasks by number: for all states, or for many.
+pub(super) const SCAN: &str = list_of!("laelaps.task", "AND $5::text IS NULL AND $6::text IS NULL");
+/// By the index of keys.
+pub(super) const BY_KEY: &str = list_of!("laelaps.task", "AND task.key >= $5 AND ($6::text IS NULL OR task.key < $6)");
+/// Few among many ended ones: from the places where they stand.
+pub(super) const FEW: &str = list_of!(
+    "(SELECT task AS id FROM laelaps.ready WHERE task > $1 AND 'waiting' = ANY($4)
+        UNION SELECT task FROM laelaps.scheduled WHERE task > $1 AND 'waiting' = ANY($4)
+        UNION SELECT task FROM laelaps.suspect WHERE task > $1 AND 'waiting' = ANY($4)
+        UNION SELECT unnest(tasks) FROM laelaps.claim WHERE 'running' = ANY($4)
+        UNION SELECT task FROM laelaps.failure WHERE task > $1 AND 'failed' = ANY($4)
+        UNION SELECT task FROM laelaps.cancelled WHERE task > $1 AND 'cancelled' = ANY($4)) AS few
+    CROSS JOIN LATERAL (SELECT id, type, user_name, state FROM laelaps.task WHERE task.id = few.id OFFSET 0) AS task",
+    "AND $5::text IS NULL AND $6::text IS NULL"
+);
+
+pub(super) async fn list(session: &mut Session, filter: &Filter) -> Result<Page, Failure> {
+    const PLAIN: &str =
+        concat!("SELECT ", task_columns!(), " FROM laelaps.task ", beside!(), " WHERE task.id = ANY($1) ORDER BY task.id");
+    const WITH_DATA: &str = concat!(
+        "SELECT ",
+        task_columns!(),
+        with_data!(),
+        " FROM laelaps.task ",
+        beside!(),
+        " WHERE task.id = ANY($1) ORDER BY task.id"
+    );
+    const BYTES: &str =
+        "SELECT bytes::int8 + coalesce((SELECT octet_length(output) FROM laelaps.output WHERE output.task = task.id), 0)
+        FROM laelaps.task WHERE id = ANY($1) ORDER BY id";
+    let limit = filter.limit.clamp(1, PAGE_MAX);
+    // Page and tasks have to fit together.
+    session.begin_reading().await?;
+    let mut ids: Vec<i64> = matching(session, filter, limit).await?;
+    let mut more = ids.len() > limit as usize;
+    ids.truncate(limit as usize);
+    if filter.with_data {
+        let bytes: Vec<i64> = sqlx::query_scalar(BYTES).bind(&ids).fetch_all(session.db()?).await?;
+        let mut sum = 0_usize;
+        let fitting = bytes.iter().take_while(|bytes| {
+            sum += usize::try_from(**bytes).unwrap_or(usize::MAX / 2);
+            sum <= PAGE_BYTES_MAX
+        });
+        let fitting = fitting.count().max(1);
+        more |= fitting < ids.len();
+        ids.truncate(fitting);
+    }
+    let sql = if filter.with_data { WITH_DATA } else { PLAIN };
+    let read = if filter.with_data { task_with_data } else { task };
+    let rows = sqlx::query(sql).bind(&ids).fetch_all(session.db()?).await?;
+    session.commit().await?;
+    let tasks: Vec<Task> = rows.iter().map(read).collect::<Result<_, _>>()?;
+    let next = tasks.last().map(|task| task.id).filter(|_| more);
+    Ok(Page { tasks, next })
+}
+
+/// The numbers of one more task than the page takes.
+async fn matching(session: &mut Session, filter: &Filter, limit: u32) -> Result<Vec<i64>, Failure> {
+    const ENDED: &str = "SELECT coalesce(sum(finished + failed + cancelled), 0) > coalesce(sum(live), 0) FROM laelaps.tally";
+    let texts = [&filter.task_type, &filter.user, &filter.key_prefix];
+    if texts.into_iter().flatten().any(|text| text.contains('\0')) {
+        return Ok(Vec::new());
+    }
+    let states: Option<Vec<&str>> =
+        (!filter.states.is_empty()).then(|| filter.states.iter().map(|state| state.as_str()).collect());
+    let prefix = filter.key_prefix.as_deref().filter(|prefix| !prefix.is_empty());
+    let few = match (&states, prefix) {
+        (Some(_), None) if !filter.states.contains(&State::Finished) => {
+            // What ended is met one by one on the way through all tasks; what waits is not sorted by number where it stands.
+            !filter.states.contains(&State::Waiting) || sqlx::query_scalar(ENDED).fetch_one(session.db()?).await?
+        }
+        _ => false,
+    };
+    let sql = match prefix {
+        Some(_) => BY_KEY,
+        None if few => FEW,
+        None => SCAN,
+    };
+    let ids = sqlx::query_scalar(sql)
+        .bind(filter.after.map_or(0, |after| after.0))
+        .bind(filter.task_type.as_deref())
+        .bind(filter.user.as_deref())
+        .bind(states)
+        .bind(prefix)
+        .bind(prefix.and_then(successor))
+        .bind(i64::from(limit) + 1)
+        .fetch_all(session.db()?)
+        .await?;
+    Ok(ids)
+}
+
+/// The least text that is greater than all that start with `prefix`; None if there is none.
+fn successor(prefix: &str) -> Option<String> {
+    let mut characters: Vec<char> = prefix.chars().collect();
+    while let Some(last) = characters.pop() {
+        let next = (u32::from(last) + 1..=u32::from(char::MAX)).find_map(char::from_u32);
+        if let Some(next) = next {
+            characters.push(next);
+            return Some(characters.into_iter().collect());
+        }
+    }
+    None
+}
+
+pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
+    const COUNTS: &str = "SELECT coalesce(sum(live), 0)::int8, coalesce(sum(scheduled), 0)::int8, coalesce(sum(finished), 0)::int8,
+            coalesce(sum(failed), 0)::int8, coalesce(sum(cancelled), 0)::int8,
+            (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim)))
+        FROM laelaps.tally";
+    const HEADS: &str = "SELECT now, (SELECT count(*) FROM laelaps.scheduled WHERE run_at <= now),
+            least((SELECT run_at FROM laelaps.ready WHERE user_name = '' ORDER BY run_at, task LIMIT 1),
+                (SELECT run_at FROM laelaps.ready WHERE user_name <> '' ORDER BY run_at, task LIMIT 1),
+                (SELECT run_at FROM laelaps.suspect ORDER BY run_at, task LIMIT 1),
+                (SELECT run_at FROM laelaps.scheduled ORDER BY run_at, task LIMIT 1))
+        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
+    const TYPES: &str = "SELECT type, sum(live)::int8 AS live FROM laelaps.tally GROUP BY type HAVING sum(live) > 0
+        ORDER BY live DESC, type LIMIT 100";
+    session.begin_reading().await?;
+    let counts: (i64, i64, i64, i64, i64, i64) = sqlx::query_as(COUNTS).fetch_one(session.db()?).await?;
+    let (now, due, oldest): (i64, i64, Option<i64>) = sqlx::query_as(HEADS).fetch_one(session.db()?).await?;
+    let types: Vec<(String, i64)> = sqlx::query_as(TYPES).fetch_all(session.db()?).await?;
+    session.commit().await?;
+    let (live, scheduled, finished, failed, cancelled, running) = counts;
+    let whole = |number: i64| u64::try_from(number).unwrap_or(0);
+    // What has become due and was not moved over yet may be claimed just the same.
+    let oldest = oldest.map(Timestamp).filter(|moment| *moment <= Timestamp(now));
+    Ok(Stats {
+        ready: whole(live - scheduled - running + due),
+        scheduled: whole(scheduled - due),
+        running: whole(running),
+        finished: whole(finished),
+        failed: whole(failed),
+        cancelled: whole(cancelled),
+        oldest_ready_ms: oldest.map(|moment| u64::try_from(Timestamp(now).since(moment).as_millis()).unwrap_or(u64::MAX)),
+        types: types.into_iter().map(|(name, tasks)| (name, whole(tasks))).collect(),
+    })
+}

@@ -1,0 +1,93 @@
+//! New tasks: one statement for a batch, which is its own transaction.
+
+use std::collections::HashSet;
+
+use sqlx::postgres::PgConnection;
+
+use super::failure::Failure;
+use super::session::Session;
+use crate::batch::{self, Batch, Row};
+use crate::{NewTask, Result, Submitted};
+
+/// Data of one statement, unless one task alone has more.
+const CHUNK_BYTES: usize = 32 << 20;
+
+/// Numbers are given in the order of the tasks, rows are entered in the order of keys: two batches with keys in common then wait for each
+/// other in one direction only.
+const STORE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
+    given AS MATERIALIZED (
+        SELECT nextval('laelaps.task_number') AS id, clock.now, greatest(asked.run_at, clock.now) AS due_at, asked.*
+        FROM clock, unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[], $7::int4[], $8::bytea[])
+            AS asked (key, type, user_name, max_running, max_attempts, run_at, bytes, data)),
+    created AS (
+        INSERT INTO laelaps.task (id, created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, data)
+        SELECT id, now, due_at, bytes, max_running, max_attempts, key, type, user_name, CASE WHEN octet_length(data) <= 256 THEN data END
+        FROM given ORDER BY key COLLATE \"C\"
+        ON CONFLICT (key) DO NOTHING RETURNING id, created_at, run_at, bytes, max_running, key, type, user_name),
+    beside AS (
+        INSERT INTO laelaps.task_data (task, data)
+        SELECT id, data FROM given WHERE octet_length(data) > 256 AND (id IN (SELECT id FROM created)) IS TRUE),
+    ready AS (
+        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
+        SELECT run_at, id, bytes, max_running, user_name FROM created WHERE run_at <= created_at ORDER BY id),
+    later AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM created WHERE run_at > created_at),
+    changed AS (
+        INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
+        SELECT DISTINCT ON (user_name) user_name, run_at, id, max_running
+        FROM created WHERE user_name <> '' AND run_at <= created_at ORDER BY user_name, run_at, id),
+    counted AS (
+        INSERT INTO laelaps.tally (type, live, scheduled)
+        SELECT type, count(*), count(*) FILTER (WHERE run_at > created_at) FROM created GROUP BY type)
+    SELECT key FROM created";
+
+/// Store a batch. Answers stand in the order of its tasks.
+pub(super) async fn submit(session: &mut Session, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
+    let one = batch::chunk(&batch.rows, NewTask::BATCH_MAX, CHUNK_BYTES).1.is_empty();
+    if !one {
+        session.begin().await?;
+    }
+    let created = store(session.db()?, &batch.rows).await?;
+    if !one {
+        session.commit().await?;
+    }
+    Ok(answers(batch, &created))
+}
+
+/// Store a batch in a caller's transaction, which the caller ends, and wake hosts when it commits.
+pub(super) async fn submit_in(transaction: &mut PgConnection, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
+    const WAKE: &str = "SELECT pg_notify($1, '')";
+    let created = store(transaction, &batch.rows).await?;
+    if !created.is_empty() {
+        sqlx::query(WAKE).bind(super::listen::CHANNEL).execute(transaction).await?;
+    }
+    Ok(answers(batch, &created))
+}
+
+fn answers(batch: &Batch, created: &HashSet<String>) -> Vec<Submitted> {
+    Batch::answers(&batch.places, |row| created.contains(&batch.rows[row].key))
+}
+
+/// Store the rows whose key is new; answers their keys. Of two rows with one key the first wins.
+pub(super) async fn store(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSet<String>, Failure> {
+    let mut created = HashSet::with_capacity(rows.len());
+    let mut rest = rows;
+    while !rest.is_empty() {
+        let (chunk, others) = batch::chunk(rest, NewTask::BATCH_MAX, CHUNK_BYTES);
+        let column = |of: fn(&Row) -> &str| chunk.iter().map(of).collect::<Vec<&str>>();
+        let numbers = |of: fn(&Row) -> Option<i64>| chunk.iter().map(of).collect::<Vec<Option<i64>>>();
+        let keys: Vec<String> = sqlx::query_scalar(STORE)
+            .bind(column(|row| &row.key))
+            .bind(column(|row| &row.task_type))
+            .bind(column(|row| &row.user))
+            .bind(numbers(|row| row.max_running.map(i64::from)))
+            .bind(numbers(|row| row.max_attempts.map(i64::from)))
+            .bind(numbers(|row| row.run_at))
+            .bind(chunk.iter().map(|row| i32::try_from(row.bytes).unwrap_or(i32::MAX)).collect::<Vec<i32>>())
+            .bind(chunk.iter().map(|row| row.stored.as_slice()).collect::<Vec<&[u8]>>())
+            .fetch_all(&mut *connection)
+            .await?;
+        created.extend(keys);
+        rest = others;
+    }
+    Ok(created)
+}

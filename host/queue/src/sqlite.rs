@@ -1,0 +1,319 @@
+//! Tasks in an SQLite file: the embedded default.
+//!
+//! Authority: the file. Any number of processes of one machine may use it at once; SQLite's lock lets one write at a time, and within a
+//! process all writes go through one connection (see [`writer`]). Reads run beside it on a few connections of their own. A commit is on the
+//! disk when it is answered (WAL, `synchronous=FULL`), so that a crash at any moment loses nothing and needs no repair.
+//!
+//! A host lives as long as its process holds a lock on a file of its own, in a folder beside the database (see [`hosts`]).
+
+mod accounts;
+mod claim;
+mod failure;
+mod hosts;
+mod keep;
+mod operate;
+mod read;
+mod schema;
+mod settle;
+mod submit;
+mod together;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::sqlite::{SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Connection};
+use tokio::sync::Notify;
+
+use self::writer::{Access, Writer};
+use crate::batch::Batch;
+use crate::{
+    AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
+    Timestamp,
+};
+
+/// Connections that read.
+const READERS: u32 = 4;
+/// How long SQLite itself waits for a lock before the writer's own patience, which does not block a thread, takes over.
+const BUSY_TIMEOUT: Duration = Duration::from_millis(50);
+/// The log is cut back to this after a checkpoint.
+const LOG_BYTES_MAX: &str = "67108864";
+/// Pages in the log after which they are moved into the database.
+const CHECKPOINT_PAGES: &str = "4000";
+/// Rows that SQLite's thread may be ahead of their reader, so that a batch does not bounce between two threads.
+const ROWS_AHEAD: usize = 1_024;
+/// Memory for pages of the writer's connection, in KiB (negative, as SQLite has it).
+const WRITER_CACHE: &str = "-65536";
+
+/// An SQLite file with tasks.
+#[derive(Debug)]
+pub(crate) struct Sqlite {
+    path: Arc<PathBuf>,
+    readers: SqlitePool,
+    writer: Writer,
+    submits: Arc<together::Together>,
+    wakeup: Arc<Notify>,
+    hosts: hosts::Locks,
+}
+
+impl Sqlite {
+    /// Open the file, made anew if there is none; its folder has to exist.
+    pub(crate) async fn open(path: &Path, config: &Config) -> Result<Self> {
+        if path.is_dir() {
+            return Err(Error::File {
+                path: path.to_path_buf(),
+                problem: "is a folder, not a database file".to_owned(),
+                source: None,
+            });
+        }
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty())
+            && !folder.is_dir()
+        {
+            let problem = format!("the folder {} does not exist", folder.display());
+            return Err(Error::File { path: path.to_path_buf(), problem, source: None });
+        }
+        Self::open_with(path, options(path), config).await
+    }
+
+    async fn open_with(path: &Path, options: SqliteConnectOptions, config: &Config) -> Result<Self> {
+        let connection = connect_with_patience(&options, path, config.patience).await?;
+        // One file may be reached by several paths; hosts meet at the real one.
+        let real = std::fs::canonicalize(path).map_err(|source| Error::File {
+            path: path.to_path_buf(),
+            problem: "cannot be resolved".to_owned(),
+            source: Some(source),
+        })?;
+        let path = Arc::new(real);
+        let wakeup = Arc::new(Notify::new());
+        let access =
+            Access { options: options.clone(), path: Arc::clone(&path), patience: config.patience, wakeup: Arc::clone(&wakeup) };
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .acquire_timeout(config.patience)
+            .connect_lazy_with(options.busy_timeout(config.patience).pragma("query_only", "ON").pragma("cache_size", "-8192"));
+        let hosts = hosts::Locks::beside(&path);
+        Ok(Self { writer: Writer::start(connection, access), submits: Arc::default(), readers, wakeup, hosts, path })
+    }
+
+    /// A reader's error in the queue's words.
+    fn reading(&self, doing: &'static str) -> impl FnOnce(sqlx::Error) -> Error + '_ {
+        move |error| failure::worded(error, doing, &self.path)
+    }
+}
+
+fn options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .auto_vacuum(SqliteAutoVacuum::None)
+        .foreign_keys(false)
+        .busy_timeout(BUSY_TIMEOUT)
+        .pragma("journal_size_limit", LOG_BYTES_MAX)
+        .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
+        .pragma("cache_size", WRITER_CACHE)
+        .pragma("temp_store", "MEMORY")
+        .statement_cache_capacity(100)
+        .row_buffer_size(ROWS_AHEAD)
+        .disable_statement_logging()
+}
+
+/// Open the connection that writes. The first one turns the write-ahead log on, for which it needs the file for itself.
+async fn connect_with_patience(
+    options: &SqliteConnectOptions,
+    path: &Path,
+    patience: Duration,
+) -> Result<sqlx::sqlite::SqliteConnection> {
+    let started = std::time::Instant::now();
+    loop {
+        let opened = async {
+            let mut connection = options.connect().await?;
+            // The first read finds out whether this is a database at all, and whether it may be read.
+            if let Err(error) = sqlx::query("SELECT count(*) FROM sqlite_schema").execute(&mut connection).await {
+                connection.close().await?;
+                return Err(error);
+            }
+            Ok(connection)
+        };
+        match opened.await {
+            Ok(connection) => return Ok(connection),
+            Err(error) if failure::is_busy(&error) => {
+                let waited = started.elapsed();
+                if waited >= patience {
+                    return Err(Error::Locked { path: path.to_path_buf(), waited });
+                }
+                tokio::time::sleep(BUSY_TIMEOUT).await;
+            }
+            Err(error) => return Err(failure::worded(error, "opening the database", path)),
+        }
+    }
+}
+
+#[async_trait]
+impl Backend for Sqlite {
+    async fn init(&self) -> Result<Migration> {
+        let path = Arc::clone(&self.path);
+        self.writer
+            .run("creating the tables", move |session| Box::pin(async move { schema::migrate(session, &path).await }))
+            .await
+    }
+
+    async fn schema_status(&self) -> Result<SchemaStatus> {
+        let mut connection = self.readers.acquire().await.map_err(self.reading("looking at the schema"))?;
+        schema::status(&mut connection, &self.path)
+            .await
+            .map_err(|failure| failure.into_error("looking at the schema", &self.path))
+    }
+
+    async fn plan(&self) -> Result<Vec<PlannedStep>> {
+        let doing = "planning the schema";
+        let mut connection = self.readers.acquire().await.map_err(self.reading(doing))?;
+        schema::plan(&mut connection, &self.path).await.map_err(|failure| failure.into_error(doing, &self.path))
+    }
+
+    async fn drift(&self) -> Result<Vec<String>> {
+        let doing = "comparing the schema";
+        let mut connection = self.readers.acquire().await.map_err(self.reading(doing))?;
+        schema::drift(&mut connection).await.map_err(|failure| failure.into_error(doing, &self.path))
+    }
+
+    async fn now(&self) -> Result<Timestamp> {
+        let now = sqlx::query_scalar(writer::NOW).fetch_one(&self.readers).await.map_err(self.reading("asking for the time"))?;
+        Ok(Timestamp(now))
+    }
+
+    async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
+        let batch = Batch::new(tasks)?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.submits.submit(batch, &self.writer, &self.path).await
+    }
+
+    async fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        let (claim, host) = (claim.clone(), claim.host);
+        let taken = self
+            .writer
+            .run_or_give_back(
+                "claiming tasks",
+                move |session| Box::pin(async move { claim::claim(session, &claim).await }),
+                claim::Taken::give_back,
+            )
+            .await?;
+        let (claimed, broken) = taken.into_claimed();
+        // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
+        if !broken.is_empty()
+            && let Err(error) = self.set_aside(host, broken).await
+        {
+            tracing::error!(%error, "damaged tasks cannot be set aside yet");
+        }
+        Ok(claimed)
+    }
+
+    async fn heartbeat(&self, beats: &[Beat]) -> Result<Vec<LeaseAnswer>> {
+        if beats.is_empty() {
+            return Ok(Vec::new());
+        }
+        let beats = keep::Beats::new(beats);
+        self.writer.run("renewing leases", move |session| Box::pin(beats.write(session))).await
+    }
+
+    async fn settle(&self, settlements: &[Settlement]) -> Result<Vec<LeaseAnswer>> {
+        if settlements.is_empty() {
+            return Ok(Vec::new());
+        }
+        let group = settle::Group::new(settlements)?;
+        self.writer.run("settling attempts", move |session| Box::pin(group.write(session))).await
+    }
+
+    async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
+        self.merge_data(lease_ref, members).await
+    }
+
+    async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
+        self.take_back(policy).await
+    }
+
+    async fn register_host(&self, description: &HostDescription) -> Result<HostId> {
+        self.enter_host(description).await
+    }
+
+    async fn unregister_host(&self, host: HostId) -> Result<()> {
+        self.strike_off(host).await
+    }
+
+    async fn hosts(&self) -> Result<Vec<HostRecord>> {
+        self.known_hosts().await
+    }
+
+    async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()> {
+        let digests = digests.to_vec();
+        self.writer
+            .run("noting plugin versions", move |session| {
+                Box::pin(async move { hosts::note_plugins(session, host, &digests).await })
+            })
+            .await
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Task>> {
+        read::get(&self.readers, key).await.map_err(self.reading("reading a task"))
+    }
+
+    async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
+        read::attempts(&self.readers, key).await.map_err(self.reading("reading attempts"))
+    }
+
+    async fn list(&self, filter: &Filter) -> Result<Page> {
+        read::list(&self.readers, filter).await.map_err(self.reading("listing tasks"))
+    }
+
+    async fn stats(&self) -> Result<Stats> {
+        read::stats(&self.readers).await.map_err(self.reading("counting tasks"))
+    }
+
+    async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
+        let key = key.to_owned();
+        self.writer
+            .run("finishing a task by force", move |session| {
+                Box::pin(operate::end(session, key, operate::ByHand::Finish, retention))
+            })
+            .await
+    }
+
+    async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
+        let key = key.to_owned();
+        self.writer
+            .run("cancelling a task", move |session| Box::pin(operate::end(session, key, operate::ByHand::Cancel, retention)))
+            .await
+    }
+
+    async fn retry(&self, key: &str) -> Result<()> {
+        let key = key.to_owned();
+        self.writer.run("retrying a task", move |session| Box::pin(operate::retry(session, key))).await
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        if !operate::has_garbage(&self.readers).await.map_err(self.reading("looking for ended retention"))? {
+            return Ok(0);
+        }
+        self.writer.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, limit))).await
+    }
+
+    async fn wakeup(&self) {
+        self.wakeup.notified().await;
+    }
+
+    async fn close(&self) {
+        self.writer.close().await;
+        self.readers.close().await;
+        self.hosts.release_all();
+    }
+}

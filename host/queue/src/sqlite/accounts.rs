@@ -1,0 +1,183 @@
+//! What stands beside the tasks and follows from them: users' accounts, counts, and where a waiting task waits.
+//!
+//! An operation notes its changes in [`Changes`] and writes them as its last step, in its own transaction, so that they cannot drift.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use sqlx::AssertSqlSafe;
+
+use super::failure::Failure;
+use super::writer::Session;
+use crate::State;
+
+/// A task that begins to wait.
+pub(super) struct Waiting {
+    pub(super) task: i64,
+    pub(super) run_at: i64,
+    pub(super) user: String,
+    pub(super) max_running: Option<i64>,
+    pub(super) alone: bool,
+}
+
+/// Changes of a user's numbers.
+#[derive(Default)]
+struct Account {
+    ready: i64,
+    running: i64,
+    /// The number of its last pick between users.
+    picked: Option<i64>,
+}
+
+/// What an operation changed.
+#[derive(Default)]
+pub(super) struct Changes {
+    accounts: BTreeMap<String, Account>,
+    types: BTreeMap<String, i64>,
+    ended: BTreeMap<&'static str, i64>,
+    woken: bool,
+}
+
+impl Changes {
+    /// A task of this user began to run, or was claimed out of order.
+    pub(super) fn claimed(&mut self, user: &str, picked: Option<i64>) {
+        let account = self.account(user);
+        account.running += 1;
+        account.picked = account.picked.max(picked);
+    }
+
+    /// A task of this user left the ready ones.
+    pub(super) fn unready(&mut self, user: &str) {
+        self.account(user).ready -= 1;
+    }
+
+    /// A task of this user runs no more.
+    pub(super) fn stopped(&mut self, user: &str) {
+        self.account(user).running -= 1;
+    }
+
+    /// A task of this type came into the queue.
+    pub(super) fn entered(&mut self, task_type: &str) {
+        *self.types.entry(task_type.to_owned()).or_default() += 1;
+    }
+
+    /// A task of this type came to its end.
+    pub(super) fn ended(&mut self, task_type: &str, state: State) {
+        *self.types.entry(task_type.to_owned()).or_default() -= 1;
+        *self.ended.entry(state.as_str()).or_default() += 1;
+    }
+
+    /// An ended task was given a new life.
+    pub(super) fn revived(&mut self, task_type: &str, state: State) {
+        *self.types.entry(task_type.to_owned()).or_default() += 1;
+        self.removed(state, 1);
+    }
+
+    /// Ended tasks were removed.
+    pub(super) fn removed(&mut self, state: State, tasks: i64) {
+        *self.ended.entry(state.as_str()).or_default() -= tasks;
+    }
+
+    fn account(&mut self, user: &str) -> &mut Account {
+        if !self.accounts.contains_key(user) {
+            self.accounts.insert(user.to_owned(), Account::default());
+        }
+        self.accounts.entry(user.to_owned()).or_default()
+    }
+
+    /// Put tasks where waiting tasks wait: ready, suspect or scheduled.
+    pub(super) async fn enqueue(&mut self, session: &mut Session, waiting: &[Waiting]) -> Result<(), Failure> {
+        const READY: &str = "INSERT INTO ready (user, run_at, task, max_running)
+            SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3 FROM json_each(?1)";
+        const SUSPECT: &str = "INSERT INTO suspect (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
+        const SCHEDULED: &str = "INSERT INTO scheduled (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
+        let now = session.now;
+        let (due, later): (Vec<&Waiting>, Vec<&Waiting>) = waiting.iter().partition(|task| task.run_at <= now);
+        let (suspect, ready): (Vec<&Waiting>, Vec<&Waiting>) = due.into_iter().partition(|task| task.alone);
+        if !ready.is_empty() {
+            let rows = json(ready.iter().map(|task| (&task.user, task.run_at, task.task, task.max_running)));
+            sqlx::query(READY).bind(rows).execute(session.db()).await?;
+            for task in &ready {
+                self.account(&task.user).ready += 1;
+            }
+        }
+        for (sql, tasks) in [(SUSPECT, &suspect), (SCHEDULED, &later)] {
+            if !tasks.is_empty() {
+                sqlx::query(sql).bind(json(tasks.iter().map(|task| (task.run_at, task.task)))).execute(session.db()).await?;
+            }
+        }
+        // Also a task for later: the claimer has to learn when it is due.
+        self.woken |= !waiting.is_empty();
+        Ok(())
+    }
+
+    /// Write what was noted.
+    pub(super) async fn write(self, session: &mut Session) -> Result<(), Failure> {
+        session.wake |= self.woken;
+        let types = self.types.iter().map(|(name, tasks)| ("type", name.as_str(), *tasks));
+        let ended = self.ended.iter().map(|(name, tasks)| ("ended", *name, *tasks));
+        let written = Written {
+            accounts: self
+                .accounts
+                .iter()
+                .map(|(user, change)| (user.as_str(), change.ready, change.running, change.picked))
+                .collect(),
+            tally: types.chain(ended).filter(|(_, _, tasks)| *tasks != 0).collect(),
+        };
+        if !written.accounts.is_empty() || !written.tally.is_empty() {
+            sqlx::query(AssertSqlSafe(WRITE_ALL.as_str())).bind(one_json(&written)).execute(session.db()).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the statements that write changes have to know.
+#[derive(serde::Serialize)]
+struct Written<'a> {
+    /// User, more ready, more running, last pick.
+    accounts: Vec<(&'a str, i64, i64, Option<i64>)>,
+    /// What, name, more tasks.
+    tally: Vec<(&'a str, &'a str, i64)>,
+}
+
+const ENTER_ACCOUNTS: &str = "INSERT INTO account (user, picked)
+        SELECT value ->> 0, (SELECT pick FROM counter) FROM json_each(?1, '$.accounts') WHERE value ->> 1 > 0 OR value ->> 2 > 0
+        ON CONFLICT (user) DO NOTHING";
+
+pub(super) const CHANGE_ACCOUNTS: &str =
+    "UPDATE account SET ready = ready + change.more_ready, running = running + change.more_running,
+            picked = coalesce(change.at_pick, picked),
+            (head_at, head_task, head_max) = (SELECT oldest.run_at, oldest.task, oldest.max_running FROM ready AS oldest
+                WHERE oldest.user = account.user ORDER BY oldest.run_at, oldest.task LIMIT 1)
+        FROM (SELECT value ->> 0 AS name, value ->> 1 AS more_ready, value ->> 2 AS more_running, value ->> 3 AS at_pick
+            FROM json_each(?1, '$.accounts')) AS change
+        WHERE account.user = change.name";
+
+/// The account of the tasks without user stays.
+pub(super) const LEAVE_ACCOUNTS: &str = "DELETE FROM account
+        WHERE user IN (SELECT value ->> 0 FROM json_each(?1, '$.accounts') WHERE value ->> 0 <> '' AND value ->> 1 + value ->> 2 < 0)
+            AND ready = 0 AND running = 0";
+
+const ENTER_TALLY: &str = "INSERT INTO tally (what, name, tasks)
+        SELECT value ->> 0, value ->> 1, 0 FROM json_each(?1, '$.tally') WHERE value ->> 2 > 0 ON CONFLICT (what, name) DO NOTHING";
+
+pub(super) const CHANGE_TALLY: &str = "UPDATE tally SET tasks = tasks + change.more
+        FROM (SELECT value ->> 0 AS kind, value ->> 1 AS label, value ->> 2 AS more FROM json_each(?1, '$.tally')) AS change
+        WHERE tally.what = change.kind AND tally.name = change.label";
+
+pub(super) const LEAVE_TALLY: &str = "DELETE FROM tally
+        WHERE (what, name) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?1, '$.tally') WHERE value ->> 2 < 0) AND tasks = 0";
+
+/// In one go, since each has the same parameter, and each way to SQLite's thread and back has its price.
+static WRITE_ALL: LazyLock<String> =
+    LazyLock::new(|| [ENTER_ACCOUNTS, CHANGE_ACCOUNTS, LEAVE_ACCOUNTS, ENTER_TALLY, CHANGE_TALLY, LEAVE_TALLY].join(";\n"));
+
+/// A set as one parameter: a JSON array.
+pub(super) fn json<T: serde::Serialize>(items: impl IntoIterator<Item = T>) -> String {
+    one_json(&items.into_iter().collect::<Vec<T>>())
+}
+
+/// A value as one parameter.
+pub(super) fn one_json<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_string(value).unwrap_or_else(|error| unreachable!("numbers and texts are JSON: {error}"))
+}

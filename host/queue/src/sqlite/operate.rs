@@ -1,0 +1,208 @@
+//! What operators and producers do to tasks by hand, and the removal of what is over.
+
+use std::time::Duration;
+
+use sqlx::Row as _;
+use sqlx::sqlite::SqlitePool;
+
+use super::accounts::{Changes, Waiting, json};
+use super::claim::count;
+use super::failure::Failure;
+use super::settle::{record_attempts, retain, state_of};
+use super::writer::Session;
+use crate::outcome::ms;
+use crate::{Error, State};
+
+/// How a task is ended by hand.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ByHand {
+    Finish,
+    Cancel,
+}
+
+impl ByHand {
+    fn state(self) -> State {
+        match self {
+            Self::Finish => State::Finished,
+            Self::Cancel => State::Cancelled,
+        }
+    }
+
+    fn event(self) -> &'static str {
+        match self {
+            Self::Finish => "force-finish",
+            Self::Cancel => "cancel",
+        }
+    }
+}
+
+/// A task as an operation by hand needs it.
+struct Found {
+    task: i64,
+    key: String,
+    task_type: String,
+    state: State,
+    user: String,
+    max_running: Option<i64>,
+    run_at: i64,
+    lease: i64,
+    host: Option<i64>,
+    attempts: i64,
+}
+
+async fn find(session: &mut Session, key: String) -> Result<Found, Failure> {
+    const FIND: &str = "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts FROM task WHERE key = ?1";
+    let Some(row) = sqlx::query(FIND).bind(key.clone()).fetch_optional(session.db()).await? else {
+        return Err(Failure::from(Error::NotFound(key)));
+    };
+    Ok(Found {
+        task: row.try_get(0)?,
+        key: row.try_get(1)?,
+        task_type: row.try_get(2)?,
+        state: state_of(row.try_get(3)?)?,
+        user: row.try_get(4)?,
+        max_running: row.try_get(5)?,
+        run_at: row.try_get(6)?,
+        lease: row.try_get(7)?,
+        host: row.try_get(8)?,
+        attempts: row.try_get(9)?,
+    })
+}
+
+/// Take a waiting task from where it waits.
+async fn unqueue(session: &mut Session, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
+    const READY: &str = "DELETE FROM ready WHERE user = ?1 AND run_at = ?2 AND task = ?3";
+    const SCHEDULED: &str = "DELETE FROM scheduled WHERE run_at = ?1 AND task = ?2";
+    const SUSPECT: &str = "DELETE FROM suspect WHERE run_at = ?1 AND task = ?2";
+    let ready = sqlx::query(READY).bind(found.user.clone()).bind(found.run_at).bind(found.task);
+    if ready.execute(session.db()).await?.rows_affected() == 1 {
+        changes.unready(&found.user);
+        return Ok(());
+    }
+    for sql in [SCHEDULED, SUSPECT] {
+        sqlx::query(sql).bind(found.run_at).bind(found.task).execute(session.db()).await?;
+    }
+    Ok(())
+}
+
+/// End a waiting or running task. A running attempt loses its lease.
+pub(super) async fn end(session: &mut Session, key: String, by: ByHand, retention: Duration) -> Result<(), Failure> {
+    const END: &str = "UPDATE task SET state = ?2, until = NULL, event = ?3, finished_at = ?4, retained_until = ?5 WHERE id = ?1";
+    let found = find(session, key).await?;
+    let mut changes = Changes::default();
+    match found.state {
+        State::Waiting => unqueue(session, &found, &mut changes).await?,
+        State::Running => {
+            changes.stopped(&found.user);
+            let record = (found.task, found.lease, found.attempts + 1, found.host, None, by.event(), None, None);
+            record_attempts(session, &[record]).await?;
+        }
+        state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
+    }
+    let now = session.now;
+    let until = now.saturating_add(ms(retention));
+    let query = sqlx::query(END).bind(found.task).bind(by.state().as_str()).bind(by.event()).bind(now).bind(until);
+    query.execute(session.db()).await?;
+    changes.ended(&found.task_type, by.state());
+    retain(session, vec![(until, found.task)]).await?;
+    changes.write(session).await
+}
+
+/// Make a waiting task due now, or give a failed or cancelled one a new life.
+pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Failure> {
+    const DUE: &str = "UPDATE task SET run_at = ?2 WHERE id = ?1";
+    const REVIVE: &str =
+        "UPDATE task SET state = 'waiting', run_at = ?2, attempts = 0, releases = 0, lost = 0, lost_alone = 0, alone = 0,
+        finished_at = NULL, retained_until = NULL WHERE id = ?1";
+    const FORGET: &str = "DELETE FROM failure WHERE task = ?1";
+    const ALONE: &str = "SELECT alone FROM task WHERE id = ?1";
+    let found = find(session, key).await?;
+    let mut changes = Changes::default();
+    let now = session.now;
+    // What is ready already keeps its place in the order.
+    let run_at = if found.state == State::Waiting { found.run_at.min(now) } else { now };
+    match found.state {
+        State::Waiting => {
+            unqueue(session, &found, &mut changes).await?;
+            sqlx::query(DUE).bind(found.task).bind(run_at).execute(session.db()).await?;
+        }
+        State::Failed | State::Cancelled => {
+            sqlx::query(REVIVE).bind(found.task).bind(run_at).execute(session.db()).await?;
+            sqlx::query(FORGET).bind(found.task).execute(session.db()).await?;
+            changes.revived(&found.task_type, found.state);
+        }
+        State::Running => return Err(refused(found, "it has an attempt under way")),
+        State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
+    }
+    let alone = sqlx::query_scalar(ALONE).bind(found.task).fetch_one(session.db()).await?;
+    let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
+    changes.enqueue(session, &[waiting]).await?;
+    changes.write(session).await
+}
+
+fn refused(found: Found, problem: &'static str) -> Failure {
+    Failure::from(Error::WrongState { key: found.key, state: found.state, problem })
+}
+
+/// Whether there is anything to remove: asked first, so that an idle queue does not write.
+pub(super) async fn has_garbage(readers: &SqlitePool) -> Result<bool, sqlx::Error> {
+    const LOOK: &str = "SELECT EXISTS (SELECT 1 FROM retention
+        WHERE until <= (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)))";
+    sqlx::query_scalar(LOOK).fetch_one(readers).await
+}
+
+pub(super) const OVER: &str = "SELECT id, tasks FROM retention WHERE until <= ?1 ORDER BY until LIMIT ?2";
+
+pub(super) const REMOVE: &str = "DELETE FROM task WHERE id IN (SELECT value FROM json_each(?1))
+        AND state IN ('finished', 'failed', 'cancelled') AND retained_until <= ?2 RETURNING id, state";
+
+/// Remove at most `limit` tasks whose retention has ended, oldest end first.
+pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, Failure> {
+    const CUT: &str = "UPDATE retention SET tasks = ?2 WHERE id = ?1";
+    const OUT: &str = "DELETE FROM retention WHERE id IN (SELECT value FROM json_each(?1))";
+    let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
+    let now = session.now;
+    let groups: Vec<(i64, String)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
+    let mut tasks: Vec<i64> = Vec::new();
+    let mut done = Vec::new();
+    for (id, group) in groups {
+        let mut group: Vec<i64> = serde_json::from_str(&group).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        let room = limit - tasks.len();
+        if group.len() <= room {
+            done.push(id);
+            tasks.append(&mut group);
+        } else if room > 0 {
+            let rest = group.split_off(room);
+            tasks.append(&mut group);
+            sqlx::query(CUT).bind(id).bind(json(rest)).execute(session.db()).await?;
+        }
+        if tasks.len() == limit {
+            break;
+        }
+    }
+    sqlx::query(OUT).bind(json(done)).execute(session.db()).await?;
+    let rows: Vec<(i64, String)> = sqlx::query_as(REMOVE).bind(json(&tasks)).bind(now).fetch_all(session.db()).await?;
+    let removed: Vec<i64> = rows.iter().map(|(task, _)| *task).collect();
+    let mut changes = Changes::default();
+    for (_, state) in &rows {
+        changes.removed(state_of(state)?, 1);
+    }
+    remove_beside(session, &removed).await?;
+    changes.write(session).await?;
+    Ok(removed.len() as u64)
+}
+
+async fn remove_beside(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
+    const BESIDE: [&str; 5] = [
+        "DELETE FROM task_data WHERE task IN (SELECT value FROM json_each(?1))",
+        "DELETE FROM output WHERE task IN (SELECT value FROM json_each(?1))",
+        "DELETE FROM failure WHERE task IN (SELECT value FROM json_each(?1))",
+        "DELETE FROM progress WHERE task IN (SELECT value FROM json_each(?1))",
+        "DELETE FROM attempt WHERE task IN (SELECT value FROM json_each(?1))",
+    ];
+    let tasks = json(tasks);
+    for sql in BESIDE {
+        sqlx::query(sql).bind(tasks.clone()).execute(session.db()).await?;
+    }
+    Ok(())
+}

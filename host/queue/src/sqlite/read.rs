@@ -1,0 +1,258 @@
+//! What readers see: one task, lists, counts. None of it takes the writer's lock.
+
+use sqlx::Row as _;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+
+use super::accounts::json;
+use super::failure;
+use crate::{AttemptRecord, Filter, HostId, Lease, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
+
+/// The most tasks of a page.
+const PAGE_MAX: u32 = 10_000;
+/// The most data and output of a page, unless one task alone has more.
+const PAGE_BYTES_MAX: usize = 64 << 20;
+
+macro_rules! task_columns {
+    () => {
+        "task.id, task.key, task.type, task.state, task.user, task.max_running, task.attempts, task.max_attempts, task.lost,
+        task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
+        (SELECT digest FROM plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
+        progress.done, progress.total, progress.note"
+    };
+}
+
+macro_rules! beside {
+    () => {
+        "LEFT JOIN failure ON failure.task = task.id
+        LEFT JOIN progress ON progress.task = task.id AND progress.lease = task.lease AND task.state = 'running'"
+    };
+}
+
+fn task(row: &SqliteRow) -> Result<Task, sqlx::Error> {
+    let user: String = row.try_get(4)?;
+    let state = failure::state(row.try_get(3)?)?;
+    let running = state == State::Running;
+    let done: Option<i64> = row.try_get(18)?;
+    let total: Option<i64> = row.try_get(19)?;
+    let note: Option<String> = row.try_get(20)?;
+    Ok(Task {
+        id: TaskId(row.try_get(0)?),
+        key: row.try_get(1)?,
+        task_type: row.try_get(2)?,
+        state,
+        user: Some(user).filter(|user| !user.is_empty()),
+        max_running: row.try_get(5)?,
+        attempts: row.try_get(6)?,
+        max_attempts: row.try_get(7)?,
+        lost: row.try_get(8)?,
+        created_at: Timestamp(row.try_get(9)?),
+        run_at: Timestamp(row.try_get(10)?),
+        until: row.try_get::<Option<i64>, _>(11)?.map(Timestamp),
+        host: row.try_get::<Option<i64>, _>(12)?.filter(|_| running).map(HostId),
+        progress: done.map(|done| Progress {
+            done: done.unsigned_abs(),
+            total: total.map(i64::unsigned_abs),
+            note: note.unwrap_or_default(),
+        }),
+        finished_at: row.try_get::<Option<i64>, _>(13)?.map(Timestamp),
+        retained_until: row.try_get::<Option<i64>, _>(14)?.map(Timestamp),
+        plugin_digest: row.try_get(15)?,
+        error_code: row.try_get(16)?,
+        error_message: row.try_get(17)?,
+        data: None,
+        output: None,
+    })
+}
+
+/// The task with data and output. Data that cannot be decompressed is shown as it is stored.
+fn task_with_data(row: &SqliteRow) -> Result<Task, sqlx::Error> {
+    let stored: Option<Vec<u8>> = row.try_get(21)?;
+    let stored = stored.unwrap_or_default();
+    let plain = data::decompress(stored.clone()).unwrap_or(stored);
+    Ok(Task { data: Some(plain), output: row.try_get(22)?, ..task(row)? })
+}
+
+pub(super) async fn get(readers: &SqlitePool, key: &str) -> Result<Option<Task>, sqlx::Error> {
+    const GET: &str = concat!(
+        "SELECT ",
+        task_columns!(),
+        ", task_data.data, output.output FROM task ",
+        beside!(),
+        " LEFT JOIN task_data ON task_data.task = task.id LEFT JOIN output ON output.task = task.id WHERE task.key = ?1"
+    );
+    let row = sqlx::query(GET).bind(key.to_owned()).fetch_optional(readers).await?;
+    row.map(|row| task_with_data(&row)).transpose()
+}
+
+pub(super) async fn attempts(readers: &SqlitePool, key: &str) -> Result<Vec<AttemptRecord>, sqlx::Error> {
+    const ATTEMPTS: &str = "SELECT past.attempt, past.lease, host.name, host.process_id, plugin_version.digest, past.ended_at, past.event,
+            past.code, past.message, past.host
+        FROM (SELECT attempt.attempt, attempt.lease, attempt.host, attempt.plugin, attempt.ended_at, attempt.event, attempt.code,
+                attempt.message
+            FROM task JOIN attempt ON attempt.task = task.id WHERE task.key = ?1
+            UNION ALL
+            SELECT attempts, lease, host, plugin, finished_at, event, NULL, NULL FROM task WHERE key = ?1 AND event = 'finish') AS past
+        LEFT JOIN host ON host.id = past.host LEFT JOIN plugin_version ON plugin_version.id = past.plugin
+        ORDER BY past.lease";
+    let rows = sqlx::query(ATTEMPTS).bind(key.to_owned()).fetch_all(readers).await?;
+    let record = |row: &SqliteRow| {
+        let name: Option<String> = row.try_get(2)?;
+        let process_id: Option<i64> = row.try_get(3)?;
+        let host = match (name, process_id, row.try_get::<Option<i64>, _>(9)?) {
+            (Some(name), Some(process_id), _) => format!("{name}, process {process_id}"),
+            (_, _, Some(id)) => format!("host {id}, no longer known"),
+            _ => "unknown".to_owned(),
+        };
+        Ok(AttemptRecord {
+            attempt: row.try_get(0)?,
+            lease: Lease(row.try_get(1)?),
+            host,
+            plugin_digest: row.try_get(4)?,
+            ended_at: Timestamp(row.try_get(5)?),
+            event: row.try_get(6)?,
+            error_code: row.try_get(7)?,
+            error_message: row.try_get(8)?,
+        })
+    };
+    let mut records: Vec<AttemptRecord> = rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
+    let surplus = records.len().saturating_sub(AttemptRecord::KEPT);
+    records.drain(..surplus);
+    Ok(records)
+}
+
+macro_rules! list_of {
+    ($source:expr, $keys:expr) => {
+        concat!(
+            "SELECT task.id FROM ",
+            $source,
+            " WHERE task.id > ?1 AND (?2 IS NULL OR task.type = ?2) AND (?3 IS NULL OR task.user = ?3)
+            AND (?4 IS NULL OR task.state IN (SELECT value FROM json_each(?4))) ",
+            $keys,
+            " ORDER BY task.id LIMIT ?7"
+        )
+    };
+}
+
+/// All tasks by number: for all states, or for many finished ones.
+const SCAN: &str = list_of!("task", "AND ?5 IS NULL AND ?6 IS NULL");
+/// By the index of keys; any blob is greater than any text.
+const BY_KEY: &str = list_of!("task INDEXED BY task_key", "AND task.key >= ?5 AND task.key < coalesce(?6, x'')");
+/// Few among many finished ones: from the places where they stand.
+const FEW: &str = list_of!(
+    "(SELECT task AS id FROM ready WHERE task > ?1 AND ?4 LIKE '%waiting%'
+        UNION ALL SELECT task FROM scheduled WHERE task > ?1 AND ?4 LIKE '%waiting%'
+        UNION ALL SELECT task FROM suspect WHERE task > ?1 AND ?4 LIKE '%waiting%'
+        UNION ALL SELECT id FROM task INDEXED BY task_running WHERE state = 'running' AND id > ?1 AND ?4 LIKE '%running%'
+        UNION ALL SELECT id FROM task INDEXED BY task_failed WHERE state = 'failed' AND id > ?1 AND ?4 LIKE '%failed%'
+        UNION ALL SELECT id FROM task INDEXED BY task_cancelled WHERE state = 'cancelled' AND id > ?1 AND ?4 LIKE '%cancelled%') AS few
+    CROSS JOIN task ON task.id = few.id",
+    "AND ?5 IS NULL AND ?6 IS NULL"
+);
+
+pub(super) async fn list(readers: &SqlitePool, filter: &Filter) -> Result<Page, sqlx::Error> {
+    const PLAIN: &str = concat!(
+        "SELECT ",
+        task_columns!(),
+        " FROM json_each(?1) AS page CROSS JOIN task ON task.id = page.value ",
+        beside!(),
+        " ORDER BY task.id"
+    );
+    const WITH_DATA: &str = concat!(
+        "SELECT ",
+        task_columns!(),
+        ", task_data.data, output.output FROM json_each(?1) AS page CROSS JOIN task ON task.id = page.value ",
+        beside!(),
+        " LEFT JOIN task_data ON task_data.task = task.id LEFT JOIN output ON output.task = task.id ORDER BY task.id"
+    );
+    const BYTES: &str = "SELECT page.value, coalesce(task_data.bytes, 0) + coalesce(octet_length(output.output), 0)
+        FROM json_each(?1) AS page LEFT JOIN task_data ON task_data.task = page.value LEFT JOIN output ON output.task = page.value
+        ORDER BY page.value";
+    let limit = filter.limit.clamp(1, PAGE_MAX);
+    // Page and tasks have to fit together.
+    let mut reading = readers.begin().await?;
+    let mut ids: Vec<i64> = matching(filter, limit, &mut reading).await?;
+    let mut more = ids.len() > limit as usize;
+    ids.truncate(limit as usize);
+    if filter.with_data {
+        let bytes: Vec<(i64, i64)> = sqlx::query_as(BYTES).bind(json(&ids)).fetch_all(&mut *reading).await?;
+        let mut sum = 0_usize;
+        let fitting = bytes.iter().take_while(|(_, bytes)| {
+            sum += usize::try_from(*bytes).unwrap_or(usize::MAX / 2);
+            sum <= PAGE_BYTES_MAX
+        });
+        let fitting = fitting.count().max(1);
+        more |= fitting < ids.len();
+        ids.truncate(fitting);
+    }
+    let sql = if filter.with_data { WITH_DATA } else { PLAIN };
+    let read = if filter.with_data { task_with_data } else { task };
+    let rows = sqlx::query(sql).bind(json(&ids)).fetch_all(&mut *reading).await?;
+    let tasks: Vec<Task> = rows.iter().map(read).collect::<Result<_, _>>()?;
+    let next = tasks.last().map(|task| task.id).filter(|_| more);
+    Ok(Page { tasks, next })
+}
+
+/// The numbers of one more task than the page takes.
+async fn matching(filter: &Filter, limit: u32, reading: &mut sqlx::sqlite::SqliteConnection) -> Result<Vec<i64>, sqlx::Error> {
+    let states = (!filter.states.is_empty()).then(|| json(filter.states.iter().map(|state| state.as_str())));
+    let prefix = filter.key_prefix.as_deref().filter(|prefix| !prefix.is_empty());
+    let sql = match (prefix, &states) {
+        (Some(_), _) => BY_KEY,
+        (None, Some(_)) if !filter.states.contains(&State::Finished) => FEW,
+        _ => SCAN,
+    };
+    let rows = sqlx::query(sql)
+        .bind(filter.after.map_or(0, |after| after.0))
+        .bind(filter.task_type.clone())
+        .bind(filter.user.clone())
+        .bind(states)
+        .bind(prefix.map(str::to_owned))
+        .bind(prefix.and_then(successor))
+        .bind(i64::from(limit) + 1)
+        .fetch_all(reading)
+        .await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
+}
+
+/// The least text that is greater than all that start with `prefix`; None if there is none.
+fn successor(prefix: &str) -> Option<String> {
+    let mut characters: Vec<char> = prefix.chars().collect();
+    while let Some(last) = characters.pop() {
+        let next = (u32::from(last) + 1..=u32::from(char::MAX)).find_map(char::from_u32);
+        if let Some(next) = next {
+            characters.push(next);
+            return Some(characters.into_iter().collect());
+        }
+    }
+    None
+}
+
+pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
+    const COUNTS: &str = "SELECT (SELECT coalesce(sum(ready), 0) FROM account) + (SELECT count(*) FROM suspect),
+        (SELECT count(*) FROM scheduled WHERE run_at > clock.now), (SELECT count(*) FROM scheduled WHERE run_at <= clock.now),
+        (SELECT coalesce(sum(running), 0) FROM account),
+        (SELECT min(head_at) FROM account), (SELECT min(run_at) FROM suspect), (SELECT min(run_at) FROM scheduled), clock.now
+        FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) AS clock";
+    const ENDED: &str = "SELECT name, tasks FROM tally WHERE what = 'ended'";
+    const TYPES: &str = "SELECT name, tasks FROM tally WHERE what = 'type' ORDER BY tasks DESC, name LIMIT 100";
+    let mut reading = readers.begin().await?;
+    let counts = sqlx::query(COUNTS).fetch_one(&mut *reading).await?;
+    let ended: Vec<(String, i64)> = sqlx::query_as(ENDED).fetch_all(&mut *reading).await?;
+    let types: Vec<(String, i64)> = sqlx::query_as(TYPES).fetch_all(&mut *reading).await?;
+    let number = |place: usize| counts.try_get::<i64, _>(place).map(i64::unsigned_abs);
+    let of = |state: State| ended.iter().find(|(name, _)| name == state.as_str()).map_or(0, |(_, tasks)| tasks.unsigned_abs());
+    let now = Timestamp(counts.try_get(7)?);
+    // What has become due and was not moved over yet may be claimed just the same.
+    let heads = [4, 5, 6].into_iter().map(|place| counts.try_get::<Option<i64>, _>(place)).collect::<Result<Vec<_>, _>>()?;
+    let oldest = heads.into_iter().flatten().min().map(Timestamp).filter(|moment| *moment <= now);
+    Ok(Stats {
+        ready: number(0)? + number(2)?,
+        scheduled: number(1)?,
+        running: number(3)?,
+        finished: of(State::Finished),
+        failed: of(State::Failed),
+        cancelled: of(State::Cancelled),
+        oldest_ready_ms: oldest.map(|moment| u64::try_from(now.since(moment).as_millis()).unwrap_or(u64::MAX)),
+        types: types.into_iter().map(|(name, tasks)| (name, tasks.unsigned_abs())).collect(),
+    })
+}

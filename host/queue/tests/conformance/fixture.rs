@@ -1,0 +1,211 @@
+//! A database of its own for each promise, and the means to crash it, to wait for its clock, and to audit it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use laelaps_queue::{
+    Attempt, Backend, Backoff, Claim, ClaimedTask, Config, Event, HostDescription, HostId, NewTask, Policy, Queue, Settlement,
+    State, Task, Timestamp,
+};
+use tempfile::TempDir;
+
+mod mariadb;
+pub(crate) mod postgres;
+mod sqlite;
+
+/// The databases that keep the promises.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Database {
+    Sqlite,
+    Postgres,
+    MariaDb,
+}
+
+/// How long to wait for what has to happen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// A lease that does not end within a test.
+pub(crate) const LONG: Duration = Duration::from_secs(300);
+
+pub(crate) struct Fixture {
+    database: Database,
+    folder: TempDir,
+    pub(crate) config: Config,
+    pub(crate) queue: Queue,
+}
+
+impl Fixture {
+    /// A queue with its tables.
+    pub(crate) async fn new(database: Database) -> Self {
+        let fixture = Self::empty(database).await;
+        fixture.queue.init().await.expect("an empty database can be initialised");
+        fixture
+    }
+
+    /// A database without tables.
+    pub(crate) async fn empty(database: Database) -> Self {
+        let folder = TempDir::new().expect("a temporary folder can be made");
+        let url = match database {
+            Database::Sqlite => sqlite::url(&folder),
+            Database::Postgres => postgres::url().await,
+            Database::MariaDb => mariadb::url().await,
+        };
+        Self::over(database, folder, url).await
+    }
+
+    /// A queue with its tables in a database of a server of the caller's.
+    pub(crate) async fn on(database: Database, url: String) -> Self {
+        let folder = TempDir::new().expect("a temporary folder can be made");
+        let fixture = Self::over(database, folder, url).await;
+        fixture.queue.init().await.expect("an empty database can be initialised");
+        fixture
+    }
+
+    async fn over(database: Database, folder: TempDir, url: String) -> Self {
+        let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), ..Policy::default() };
+        let config = Config { policy, ..Config::new(url) };
+        let queue = Queue::open(&config).await.expect("the database can be opened");
+        Self { database, folder, config, queue }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.path().join("queue.db")
+    }
+
+    pub(crate) fn backend(&self) -> &Arc<dyn Backend> {
+        self.queue.backend()
+    }
+
+    /// The same database, opened once more, as another process would.
+    pub(crate) async fn another(&self) -> Queue {
+        Queue::open(&self.config).await.expect("the database can be opened twice")
+    }
+
+    /// The same database with another queue, as another process would have it.
+    pub(crate) async fn beside(&self) -> Self {
+        let folder = TempDir::new().expect("a temporary folder can be made");
+        Self::over(self.database, folder, self.config.url.clone()).await
+    }
+
+    /// The database as it would be found if all machines had stopped at this very moment: what is on the disk, without any clean end.
+    pub(crate) async fn crash(&self) -> Self {
+        let (folder, url) = match self.database {
+            Database::Sqlite => {
+                let folder = sqlite::copy(&self.folder);
+                let url = sqlite::url(&folder);
+                (folder, url)
+            }
+            Database::Postgres => (TempDir::new().expect("a temporary folder can be made"), postgres::copy(&self.config).await),
+            // What a server has committed is as it is for whoever comes next; its own death has tests of its own.
+            Database::MariaDb => (TempDir::new().expect("a temporary folder can be made"), self.config.url.clone()),
+        };
+        Self::over(self.database, folder, url).await
+    }
+
+    pub(crate) async fn host(&self) -> HostId {
+        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id() };
+        self.backend().register_host(&description).await.expect("a host can register")
+    }
+
+    pub(crate) async fn submit(&self, tasks: &[NewTask]) {
+        self.queue.submit_many(tasks).await.expect("good tasks can be submitted");
+    }
+
+    /// Tasks `name0`, `name1`, ...
+    pub(crate) async fn submit_some(&self, name: &str, count: usize) {
+        let tasks: Vec<NewTask> = (0..count).map(|number| task(&format!("{name}{number}"))).collect();
+        self.submit(&tasks).await;
+    }
+
+    pub(crate) async fn claim(&self, host: HostId, limit: u32) -> Vec<ClaimedTask> {
+        self.claim_for(host, limit, LONG).await
+    }
+
+    pub(crate) async fn claim_for(&self, host: HostId, limit: u32, alive_time: Duration) -> Vec<ClaimedTask> {
+        let claim = Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None };
+        self.backend().claim(&claim).await.expect("a registered host can claim").tasks
+    }
+
+    pub(crate) async fn get(&self, key: &str) -> Task {
+        self.queue.get(key).await.expect("tasks can be read").unwrap_or_else(|| panic!("there is no task {key}"))
+    }
+
+    pub(crate) async fn state(&self, key: &str) -> State {
+        self.get(key).await.state
+    }
+
+    /// Wait until the database's clock is past a moment.
+    pub(crate) async fn passes(&self, moment: Timestamp) {
+        let started = Instant::now();
+        while self.backend().now().await.expect("the database knows the time") <= moment {
+            assert!(started.elapsed() < PATIENCE, "the database's clock does not get past {moment:?}");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// Run statements beside the queue, as an operator or a fault would.
+    pub(crate) async fn meddle(&self, sql: &'static str) {
+        match self.database {
+            Database::Sqlite => sqlite::meddle(&self.config, sql).await,
+            Database::Postgres => postgres::meddle(&self.config, sql).await,
+            Database::MariaDb => mariadb::meddle(&self.config, sql).await,
+        }
+    }
+
+    /// Damage the data of tasks named torn, flipped, no json and missing, each in its way.
+    pub(crate) async fn damage(&self) {
+        self.meddle(match self.database {
+            Database::Sqlite => sqlite::DAMAGE,
+            Database::Postgres => postgres::DAMAGE,
+            Database::MariaDb => mariadb::DAMAGE,
+        })
+        .await;
+    }
+
+    /// Let what all hosts still have count as lost, as it does after a crash: at once where a host's life can be seen, else when its
+    /// leases have run out.
+    pub(crate) async fn bury(&self) {
+        match self.database {
+            Database::Sqlite | Database::Postgres => {}
+            Database::MariaDb => self.meddle(mariadb::BURY).await,
+        }
+    }
+
+    /// Whether this database can tell by itself that a host lives.
+    pub(crate) fn sees_life(&self) -> bool {
+        matches!(self.database, Database::Sqlite)
+    }
+
+    /// Everything that follows from something else is what it should be.
+    pub(crate) async fn audit(&self) {
+        match self.database {
+            Database::Sqlite => sqlite::audit(&self.config).await,
+            Database::Postgres => postgres::audit(&self.config).await,
+            Database::MariaDb => mariadb::audit(&self.config).await,
+        }
+    }
+}
+
+/// An ordinary task.
+pub(crate) fn task(key: &str) -> NewTask {
+    NewTask::new(key, "type", r#"{"n":1}"#)
+}
+
+/// A task of a user.
+pub(crate) fn task_of(user: &str, key: &str, max_running: Option<u32>) -> NewTask {
+    NewTask { user: Some(user.to_owned()), max_running, ..task(key) }
+}
+
+/// What follows an event, by the policy of the fixture.
+pub(crate) fn settled(task: &ClaimedTask, event: Event) -> Settlement {
+    let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), ..Policy::default() };
+    Settlement::of(task.lease_ref, event, Attempt::of(task), &policy, 0.5, None, Vec::new())
+}
+
+pub(crate) fn finish() -> Event {
+    Event::Finish { output: None, retention: None }
+}
+
+pub(crate) fn keys(tasks: &[ClaimedTask]) -> Vec<&str> {
+    tasks.iter().map(|task| task.key.as_str()).collect()
+}

@@ -1,0 +1,64 @@
+//! What every database has to keep, told as promises. A further database adds itself to `fixture::Database` and to `promises!`.
+
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+mod fixture;
+
+mod ends;
+mod fair;
+mod files;
+mod hosts;
+mod leases;
+mod lists;
+mod losses;
+mod mariadb;
+mod orders;
+mod postgres;
+mod program;
+mod schema;
+mod storm;
+mod submits;
+
+/// One test for each database out of each promise.
+macro_rules! promises {
+    ($($(#[$attribute:meta])* async fn $name:ident($fixture:ident: &$type:ty) $body:block)+) => {
+        $(
+            $(#[$attribute])*
+            async fn $name($fixture: &$type) $body
+        )+
+
+        mod on_sqlite {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    let fixture = $crate::fixture::Fixture::new($crate::fixture::Database::Sqlite).await;
+                    super::$name(&fixture).await;
+                    fixture.audit().await;
+                }
+            )+
+        }
+
+        mod on_postgres {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    let fixture = $crate::fixture::Fixture::new($crate::fixture::Database::Postgres).await;
+                    super::$name(&fixture).await;
+                    fixture.audit().await;
+                }
+            )+
+        }
+
+        mod on_mariadb {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    let fixture = $crate::fixture::Fixture::new($crate::fixture::Database::MariaDb).await;
+                    super::$name(&fixture).await;
+                    fixture.audit().await;
+                }
+            )+
+        }
+    };
+}
+use promises;

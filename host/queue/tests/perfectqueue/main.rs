@@ -1,0 +1,15 @@
+//! PerfectQueue's own table, shared with Ruby. Ruby's part is played by plain SQL, statement for statement as PerfectQueue 0.10.1 sends it.
+
+#![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+mod fixture;
+mod ruby;
+
+mod claims;
+mod data;
+mod ends;
+mod fences;
+mod lock;
+mod order;
+mod schema;
+mod storm;

@@ -1,0 +1,141 @@
+//! MariaDB.
+
+use std::process::Command;
+
+use rustix::process::Signal;
+use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
+use tempfile::TempDir;
+use tokio::sync::OnceCell;
+
+use crate::guarded::Guarded;
+use crate::server::{self, Durability, PORT_TRIES};
+use crate::{LONG, eventually};
+
+/// The server that all tests of this process share; each makes a database of its own.
+pub async fn shared() -> &'static Server {
+    static SERVER: OnceCell<Server> = OnceCell::const_new();
+    SERVER.get_or_init(|| Server::start(Durability::Process)).await
+}
+
+/// One server. Its superuser is `root`, without password.
+#[derive(Debug)]
+pub struct Server {
+    folder: TempDir,
+    port: u16,
+    durability: Durability,
+    process: Option<Guarded>,
+}
+
+impl Server {
+    /// Starts a server, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not; MariaDB may be missing.
+    pub async fn start(durability: Durability) -> Self {
+        let folder = server::folder();
+        let mut install = Command::new("mariadb-install-db");
+        install.arg("--no-defaults").arg(format!("--datadir={}", folder.path().join("data").display()));
+        install.args(["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]);
+        install.current_dir(folder.path());
+        server::prepare(install);
+        let mut server = Self { folder, port: 0, durability, process: None };
+        for _ in 0..PORT_TRIES {
+            server.port = server::free_port();
+            server.launch();
+            if server.comes_up().await {
+                return server;
+            }
+        }
+        panic!("MariaDB did not start: {}", server.log());
+    }
+
+    /// Where programs connect: a database of this server.
+    pub fn url(&self, database: &str) -> String {
+        format!("mysql://root@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Makes an empty database; answers its URL.
+    ///
+    /// # Panics
+    /// If the server does not serve.
+    pub async fn create_database(&self) -> String {
+        let name = server::database_name();
+        let mut connection = MySqlConnection::connect(&self.url("mysql")).await.expect("the server serves");
+        let create = format!("CREATE DATABASE {name}");
+        sqlx::query(AssertSqlSafe(create)).execute(&mut connection).await.expect("a superuser may make databases");
+        connection.close().await.expect("the connection ends");
+        self.url(&name)
+    }
+
+    /// Kills it (`kill -9`).
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Starts it again on its data, and waits until it serves.
+    pub async fn restart(&mut self) {
+        self.process = None;
+        eventually(LONG, "MariaDB serves again", async || {
+            if self.process.is_none() {
+                self.launch();
+            }
+            if self.comes_up().await { Ok(()) } else { Err(self.log()) }
+        })
+        .await;
+    }
+
+    /// Stops it in its tracks (SIGSTOP).
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        self.process.as_ref().expect("a running server").signal(signal);
+    }
+
+    fn launch(&mut self) {
+        let folder = self.folder.path().display();
+        let (data, socket, pid) =
+            (format!("--datadir={folder}/data"), format!("--socket={folder}/socket"), format!("--pid-file={folder}/pid"));
+        let port = format!("--port={}", self.port);
+        let mut command = vec!["mariadbd", "--no-defaults", &data, &socket, &pid, &port, "--bind-address=127.0.0.1"];
+        command.extend(["--skip-name-resolve", "--max-connections=300", "--performance-schema=OFF"]);
+        match self.durability {
+            Durability::Process => command.extend(["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=2"]),
+            Durability::Disk => command.push("--innodb-buffer-pool-size=1G"),
+        }
+        self.process = Some(Guarded::start(self.folder.path(), &command, server::user()));
+    }
+
+    /// False if it ended instead, which it does when its port is taken.
+    async fn comes_up(&mut self) -> bool {
+        let url = self.url("mysql");
+        let process = &mut self.process;
+        let up = eventually(LONG, "MariaDB serves, or ends", async || {
+            if process.as_mut().is_none_or(Guarded::has_ended) {
+                return Ok(false);
+            }
+            let connection = MySqlConnection::connect(&url).await.map_err(|error| error.to_string())?;
+            connection.close().await.map_err(|error| error.to_string()).map(|()| true)
+        })
+        .await;
+        if !up {
+            self.process = None;
+        }
+        up
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
+    }
+}

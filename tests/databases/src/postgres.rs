@@ -1,0 +1,158 @@
+//! PostgreSQL.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::Signal;
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tempfile::TempDir;
+use tokio::sync::OnceCell;
+
+use crate::guarded::Guarded;
+use crate::server::{self, Durability, PORT_TRIES};
+use crate::{LONG, eventually};
+
+/// The server that all tests of this process share; each makes a database of its own.
+pub async fn shared() -> &'static Server {
+    static SERVER: OnceCell<Server> = OnceCell::const_new();
+    SERVER.get_or_init(|| Server::start(Durability::Process)).await
+}
+
+/// One server. Its superuser is `postgres`, without password.
+#[derive(Debug)]
+pub struct Server {
+    folder: TempDir,
+    port: u16,
+    durability: Durability,
+    process: Option<Guarded>,
+}
+
+impl Server {
+    /// Starts a server, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not; PostgreSQL may be missing.
+    pub async fn start(durability: Durability) -> Self {
+        let folder = server::folder();
+        let mut initdb = Command::new(program("initdb"));
+        initdb.arg("-D").arg(folder.path().join("data")).args([
+            "-A",
+            "trust",
+            "-U",
+            "postgres",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "-N",
+        ]);
+        initdb.current_dir(folder.path());
+        server::prepare(initdb);
+        let mut server = Self { folder, port: 0, durability, process: None };
+        for _ in 0..PORT_TRIES {
+            server.port = server::free_port();
+            server.launch();
+            if server.comes_up().await {
+                return server;
+            }
+        }
+        panic!("PostgreSQL did not start: {}", server.log());
+    }
+
+    /// Where programs connect: a database of this server.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Makes an empty database; answers its URL.
+    ///
+    /// # Panics
+    /// If the server does not serve.
+    pub async fn create_database(&self) -> String {
+        let name = server::database_name();
+        let mut connection = PgConnection::connect(&self.url("postgres")).await.expect("the server serves");
+        let create = format!("CREATE DATABASE {name}");
+        sqlx::query(AssertSqlSafe(create)).execute(&mut connection).await.expect("a superuser may make databases");
+        connection.close().await.expect("the connection ends");
+        self.url(&name)
+    }
+
+    /// Kills it (`kill -9`), with all its processes.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Starts it again on its data, and waits until it serves.
+    pub async fn restart(&mut self) {
+        self.process = None;
+        // The memory of the killed one may be in use for a moment.
+        eventually(LONG, "PostgreSQL serves again", async || {
+            if self.process.is_none() {
+                self.launch();
+            }
+            if self.comes_up().await { Ok(()) } else { Err(self.log()) }
+        })
+        .await;
+    }
+
+    /// Stops it in its tracks (SIGSTOP): it accepts no connection; sessions that are there go on.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        self.process.as_ref().expect("a running server").signal(signal);
+    }
+
+    fn launch(&mut self) {
+        let (data, port) = (self.folder.path().join("data").display().to_string(), self.port.to_string());
+        let sockets = format!("unix_socket_directories={}", self.folder.path().display());
+        let postgres = program("postgres").display().to_string();
+        let mut command = vec![postgres.as_str(), "-D", &data, "-p", &port, "-c", &sockets];
+        command.extend(["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=300", "-c", "shared_buffers=128MB"]);
+        if self.durability == Durability::Process {
+            command.extend(["-c", "fsync=off", "-c", "max_wal_size=256MB"]);
+        }
+        self.process = Some(Guarded::start(self.folder.path(), &command, server::user()));
+    }
+
+    /// False if it ended instead, which it does when its port is taken.
+    async fn comes_up(&mut self) -> bool {
+        let url = self.url("postgres");
+        let process = &mut self.process;
+        let up = eventually(LONG, "PostgreSQL serves, or ends", async || {
+            if process.as_mut().is_none_or(Guarded::has_ended) {
+                return Ok(false);
+            }
+            let connection = PgConnection::connect(&url).await.map_err(|error| error.to_string())?;
+            connection.close().await.map_err(|error| error.to_string()).map(|()| true)
+        })
+        .await;
+        if !up {
+            self.process = None;
+        }
+        up
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
+    }
+}
+
+/// A program of the server: Debian keeps them off the path, one folder a version.
+fn program(name: &str) -> PathBuf {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> =
+        versions.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).collect();
+    found.sort();
+    found.pop().unwrap_or_else(|| Path::new(name).to_path_buf())
+}

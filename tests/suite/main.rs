@@ -1,0 +1,26 @@
+//! The end-to-end tests: what is promised of a running host, each promise by its name.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop where it is")]
+
+mod access_log;
+mod cli;
+mod crash;
+mod daemon;
+mod demo;
+mod fairness;
+mod fleet;
+mod grants;
+mod idle;
+mod invariants;
+mod languages;
+mod layering;
+mod offenders;
+mod perfectqueue;
+mod producers;
+mod replace;
+mod sdk;
+mod servers;
+mod signals;
+mod tasks;
+mod watchdog;
+mod wrong_input;

@@ -1,0 +1,204 @@
+//! Handlers that do not behave: each is stopped, its task ends as its route says, and nobody else suffers.
+
+use std::time::Duration;
+
+use laelaps_queue::{NewTask, Queue, State, Task};
+use laelaps_tests::{
+    Host, LONG, PATIENCE, Signal, Site, all_tasks, digest, eventually, guest, measured, promised, scaled, submit, task,
+    wait_for_state, with_edition,
+};
+use serde_json::{Value, json};
+
+/// A light task may take this many times as long beside an offender; held by tests/soak at five times that.
+const SLOWER_PROMISE: f64 = 3.0;
+/// A slot serves others this soon after an immediate stop.
+const FREE_PROMISE: Duration = Duration::from_millis(100);
+
+/// A site with a route of its own for offenders: one second of time, 64 MiB, two attempts.
+async fn site() -> (Site, Queue, Host) {
+    let site = Site::alone().await;
+    site.plug_guest("zoo");
+    let strict = json!({ "time_limit": 1, "retry_wait": 0.05, "max_attempts": 2 });
+    let mut routes: Vec<Value> = OFFENDERS
+        .iter()
+        .map(|(kind, _)| {
+            let mut route = site.route(strict.clone());
+            route["type"] = json!(kind);
+            route
+        })
+        .collect();
+    routes.push(site.route(json!({ "pattern": "." })));
+    // Three slots: one offender at a time (by its user), and two for the others.
+    site.configure(json!({ "processors": 3, "poll_interval": 0.01, "retry_wait": 0.05, "routes": routes }));
+    let queue = site.queue().await;
+    let host = site.start().await;
+    (site, queue, host)
+}
+
+/// Kinds of offence, and the failure they end as.
+const OFFENDERS: [(&str, &str); 9] = [
+    ("spin", "time-out"),
+    ("sleep", "time-out"),
+    ("fill", "time-out"),
+    ("allocate", "memory"),
+    ("panic", "trap"),
+    ("overflow", "trap"),
+    ("exit", "trap"),
+    ("log-flood", "time-out"),
+    ("stdout-flood", "time-out"),
+];
+
+fn offender(kind: &str, number: usize) -> NewTask {
+    let mut offender = task(format!("{kind}-{number}"), kind, json!({}));
+    offender.user = Some("offender".to_owned());
+    offender.max_running = Some(1);
+    offender
+}
+
+#[tokio::test]
+async fn an_offender_is_stopped_and_its_task_ends_as_its_route_says() {
+    let (_site, queue, host) = site().await;
+    submit(&queue, &OFFENDERS.map(|(kind, _)| offender(kind, 0))).await;
+    for (kind, code) in OFFENDERS {
+        let ended = wait_for_state(&queue, &format!("{kind}-0"), State::Failed, LONG).await;
+        assert_eq!(ended.attempts, 2, "{kind}: tried as often as the route says");
+        assert_eq!(ended.error_code.as_deref(), Some(code), "{kind}: {:?}", ended.error_message);
+        let attempts = queue.backend().attempts(&ended.key).await.unwrap();
+        assert_eq!(attempts.len(), 2, "{kind}");
+        for attempt in attempts {
+            assert_eq!(attempt.event, code, "{kind}");
+            let message = attempt.error_message.unwrap_or_default();
+            assert!(!message.is_empty() && message.len() <= 4096, "{kind}: {message}");
+        }
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_light_task_is_hardly_slower_beside_an_offender() {
+    let count = scaled(1_000).max(100);
+    let (_site, queue, host) = site().await;
+    light_tasks(&queue, "warm-up", 50).await;
+    let alone = percentile_99(&light_tasks(&queue, "alone", count).await);
+    measured("p99 of a light task alone", format!("{alone:?}"));
+    let mut worst = Vec::new();
+    for (kind, _) in OFFENDERS {
+        // Enough of them that one runs at every moment of the measurement.
+        let offenders: Vec<NewTask> = (1..=200).map(|number| offender(kind, number)).collect();
+        submit(&queue, &offenders).await;
+        eventually(PATIENCE, &format!("{kind} runs"), async || {
+            let first = queue.backend().get(&format!("{kind}-1")).await.unwrap().unwrap();
+            if first.state == State::Waiting && first.attempts == 0 { Err(format!("{first:?}")) } else { Ok(()) }
+        })
+        .await;
+        let beside = percentile_99(&light_tasks(&queue, kind, count).await);
+        let ratio = beside.as_secs_f64() / alone.as_secs_f64();
+        measured(&format!("p99 of a light task beside {kind} (promise 3 x alone)"), format!("{beside:?}, {ratio:.2} x"));
+        worst.push((kind, ratio));
+        for offender in offenders {
+            // Some have failed by now.
+            let _ = queue.backend().cancel(&offender.key, Duration::ZERO).await;
+        }
+        eventually(PATIENCE, &format!("no {kind} runs any more"), async || {
+            let stats = queue.backend().stats().await.unwrap();
+            if stats.running + stats.ready + stats.scheduled == 0 { Ok(()) } else { Err(format!("{stats:?}")) }
+        })
+        .await;
+    }
+    for (kind, ratio) in worst {
+        promised(&format!("times as long as alone that a light task takes beside {kind}"), ratio, 5.0 * SLOWER_PROMISE);
+    }
+    host.stop().await;
+}
+
+/// Submits light tasks one after the other, every ten milliseconds, and returns how long each took from submit to finish, by the
+/// database's clock.
+async fn light_tasks(queue: &Queue, name: &str, count: usize) -> Vec<Duration> {
+    let mut ticks = tokio::time::interval(Duration::from_millis(10));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    for number in 0..count {
+        ticks.tick().await;
+        submit(queue, &[task(format!("light-{name}-{number}"), "silent", json!({}))]).await;
+    }
+    let prefix = format!("light-{name}-");
+    eventually(LONG, &format!("the light tasks beside {name} are finished"), async || {
+        let tasks: Vec<Task> = all_tasks(queue).await.into_iter().filter(|task| task.key.starts_with(&prefix)).collect();
+        let finished = tasks.iter().filter(|task| task.state == State::Finished).count();
+        if finished < count {
+            return Err(format!("{finished} of {count}"));
+        }
+        Ok(tasks.iter().map(|task| task.finished_at.unwrap().since(task.created_at)).collect())
+    })
+    .await
+}
+
+fn percentile_99(times: &[Duration]) -> Duration {
+    let mut times = times.to_vec();
+    times.sort();
+    // The clock counts milliseconds: what takes less than one took one.
+    times[times.len() * 99 / 100].max(Duration::from_millis(1))
+}
+
+#[tokio::test]
+async fn a_slot_is_free_within_100_ms_of_an_immediate_stop() {
+    let rounds = scaled(30);
+    for kind in ["spin", "sleep", "fill", "wait-cancelled"] {
+        let mut worst = Duration::ZERO;
+        let site = Site::alone().await;
+        site.plug_guest("zoo");
+        site.configure(json!({ "processors": 1, "poll_interval": 0.01, "task_heartbeat_interval": 0.05 }));
+        let queue = site.queue().await;
+        let host = site.start().await;
+        for round in 0..rounds {
+            let heavy = format!("heavy-{round}");
+            submit(&queue, &[task(&heavy, kind, json!({ "mark": format!("/marks/{heavy}"), "deaf": true }))]).await;
+            let begun = async |times: usize| {
+                eventually(PATIENCE, &format!("{kind} has begun {times} times in the only slot"), async || {
+                    let marks = site.marks(&heavy);
+                    if marks.len() == times { Ok(()) } else { Err(format!("{marks:?}")) }
+                })
+                .await;
+            };
+            begun(1).await;
+
+            // A new version, admitted; then the order to stop what runs on the old one. Its task is the next in line, for the same slot.
+            let next = with_edition(&guest("zoo"), u32::try_from(round).unwrap());
+            site.plug("zoo", &next);
+            host.logged(&digest(&next)[..12], PATIENCE).await;
+            site.open_gate("signalled"); // the moment, by the clock that also dates the marks
+            host.signal(Signal::WINCH);
+            begun(2).await;
+            let modified = |name: &str| std::fs::metadata(site.path("marks").join(name)).unwrap().modified().unwrap();
+            worst = worst.max(modified(&heavy).duration_since(modified("signalled")).unwrap());
+            let stopped = queue.backend().attempts(&heavy).await.unwrap();
+            assert!(stopped.iter().any(|attempt| attempt.event == "stop"), "{kind}: {stopped:?}");
+            queue.backend().cancel(&heavy, Duration::ZERO).await.unwrap();
+        }
+        measured(
+            &format!("slot free after an immediate stop of {kind}, worst of {rounds} (promise 100 ms)"),
+            format!("{worst:?}"),
+        );
+        promised(&format!("slot free after a stop of {kind}"), worst, 5 * FREE_PROMISE);
+        host.signal(Signal::QUIT);
+    }
+}
+
+#[tokio::test]
+async fn endless_output_is_cut_at_the_route_s_limit_and_counted() {
+    let (_site, queue, host) = site().await;
+    for kind in ["log-flood", "stdout-flood", "stderr-flood"] {
+        let mut flood = task(kind, kind, json!({}));
+        flood.max_attempts = Some(1);
+        submit(&queue, &[flood]).await;
+    }
+    wait_for_state(&queue, "log-flood", State::Failed, LONG).await;
+    wait_for_state(&queue, "stdout-flood", State::Failed, LONG).await;
+    for kind in ["log-flood", "stdout-flood"] {
+        host.logged(&format!("task=\"{kind}\""), PATIENCE).await;
+    }
+    host.logged_times("more than its log limit", 2, PATIENCE).await;
+    let bytes: usize = host.lines_with("log flood").iter().map(String::len).sum();
+    assert!(bytes < 4 * 64 * 1024, "64 KiB of text are kept and no more: {bytes} bytes in the log");
+    queue.backend().cancel("stderr-flood", Duration::ZERO).await.unwrap();
+    host.signal(Signal::QUIT);
+}
