@@ -35,6 +35,7 @@ impl Server {
         let folder = server::folder();
         let mut install = Command::new("mariadb-install-db");
         install.arg("--no-defaults").arg(format!("--datadir={}", folder.path().join("data").display()));
+        install.arg(format!("--tmpdir={}", folder.path().display()));
         install.args(["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]);
         install.current_dir(folder.path());
         server::prepare(install);
@@ -108,7 +109,9 @@ impl Server {
         let (data, socket, pid) =
             (format!("--datadir={folder}/data"), format!("--socket={folder}/socket"), format!("--pid-file={folder}/pid"));
         let port = format!("--port={}", self.port);
-        let mut command = vec!["mariadbd", "--no-defaults", &data, &socket, &pid, &port, "--bind-address=127.0.0.1"];
+        // A server that starts removes what looks like a temporary table from its folder for such; in a shared one, another server's as well.
+        let temporary = format!("--tmpdir={folder}");
+        let mut command = vec!["mariadbd", "--no-defaults", &data, &socket, &pid, &temporary, &port, "--bind-address=127.0.0.1"];
         command.extend(["--skip-name-resolve", "--max-connections=300", "--performance-schema=OFF"]);
         match self.durability {
             Durability::Process => command.extend(["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=2"]),
