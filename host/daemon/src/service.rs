@@ -53,7 +53,7 @@ pub(crate) async fn serve(
     signals: &mut Signals,
 ) -> anyhow::Result<Next> {
     let backend = &parts.backend;
-    let description = HostDescription { name: config.host_name.clone(), process_id: std::process::id() };
+    let description = HostDescription { name: config.host_name.clone(), process_id: std::process::id(), identity: None };
     let host = backend.register_host(&description).await.context("cannot register this host with the database")?;
     let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval);
     let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone());

@@ -212,7 +212,7 @@ async fn fill(queue: &Queue, count: usize, user: impl Fn(usize) -> Option<String
 }
 
 async fn claim_of(queue: &Queue, limit: usize, ignore_users: bool) -> Claim {
-    let description = HostDescription { name: "bench".to_owned(), process_id: std::process::id() };
+    let description = HostDescription { name: "bench".to_owned(), process_id: std::process::id(), identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
     Claim {
         host,

@@ -114,6 +114,9 @@ pub struct HostDescription {
     pub name: String,
     /// The process.
     pub process_id: u32,
+    /// Who it is to a watchdog that notices its death, printed; at most 255 bytes, never given twice. None: it is left to its leases. A host
+    /// that becomes somebody else registers anew.
+    pub identity: Option<String>,
 }
 
 /// A host as the database knows it.
@@ -131,6 +134,8 @@ pub struct HostRecord {
     pub running: u64,
     /// Whether it lives, as far as this back end can know without leases: None if it cannot.
     pub alive: Option<bool>,
+    /// Who it is to its watchdog, if it has one.
+    pub identity: Option<String>,
 }
 
 /// A task that was taken back from a host that lost it.
@@ -288,6 +293,39 @@ pub trait Backend: Debug + Send + Sync {
     /// Strike a host off that holds no task any more; tasks it still holds are left to [`Backend::reclaim`].
     async fn unregister_host(&self, host: HostId) -> Result<()>;
 
+    /// Take back, in one transaction for each thousand, what the hosts with these identities hold, whether their leases have ended or not, and
+    /// strike them off. From now on they claim nothing ([`crate::Error::UnknownHost`]), and what they write about their attempts is
+    /// [`LeaseAnswer::Lost`]. Hosts with another identity, or none, are left alone. `policy` decides what follows, by [`crate::decide`]. Worth calling again
+    /// until it answers no more tasks; identities that are not known (any more) are passed over.
+    async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
+        let _ = (identities, policy);
+        todo_hand_on()
+    }
+
+    /// Make a held task claimable now. False if the queue has no held task of this key: it was released or dropped before.
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let _ = key;
+        todo_hand_on()
+    }
+
+    /// Remove a held task; its key is free again. False if the queue has no held task of this key.
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        let _ = key;
+        todo_hand_on()
+    }
+
+    /// The keys of held tasks that begin with `prefix`, in the order of their bytes, at most 10,000.
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        let _ = prefix;
+        todo_hand_on()
+    }
+
+    /// Whether a task whose key begins with `prefix` is waiting (held ones included) or running. Costs the same at any number of other tasks.
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        let _ = prefix;
+        todo_hand_on()
+    }
+
     /// The hosts that the database knows.
     async fn hosts(&self) -> Result<Vec<HostRecord>>;
 
@@ -325,4 +363,9 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Finish what is under way and close all connections.
     async fn close(&self);
+}
+
+/// Until every database has them.
+fn todo_hand_on<T>() -> Result<T> {
+    Err(crate::Error::NotSupported { what: "this operation", why: "not there yet".to_owned() })
 }

@@ -81,7 +81,7 @@ impl Row {
             user: task.user.clone().unwrap_or_default(),
             max_running: task.max_running,
             max_attempts: task.max_attempts,
-            run_at: task.run_at.map(|moment| moment.0),
+            run_at: if task.held { Some(NewTask::HELD_AT.0) } else { task.run_at.map(|moment| moment.0) },
             bytes: plain.len(),
             stored: data::compress(plain, task.compression),
             compression: task.compression,

@@ -268,6 +268,7 @@ impl Backend for PerfectQueue {
             started_at: *started_at,
             running: self.shared.leases.of(*id),
             alive: Some(true),
+            identity: None,
         };
         let mut records: Vec<HostRecord> = hosts.iter().map(record).collect();
         records.sort_unstable_by_key(|record| record.started_at);

@@ -208,7 +208,7 @@ impl Queue {
         }
         let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let name = if name.trim().is_empty() { "unknown" } else { name.trim() };
-        let description = HostDescription { name: name.to_owned(), process_id: std::process::id() };
+        let description = HostDescription { name: name.to_owned(), process_id: std::process::id(), identity: None };
         let host = self.backend.register_host(&description).await?;
         state.host = Some(host);
         Ok(host)

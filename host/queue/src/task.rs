@@ -118,6 +118,16 @@ pub struct NewTask {
     pub max_attempts: Option<u32>,
     /// How the data is stored.
     pub compression: Compression,
+    /// Nobody may claim it, and no retention removes it, until [`crate::Backend::release_held`]. `run_at` counts for nothing then.
+    pub held: bool,
+}
+
+impl Task {
+    /// Whether it waits to be released and nobody may claim it before; see [`NewTask::held`].
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.state == State::Waiting && self.run_at == NewTask::HELD_AT
+    }
 }
 
 impl NewTask {
@@ -129,6 +139,8 @@ impl NewTask {
     pub const BATCH_MAX: usize = 10_000;
     /// The latest moment a task may wait for: the end of the year 9999.
     pub const RUN_AT_MAX: Timestamp = Timestamp(253_402_300_799_999);
+    /// The `run_at` of a held task: one millisecond after the latest moment that a task may wait for, so never.
+    pub const HELD_AT: Timestamp = Timestamp(Self::RUN_AT_MAX.0 + 1);
 
     /// A task that may run at once, without user or limits.
     pub fn new(key: impl Into<String>, task_type: impl Into<String>, data: impl Into<Vec<u8>>) -> Self {
@@ -141,7 +153,14 @@ impl NewTask {
             max_running: None,
             max_attempts: None,
             compression: Compression::None,
+            held: false,
         }
+    }
+
+    /// The same task, held: see [`NewTask::held`].
+    #[must_use]
+    pub fn on_hold(self) -> Self {
+        Self { held: true, ..self }
     }
 
     /// Check the bounds that the fields state.

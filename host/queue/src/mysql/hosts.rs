@@ -42,7 +42,7 @@ const FOLDS_MAX: usize = 20;
 impl MySql {
     pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
         const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at) VALUES (?, ?, ?, ?)";
-        let HostDescription { name, process_id } = description.clone();
+        let HostDescription { name, process_id, .. } = description.clone();
         let host = self
             .run("registering a host", move |session| {
                 let name = name.clone();
@@ -236,6 +236,7 @@ async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error
             started_at: Timestamp(row.try_get(3)?),
             running: row.try_get::<i64, _>(4)?.unsigned_abs(),
             alive: None,
+            identity: None,
         })
     };
     sqlx::query(HOSTS).fetch_all(session.db()).await?.iter().map(record).collect()
@@ -382,6 +383,7 @@ async fn strike_off(session: &mut Session<'_>) -> Result<Vec<HostRecord>, Failur
             started_at: Timestamp(row.try_get(3)?),
             running: 0,
             alive: None,
+            identity: None,
         })
     };
     let gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;

@@ -42,7 +42,7 @@ async fn settled_again(mysql: &MySql, settlement: &Settlement) -> LeaseAnswer {
 #[tokio::test]
 async fn a_settlement_whose_answer_was_lost_is_known_to_have_been_made() {
     let mysql = opened().await;
-    let host = mysql.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1 }).await.unwrap();
+    let host = mysql.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     mysql.submit(&[NewTask::new("a", "type", "{}")]).await.unwrap();
     let first = claimed(&mysql, host).await;
     let release = settled(&first, Event::Release { delay: None });

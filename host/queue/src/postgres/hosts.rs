@@ -73,6 +73,7 @@ fn record(row: &PgRow) -> Result<HostRecord, sqlx::Error> {
         started_at: Timestamp(row.try_get(3)?),
         running: row.try_get::<i64, _>(4)?.unsigned_abs(),
         alive: left.map(|_| false),
+        identity: None,
     })
 }
 

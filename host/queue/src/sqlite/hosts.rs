@@ -107,7 +107,7 @@ impl Locks {
 impl Sqlite {
     pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
         const ENTER: &str = "INSERT INTO host (name, process_id, started_at) VALUES (?1, ?2, ?3) RETURNING id";
-        let HostDescription { name, process_id } = description.clone();
+        let HostDescription { name, process_id, .. } = description.clone();
         let locks = self.hosts.clone();
         let taken = Arc::new(OnceLock::new());
         let host = Arc::clone(&taken);
@@ -151,6 +151,7 @@ impl Sqlite {
                 started_at: Timestamp(row.try_get(3)?),
                 running: row.try_get::<i64, _>(4)?.unsigned_abs(),
                 alive: locks.is_alive(id),
+                identity: None,
             })
         };
         rows.iter().map(record).collect::<Result<_, sqlx::Error>>().map_err(self.reading("reading hosts"))

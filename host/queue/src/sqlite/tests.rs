@@ -68,7 +68,7 @@ async fn no_statement_of_the_path_reads_more_than_its_batch() {
 async fn an_idle_queue_writes_nothing() {
     let folder = TempDir::new().unwrap();
     let sqlite = opened(&folder, |options| options).await;
-    let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1 }).await.unwrap();
+    let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let size = || std::fs::metadata(folder.path().join("queue.db-wal")).unwrap().len();
     let before = size();
     let claim = Claim { host, limit: 10, alive_time: Duration::from_secs(60), alone: true, ignore_users: false, accepts: None };
@@ -86,7 +86,7 @@ async fn a_full_disk_is_named_loses_nothing_and_passes() {
     // SQLite says that the disk is full in the same way when the database may not have more pages.
     let small = |pages: u32| move |options: SqliteConnectOptions| options.pragma("max_page_count", pages.to_string());
     let sqlite = opened(&folder, small(120)).await;
-    let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1 }).await.unwrap();
+    let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let task = |number: usize| NewTask::new(number.to_string(), "type", format!(r#"{{"x":"{}"}}"#, "x".repeat(3_000)));
     let mut stored = 0;
     let error = loop {
@@ -159,7 +159,7 @@ async fn one_operation_that_fails_takes_only_its_own_changes_back() {
 async fn a_producer_that_speaks_sql_submits_like_any_other() {
     let folder = TempDir::new().unwrap();
     let sqlite = opened(&folder, |options| options).await;
-    let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1 }).await.unwrap();
+    let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let mut producer = options(&folder.path().join("queue.db")).connect().await.unwrap();
     let submit =
         "INSERT INTO submit (key, type, data) VALUES ('a', 'first', '{\"n\": 1}'), ('a', 'second', NULL), ('b', 'bare', NULL);

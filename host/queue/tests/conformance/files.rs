@@ -134,7 +134,7 @@ fn writes_despite_mode(path: &Path) -> bool {
 async fn a_hosts_folder_that_cannot_be_made_is_named() {
     let fixture = Fixture::new(Database::Sqlite).await;
     std::fs::write(format!("{}-hosts", fixture.path().display()), "in the way").unwrap();
-    let description = laelaps_queue::HostDescription { name: "tester".to_owned(), process_id: 1 };
+    let description = laelaps_queue::HostDescription { name: "tester".to_owned(), process_id: 1, identity: None };
     let error = fixture.backend().register_host(&description).await.unwrap_err();
     assert!(matches!(error, Error::File { .. }), "{error:?}");
     assert!(error.to_string().ends_with("queue.db-hosts: the folder of the hosts' locks cannot be made"), "{error}");

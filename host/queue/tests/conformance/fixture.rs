@@ -103,7 +103,7 @@ impl Fixture {
     }
 
     pub(crate) async fn host(&self) -> HostId {
-        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id() };
+        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id(), identity: None };
         self.backend().register_host(&description).await.expect("a host can register")
     }
 

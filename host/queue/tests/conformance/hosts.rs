@@ -32,7 +32,7 @@ promises! {
     async fn a_dead_hosts_tasks_come_back_at_once(fixture: &Fixture) {
         let survivor = fixture.host().await;
         let other = fixture.another().await;
-        let description = laelaps_queue::HostDescription { name: "doomed".to_owned(), process_id: 1 };
+        let description = laelaps_queue::HostDescription { name: "doomed".to_owned(), process_id: 1, identity: None };
         let doomed = other.backend().register_host(&description).await.unwrap();
         fixture.submit_some("a", 3).await;
         let claim = Claim { host: doomed, limit: 2, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
@@ -52,7 +52,7 @@ promises! {
 
     async fn a_dead_hosts_many_tasks_come_back_in_batches(fixture: &Fixture) {
         let other = fixture.another().await;
-        let description = laelaps_queue::HostDescription { name: "doomed".to_owned(), process_id: 1 };
+        let description = laelaps_queue::HostDescription { name: "doomed".to_owned(), process_id: 1, identity: None };
         let doomed = other.backend().register_host(&description).await.unwrap();
         fixture.submit_some("a", 1_500).await;
         for _ in 0..2 {
@@ -103,7 +103,7 @@ promises! {
         let other = fixture.another().await;
         fixture.submit_some("a", 1_000).await;
         let work = |queue: laelaps_queue::Queue| async move {
-            let description = laelaps_queue::HostDescription { name: "worker".to_owned(), process_id: 1 };
+            let description = laelaps_queue::HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
             let host = queue.backend().register_host(&description).await.unwrap();
             let claim = Claim { host, limit: 17, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
             let mut held = 0;

@@ -10,7 +10,7 @@ use crate::promises;
 /// A host that claims and dies with what it has. Answers what it had.
 async fn doomed(fixture: &Fixture, limit: u32, alone: bool) -> Claimed {
     let queue = fixture.another().await;
-    let description = HostDescription { name: "doomed".to_owned(), process_id: 1 };
+    let description = HostDescription { name: "doomed".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
     let claim = Claim { host, limit, alive_time: LONG, alone, ignore_users: false, accepts: None };
     let claimed = queue.backend().claim(&claim).await.unwrap();

@@ -18,7 +18,7 @@ const STORM_HOSTS: usize = 4;
 
 /// Claim and settle until all tasks of the storm are settled. Whatever fails is tried again, as a host does it.
 async fn work(queue: Queue, settled_tasks: Arc<AtomicUsize>) {
-    let description = HostDescription { name: "worker".to_owned(), process_id: 1 };
+    let description = HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
     let claim = Claim { host, limit: 20, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
     while settled_tasks.load(Ordering::SeqCst) < STORM_TASKS {

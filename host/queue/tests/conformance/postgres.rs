@@ -34,7 +34,7 @@ async fn refused(config: &Config) -> String {
 
 /// Claim and finish until all of `count` tasks are finished; answers how many this worker finished.
 async fn work(queue: Queue, count: u64) -> u64 {
-    let description = HostDescription { name: "worker".to_owned(), process_id: 1 };
+    let description = HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
     let claim = Claim { host, limit: 20, alive_time: Duration::from_secs(20), alone: false, ignore_users: false, accepts: None };
     let mut finished = 0;
@@ -163,7 +163,7 @@ async fn what_was_done_although_the_answer_was_lost_is_told_as_done() {
     let queue = Queue::open(&Config { connections, ..Config::new(&swallower.url) }).await.unwrap();
     let lose_the_next_answer = || swallower.armed.store(true, Ordering::Release);
     let backend = queue.backend();
-    let host = backend.register_host(&HostDescription { name: "far".to_owned(), process_id: 1 }).await.unwrap();
+    let host = backend.register_host(&HostDescription { name: "far".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let claim = Claim { host, limit: 4, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
     // Each statement is prepared first, in an exchange of its own.
     fixture.submit_some("warm", 3).await;

@@ -75,7 +75,7 @@ impl Site {
     }
 
     pub(crate) async fn host(&self) -> HostId {
-        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id() };
+        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id(), identity: None };
         self.backend().register_host(&description).await.unwrap()
     }
 
