@@ -41,6 +41,12 @@ impl Site {
         site
     }
 
+    /// The database that the running test's sites are on.
+    #[must_use]
+    pub fn database_of_the_test() -> Database {
+        database::database()
+    }
+
     /// The site's folder.
     #[must_use]
     pub fn folder(&self) -> &Path {

@@ -46,7 +46,7 @@ async fn hosts_that_seemed_dead_register_again_and_work_on() {
 }
 
 /// Stops a host's process at a moment when it does not hold SQLite's lock, which would stop everybody.
-async fn freeze(host: &Host, queue: &Queue) {
+pub(crate) async fn freeze(host: &Host, queue: &Queue) {
     for number in 0..100 {
         host.signal(Signal::STOP);
         let mut probe = task(format!("probe-{number}"), "silent", json!({}));

@@ -14,6 +14,7 @@ mod quantity;
 mod route;
 mod routes;
 mod section;
+mod watchdog;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use std::time::Duration;
 pub use error::{Error, Problem};
 pub use routes::Routes;
 
-use crate::plugin;
+use crate::{fleet, intake, plugin};
 
 /// Where a configuration is read from. Kept by a host, so that it can read its configuration again.
 #[derive(Clone, Debug, Default)]
@@ -78,6 +79,10 @@ pub struct Config {
     pub cleanup_interval: u32,
     /// Where the plugins are.
     pub plugins: plugin::Config,
+    /// The fleet that this host is in.
+    pub watchdog: Option<fleet::Config>,
+    /// The queue of ZooKeeper's whose items become tasks.
+    pub watchdog_queue: Option<intake::Config>,
     /// The routes, in order.
     pub routes: Vec<Route>,
     /// What is odd, but no reason to refuse the file: each one line, with its place.

@@ -13,8 +13,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::config::{Config, Route, Routes};
+use crate::fleet::Membership;
 use crate::leases::{LeasedTask, Leases};
 use crate::plugin::{self, Cancellation, Control, Digest, Invocation};
+use crate::pulse::Turning;
 use crate::settler::{Settled, Settler};
 use crate::signals::Manner;
 
@@ -74,7 +76,12 @@ pub(crate) struct Dispatcher {
     alone: Alone,
     ending: Option<Ending>,
     stuck: u32,
-    struck_off: bool,
+    /// The fleet under whose identity tasks are claimed; None without one.
+    membership: Option<Membership>,
+    /// Who watches over this loop; None if nobody does.
+    turning: Option<Turning>,
+    /// Why it ends by itself, if it does.
+    broken: Option<Broken>,
 }
 
 /// A claimed task whose lease this host renews.
@@ -114,7 +121,7 @@ struct Ending {
 
 impl Dispatcher {
     /// A dispatcher that has claimed nothing yet.
-    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, membership: Option<Membership>, turning: Option<Turning>) -> Self {
         // The first one after a random part, so that hosts which started together do not clean up together.
         let claims_until_clean_up = fastrand::u32(0..=shared.config.cleanup_interval);
         let of_routes = Arc::clone(&shared);
@@ -131,7 +138,9 @@ impl Dispatcher {
             alone: Alone::No,
             ending: None,
             stuck: 0,
-            struck_off: false,
+            membership,
+            turning,
+            broken: None,
         }
     }
 
@@ -142,7 +151,12 @@ impl Dispatcher {
     pub(crate) async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> Result<(), Broken> {
         let mut looks = tokio::time::interval(self.shared.config.child_heartbeat_interval);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut turns = self.turning.as_ref().map(|turning| tokio::time::interval(turning.interval()));
         loop {
+            if let Some(turning) = &self.turning {
+                turning.turned();
+            }
+            self.look_at_membership();
             self.begin_buffered();
             self.start_claiming();
             if self.ending.is_some() && self.is_idle() {
@@ -159,13 +173,30 @@ impl Dispatcher {
                 () = tokio::time::sleep_until(poll_at), if may_claim => {}
                 () = sleep_until_some(deadline) => self.end(Manner::Immediate),
                 _ = looks.tick(), if !self.running.is_empty() => self.look_for_stuck(),
+                () = changed(&mut self.membership) => {}
+                () = ticked(&mut turns) => {}
             }
         }
     }
 
     fn why_broken(&self) -> Option<Broken> {
         let abandoned = self.shared.engine.abandoned();
-        if abandoned > STUCK_MAX { Some(Broken::TooManyStuck(abandoned)) } else { self.struck_off.then_some(Broken::StruckOff) }
+        if abandoned > STUCK_MAX { Some(Broken::TooManyStuck(abandoned)) } else { self.broken }
+    }
+
+    /// What was claimed under an identity that is over is lost: its guests are stopped, and somebody else has or gets their tasks.
+    fn look_at_membership(&mut self) {
+        if self.broken.is_none() && self.membership.as_ref().is_some_and(Membership::is_over) {
+            tracing::warn!(running = self.running.len(), "this host's ZooKeeper session is over: stopping what it runs");
+            self.broken = Some(Broken::IdentityOver);
+            self.end(Manner::Immediate);
+        }
+    }
+
+    /// Whether the fleet lets this host take on work: not while ZooKeeper does not answer, nor while the host is not well.
+    fn fleet_allows(&self) -> bool {
+        let allowed = self.membership.as_ref().is_none_or(Membership::may_claim);
+        allowed && (self.membership.is_none() || self.turning.as_ref().is_none_or(Turning::is_well))
     }
 
     // ---- claim
@@ -181,7 +212,7 @@ impl Dispatcher {
     }
 
     fn may_claim(&self) -> bool {
-        if self.ending.is_some() || self.claiming.is_some() {
+        if self.ending.is_some() || self.claiming.is_some() || !self.fleet_allows() {
             return false;
         }
         match self.alone {
@@ -206,18 +237,24 @@ impl Dispatcher {
             ignore_users: self.shared.config.disable_resource_limit,
             accepts: Some(self.accepts.clone()),
         };
+        if let Some(turning) = &self.turning {
+            turning.claim_sent();
+        }
         let backend = Arc::clone(&self.shared.backend);
         // In a task of its own, so that a claim is never dropped half-way with its tasks unknown to us.
         self.claiming = Some(tokio::spawn(async move { (Instant::now(), backend.claim(&claim).await) }));
     }
 
     fn claim_ended(&mut self, sent: Instant, claimed: laelaps_queue::Result<Claimed>) {
+        if let Some(turning) = &self.turning {
+            turning.claim_answered();
+        }
         let now = tokio::time::Instant::now();
         let poll_interval = jittered(self.shared.config.poll_interval);
         let claimed = match claimed {
             Ok(claimed) => claimed,
             Err(laelaps_queue::Error::UnknownHost(_)) => {
-                self.struck_off = true;
+                self.broken.get_or_insert(Broken::StruckOff);
                 return self.end(Manner::Immediate);
             }
             Err(error) => {
@@ -380,10 +417,10 @@ impl Dispatcher {
 }
 
 /// Threads that may be stuck in guests before the host ends.
-const STUCK_MAX: u32 = 4;
+pub(crate) const STUCK_MAX: u32 = 4;
 
 /// Why a dispatcher ended without being told to.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Copy, Debug, thiserror::Error)]
 pub(crate) enum Broken {
     /// More than a host can do without.
     #[error("{0} threads are stuck in guests and do not come back")]
@@ -391,6 +428,9 @@ pub(crate) enum Broken {
     /// The database does not know this host any more, and has taken back what it had.
     #[error("this host was struck off, because it seemed dead to another one")]
     StruckOff,
+    /// The session under which it claimed is over.
+    #[error("this host's ZooKeeper session is over, and it has become somebody else")]
+    IdentityOver,
 }
 
 /// One attempt, from its route to its settlement.
@@ -473,6 +513,20 @@ async fn claim_result(
             tracing::error!(%error, "a claim ended without an answer");
             Some((Instant::now(), Err(laelaps_queue::Error::Closed)))
         }
+    }
+}
+
+async fn changed(membership: &mut Option<Membership>) {
+    match membership {
+        Some(membership) => membership.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn ticked(ticks: &mut Option<tokio::time::Interval>) {
+    match ticks {
+        Some(ticks) => drop(ticks.tick().await),
+        None => std::future::pending().await,
     }
 }
 

@@ -4,15 +4,18 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use laelaps_queue::{Backend, Database, Queue, SchemaStatus};
 
 use crate::config::{self, Config};
+use crate::intake::Intake;
 use crate::log::Log;
 use crate::plugin;
+use crate::pulse::Pulse;
 use crate::service::{self, Next};
-use crate::signals::Signals;
+use crate::signals::{Signals, Verb};
 
 /// How `laelaps run` was called.
 #[derive(Clone, Debug)]
@@ -31,17 +34,36 @@ pub struct Options {
 /// What keeps the host from starting, or makes it end by itself. A configuration that fails on a restart does neither.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut signals = Signals::install().context("cannot take over the process's signals")?;
-    let mut config = Config::load(&options.source)?;
+    let config = Config::load(&options.source)?;
     let log_path = options.log_path(&config);
     let log = Log::start(log_path, &config.log_filter)
         .with_context(|| format!("cannot open the log {}", log_path.unwrap_or(Path::new("-")).display()))?;
+    let served = serve(&options, config, &log, &mut signals).await;
+    if let Err(error) = &served
+        && log.path().is_some()
+    {
+        // Whoever looks for the reason looks there first.
+        tracing::error!(error = format!("{error:#}"), "this host ends");
+    }
+    served
+}
+
+async fn serve(options: &Options, mut config: Config, log: &Log, signals: &mut Signals) -> anyhow::Result<()> {
     let _pid_file = options.pid_file.as_deref().map(PidFile::create).transpose()?;
-    let mut parts = Parts::build(&config, None).await?;
+    let built = tokio::select! {
+        built = Parts::build(&config, None) => Some(built?),
+        // Compiling the plugins, or a database that somebody keeps locked, may take long.
+        () = told_to_end(signals) => None,
+    };
+    let Some(mut parts) = built else {
+        tracing::info!("ended before it began");
+        return Ok(());
+    };
     loop {
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
-        match service::serve(&config, &parts, &options, &log, &mut signals).await? {
+        match service::serve(&config, &parts, options, log, signals).await? {
             Next::End => break,
             Next::Again => {}
             Next::Restart(next) => {
@@ -51,6 +73,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 {
                     tracing::error!(%error, "cannot open the log of the new configuration; the old one stays");
                 }
+                if next_config.log_filter != config.log_filter
+                    && let Err(error) = log.filter(&next_config.log_filter)
+                {
+                    tracing::error!(%error, "cannot use the log level of the new configuration; the old one stays");
+                }
                 parts.close_unless_kept_by(Some(&next_parts)).await;
                 (config, parts) = (next_config, next_parts);
             }
@@ -59,6 +86,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     parts.close_unless_kept_by(None).await;
     tracing::info!("ended");
     Ok(())
+}
+
+/// Wait for a signal that ends the process. While it starts, the others mean nothing.
+async fn told_to_end(signals: &mut Signals) {
+    while !matches!(signals.next().await, Verb::Shutdown(_)) {}
 }
 
 impl Options {
@@ -74,14 +106,18 @@ pub(crate) struct Parts {
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) engine: Arc<plugin::Engine>,
     pub(crate) store: Arc<plugin::Store>,
-    url: String,
+    /// The signs of life that ZooKeeper's watchdogs ask for; none without one.
+    pub(crate) pulse: Option<Arc<Pulse>>,
+    /// The queue of ZooKeeper's whose items are taken.
+    pub(crate) intake: Option<Arc<Intake>>,
+    queue: laelaps_queue::Config,
     plugins: plugin::Config,
 }
 
 impl Parts {
     /// Open the database and the plugin folder, or take over what another configuration has opened.
     pub(crate) async fn build(config: &Config, old: Option<&Self>) -> anyhow::Result<Self> {
-        let backend = match old.filter(|old| old.url == config.queue.url) {
+        let backend = match old.filter(|old| old.queue == config.queue) {
             Some(old) => Arc::clone(&old.backend),
             None => Arc::clone(open_queue(config).await?.backend()),
         };
@@ -93,14 +129,37 @@ impl Parts {
                 (engine, store)
             }
         };
-        Ok(Self { backend, url: config.queue.url.clone(), engine, store, plugins: config.plugins.clone() })
+        let pulse = pulse_limit(config).map(|limit| {
+            let kept = old.filter(|old| Arc::ptr_eq(&old.backend, &backend) && Arc::ptr_eq(&old.engine, &engine));
+            let kept = kept.and_then(|old| old.pulse.clone()).filter(|pulse| pulse.limit() == limit);
+            kept.unwrap_or_else(|| Arc::new(Pulse::start(limit, Arc::clone(&backend), Arc::clone(&engine))))
+        });
+        let intake = config.watchdog_queue.as_ref().zip(pulse.as_ref()).map(|(intake, pulse)| {
+            let same_pulse = old.filter(|old| old.pulse.as_ref().is_some_and(|old| Arc::ptr_eq(old, pulse)));
+            let kept = same_pulse.and_then(|old| old.intake.clone()).filter(|old| old.config() == intake);
+            kept.unwrap_or_else(|| Arc::new(Intake::start(intake.clone(), Arc::clone(&backend), Arc::clone(pulse))))
+        });
+        Ok(Self { backend, engine, store, pulse, intake, queue: config.queue.clone(), plugins: config.plugins.clone() })
     }
 
     async fn close_unless_kept_by(self, next: Option<&Self>) {
+        let next_intake = next.and_then(|next| next.intake.as_ref());
+        if let Some(intake) = &self.intake
+            && !next_intake.is_some_and(|next| Arc::ptr_eq(next, intake))
+        {
+            intake.close().await;
+        }
         if !next.is_some_and(|next| Arc::ptr_eq(&next.backend, &self.backend)) {
             self.backend.close().await;
         }
     }
+}
+
+/// How long a part of this host may be silent before its watchdogs hear of it: half of what they wait for themselves.
+fn pulse_limit(config: &Config) -> Option<Duration> {
+    let fleet = config.watchdog.as_ref().map(|fleet| fleet.timer);
+    let intake = config.watchdog_queue.as_ref().map(|intake| intake.kick_interval * 5);
+    fleet.into_iter().chain(intake).min().map(|timer| timer / 2)
 }
 
 /// The queue of a configuration, which has to be there with the schema that this program needs: only `laelaps init` makes one.

@@ -5,10 +5,13 @@
 pub mod cli;
 pub mod config;
 mod dispatch;
+pub mod fleet;
 pub mod host;
+pub mod intake;
 mod leases;
 mod log;
 pub mod plugin;
+mod pulse;
 mod reports;
 mod service;
 mod settler;

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -36,7 +36,11 @@ fn directives(filter: &str) -> String {
 #[derive(Clone)]
 pub(crate) struct Log {
     output: Arc<Mutex<Output>>,
+    /// Puts another filter in force.
+    refilter: Arc<OnceLock<Refilter>>,
 }
+
+type Refilter = Box<dyn Fn(EnvFilter) -> Result<(), tracing_subscriber::reload::Error> + Send + Sync>;
 
 enum Output {
     StandardError,
@@ -51,11 +55,24 @@ impl Log {
     /// # Errors
     /// The file cannot be opened for appending, or the filter is not understood.
     pub(crate) fn start(path: Option<&Path>, filter: &str) -> io::Result<Self> {
-        let log = Self { output: Arc::new(Mutex::new(Output::open(path)?)) };
+        let log = Self { output: Arc::new(Mutex::new(Output::open(path)?)), refilter: Arc::default() };
         let filter = EnvFilter::builder().parse(directives(filter)).map_err(io::Error::other)?;
         let colours = path.is_none() && io::IsTerminal::is_terminal(&io::stderr());
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(log.clone()).init();
+        let subscriber = tracing_subscriber::fmt().with_ansi(colours).with_writer(log.clone());
+        let subscriber = subscriber.with_env_filter(filter).with_filter_reloading();
+        let handle = subscriber.reload_handle();
+        subscriber.init();
+        log.refilter.get_or_init(|| Box::new(move |filter| handle.reload(filter)));
         Ok(log)
+    }
+
+    /// Put another filter in force.
+    ///
+    /// # Errors
+    /// The filter is not understood; the old one stays.
+    pub(crate) fn filter(&self, filter: &str) -> io::Result<()> {
+        let filter = EnvFilter::builder().parse(directives(filter)).map_err(io::Error::other)?;
+        self.refilter.get().map_or(Ok(()), |refilter| refilter(filter)).map_err(io::Error::other)
     }
 
     /// Open the log's file again, or another one. On an error the old file stays.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{ClaimedTask, Event, FailureKind};
+use laelaps_queue::{ClaimedTask, Event, FailureKind, Reclaimed};
 
 use crate::plugin::{Captured, Level, Version};
 
@@ -27,6 +27,17 @@ pub(crate) fn unrouted(task_type: &str, message: &str) {
     }
     said.insert(task_type.to_owned(), now);
     tracing::warn!(task_type, reason = message, "tasks of this type wait for a plugin; they are tried again after retry_wait");
+}
+
+/// What was taken back from hosts and leases that are gone.
+pub(crate) fn reclaimed(reclaimed: &Reclaimed) {
+    for host in &reclaimed.dead_hosts {
+        let (id, name, process_id) = (host.id.0, &host.name, host.process_id);
+        tracing::warn!(host = id, name, process_id, "a host is dead; taking back its tasks");
+    }
+    for task in &reclaimed.tasks {
+        tracing::warn!(task = task.key, host = task.host.0, failed = task.failed, "a task was lost with its host or lease");
+    }
 }
 
 /// The level below which the log keeps nothing of what handlers write.

@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use laelaps_queue::{Backend, HostDescription, HostId, Policy};
+use laelaps_watchdog::fleet::{Identity, Standing};
 use sd_notify::NotifyState;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::config::{Config, Routes};
 use crate::dispatch::{Broken, Dispatcher, Order, Shared};
+use crate::fleet::{Membership, Presence};
 use crate::host::{Options, Parts};
 use crate::leases::Leases;
 use crate::log::{Log, chain};
@@ -27,6 +29,11 @@ const RECLAIM_INTERVAL: Duration = Duration::from_secs(1);
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
 /// Tasks removed in one transaction.
 const CLEAN_UP_BATCH: u32 = 1_000;
+/// Between two messages to the service manager that a start which waits for ZooKeeper goes on, and how long each counts, in microseconds.
+const START_INTERVAL: Duration = Duration::from_secs(5);
+const START_EXTENSION_US: u32 = 30_000_000;
+/// How long an order waits for a dispatcher that has others to read first.
+const ORDER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long an immediate end waits for a database that does not take the last settlements. What is not written then comes back by itself:
 /// the host's life ends with its process.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
@@ -53,7 +60,19 @@ pub(crate) async fn serve(
     signals: &mut Signals,
 ) -> anyhow::Result<Next> {
     let backend = &parts.backend;
-    let description = HostDescription { name: config.host_name.clone(), process_id: std::process::id(), identity: None };
+    let (orders, received) = mpsc::channel(16);
+    let mut service = Service { config, parts, options, log, orders, ending: None, next: Next::End, rebuilding: None };
+    let presence = join(config, parts)?;
+    let identity = match &presence {
+        Some(presence) => service.until_present(presence.standing(), signals).await,
+        None => None,
+    };
+    if service.ending.is_some() {
+        leave(presence).await;
+        return Ok(service.next);
+    }
+    let name = config.host_name.clone();
+    let description = HostDescription { name, process_id: std::process::id(), identity: identity.map(|id| id.to_string()) };
     let host = backend.register_host(&description).await.context("cannot register this host with the database")?;
     let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval);
     let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone());
@@ -74,11 +93,11 @@ pub(crate) async fn serve(
         tokio::spawn(clean_up(Arc::clone(backend), Arc::clone(&clean_up_due))),
         tokio::spawn(note_plugins(Arc::clone(backend), Arc::clone(&parts.store), host)),
     ];
-    let (orders, received) = mpsc::channel(16);
-    let dispatcher = tokio::spawn(Dispatcher::new(shared).run(received));
+    let membership = presence.as_ref().zip(identity).map(|(presence, identity)| Membership::new(identity, presence.standing()));
+    let turning = parts.pulse.as_ref().map(|pulse| pulse.turning());
+    let dispatcher = tokio::spawn(Dispatcher::new(shared, membership, turning).run(received));
     ready(config, parts);
 
-    let mut service = Service { config, parts, options, log, orders, ending: None, next: Next::End, rebuilding: None };
     let ended = service.until_drained(dispatcher, signals).await;
     let flushed = service.until_written(writer, signals).await;
     for task in housekeeping {
@@ -87,14 +106,31 @@ pub(crate) async fn serve(
     if flushed && let Err(error) = backend.unregister_host(host).await {
         tracing::warn!(error = chain(&error), "cannot strike this host off; the next host does it");
     }
+    leave(presence).await;
     if let Err(error) = ended {
-        if service.ending.is_none() && matches!(error.downcast_ref(), Some(Broken::StruckOff)) {
+        if !matches!(error.downcast_ref(), Some(Broken::StruckOff | Broken::IdentityOver)) {
+            return Err(error);
+        }
+        if service.ending.is_none() {
             tracing::warn!("{error}; its tasks were taken back; registering again");
             return Ok(Next::Again);
         }
-        return Err(error);
     }
     Ok(service.next)
+}
+
+/// The fleet of the configuration, if it has one.
+fn join(config: &Config, parts: &Parts) -> anyhow::Result<Option<Presence>> {
+    let (Some(fleet), Some(pulse)) = (&config.watchdog, &parts.pulse) else { return Ok(None) };
+    let description = crate::fleet::description(config);
+    let (backend, policy) = (Arc::clone(&parts.backend), config.queue.policy.clone());
+    Presence::join(fleet, description, backend, policy, Arc::clone(pulse)).map(Some)
+}
+
+async fn leave(presence: Option<Presence>) {
+    if let Some(presence) = presence {
+        presence.leave().await;
+    }
 }
 
 fn ready(config: &Config, parts: &Parts) {
@@ -127,6 +163,30 @@ struct Service<'a> {
 }
 
 impl Service<'_> {
+    /// Wait until this host is in its fleet; the identity to claim under. None if it was told to end before.
+    async fn until_present(&mut self, mut standing: watch::Receiver<Standing>, signals: &mut Signals) -> Option<Identity> {
+        let mut ticks = tokio::time::interval(START_INTERVAL);
+        loop {
+            if let Some(identity) = standing.borrow_and_update().may_claim() {
+                return Some(identity);
+            }
+            if self.ending.is_some() {
+                return None;
+            }
+            tokio::select! {
+                changed = standing.changed() => if changed.is_err() {
+                    return None;
+                },
+                _ = ticks.tick() => {
+                    let state = NotifyState::Status("waiting for ZooKeeper");
+                    let _ = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(START_EXTENSION_US), state]);
+                }
+                verb = signals.next() => self.obey(verb).await,
+                (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
+            }
+        }
+    }
+
     /// Pass signals on until the dispatcher has ended.
     async fn until_drained(
         &mut self,
@@ -164,6 +224,9 @@ impl Service<'_> {
                 tracing::info!(?manner, "shutting down");
                 let _ = sd_notify::notify(&[NotifyState::Stopping]);
                 self.next = Next::End;
+                if let Some(intake) = &self.parts.intake {
+                    intake.drain();
+                }
                 if let Some((_, building)) = self.rebuilding.take() {
                     building.abort();
                 }
@@ -180,8 +243,8 @@ impl Service<'_> {
 
     async fn end(&mut self, manner: Manner) {
         self.ending = self.ending.max(Some(manner));
-        // The dispatcher may have ended already.
-        let _ = self.orders.send(Order::End(manner)).await;
+        // The dispatcher may have ended already. One that has not begun yet reads its orders when it does.
+        let _ = tokio::time::timeout(ORDER_PATIENCE, self.orders.send(Order::End(manner))).await;
     }
 
     /// Start building the next configuration's parts beside those in service.
@@ -249,22 +312,7 @@ async fn reclaim(backend: Arc<dyn Backend>, policy: Policy) {
         match backend.reclaim(&policy).await {
             Ok(reclaimed) => {
                 failing = false;
-                for host in &reclaimed.dead_hosts {
-                    tracing::warn!(
-                        host = host.id.0,
-                        name = host.name,
-                        process_id = host.process_id,
-                        "a host is dead; taking back its tasks"
-                    );
-                }
-                for task in &reclaimed.tasks {
-                    tracing::warn!(
-                        task = task.key,
-                        host = task.host.0,
-                        failed = task.failed,
-                        "a task was lost with its host or lease"
-                    );
-                }
+                crate::reports::reclaimed(&reclaimed);
                 if !reclaimed.tasks.is_empty() {
                     ticks.reset_immediately();
                 }

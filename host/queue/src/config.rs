@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::{Error, Policy, Result};
 
 /// Where the tasks are and how the database is used.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// `sqlite:PATH` (also `sqlite://PATH`), relative to the working directory; `postgres://USER:PASSWORD@HOST:PORT/DATABASE` (also
     /// `postgresql:`); `mysql://...` (also `mysql2:` and `mariadb:`).

@@ -211,5 +211,5 @@ fn check(options: &Options) -> Result<()> {
             format!("{bytes} bytes as JSON, at most {DESCRIPTION_BYTES_MAX} are allowed"),
         ));
     }
-    crate::session::check(&options.session).map(drop)
+    options.session.check()
 }

@@ -74,11 +74,12 @@ pub struct Mover<S> {
     queue: WatchdogQueue,
     markers: Root,
     store: S,
-    guard: Guard,
+    /// None until the first item is wanted: what others left is finished also where the root is gone.
+    guard: Option<Guard>,
 }
 
 /// An ephemeral node of ours below the root.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Guard {
     path: String,
     root_czxid: i64,
@@ -99,11 +100,11 @@ enum Taken {
 
 impl<S: Store> Mover<S> {
     /// Prepares to move from the queue's root. `markers` is our own root, made if it is not there; all hosts that share the database use the same.
-    /// Finishes what earlier movers left.
+    /// Finishes what earlier movers left, also if the queue's root is gone by now.
     ///
     /// # Errors
-    /// [`Error::Config`] if the queue's root is longer than 200 bytes; [`Error::NoRoot`], [`Error::FleetRoot`], [`Error::Denied`],
-    /// [`Error::SessionEnded`]; the database's.
+    /// [`Error::Config`] if the queue's root is longer than 200 bytes; [`Error::FleetRoot`], [`Error::Denied`], [`Error::SessionEnded`]; the
+    /// database's.
     pub async fn open(queue: WatchdogQueue, markers: Root, store: S) -> std::result::Result<Mover<S>, MoveError> {
         let root = queue.root().path();
         if root.len() > ROOT_BYTES_MAX {
@@ -114,8 +115,7 @@ impl<S: Store> Mover<S> {
         let options = CreateMode::Persistent.with_acls(session.access());
         let made = session.repeat(|| session.client().mkdir(markers.path(), &options)).await;
         made.map_err(|source| Error::of("creating", markers.path(), source))?;
-        let guard = Guard::place(&queue).await?;
-        let mover = Mover { queue, markers, store, guard };
+        let mover = Mover { queue, markers, store, guard: None };
         mover.recover().await?;
         Ok(mover)
     }
@@ -125,6 +125,15 @@ impl<S: Store> Mover<S> {
         &self.queue
     }
 
+    /// What the keys of the tasks begin with that were items of the root which is there now.
+    ///
+    /// # Errors
+    /// [`Error::NoRoot`], [`Error::FleetRoot`], [`Error::Denied`], [`Error::SessionEnded`].
+    pub async fn task_prefix(&self) -> Result<String> {
+        let czxid = self.queue.look_at_root().await?.czxid;
+        Ok(format!("{}{czxid:x}/", self.key_prefix()))
+    }
+
     /// Moves an item, any. The key of its task, which can be claimed now; none if no items are left.
     ///
     /// # Errors
@@ -132,11 +141,16 @@ impl<S: Store> Mover<S> {
     /// [`Mover::recover`], of this host or of another one.
     pub async fn move_one(&mut self) -> std::result::Result<Option<String>, MoveError> {
         loop {
+            // Before the item is read: its data must be of the root that the guard stands for.
+            let Guard { path: guard, root_czxid } = match &self.guard {
+                Some(guard) => guard.clone(),
+                None => self.guard.insert(Guard::place(&self.queue).await?).clone(),
+            };
             let Some(item) = self.queue.next_item().await? else { return Ok(None) };
-            let key = self.key(self.guard.root_czxid, &item.name);
+            let key = self.key(root_czxid, &item.name);
             self.store.hold(&key, &item.data).await.map_err(in_store("holding", &key))?;
             loop {
-                match self.take(&key, &item).await? {
+                match self.take(&guard, &key, &item).await? {
                     Taken::Ours => {
                         self.finish(&key).await?;
                         return Ok(Some(key));
@@ -144,10 +158,19 @@ impl<S: Store> Mover<S> {
                     Taken::Not => {}
                     Taken::Theirs => break self.drop_held(&key).await?,
                     Taken::RootChanged => {
-                        // Our item went with its root.
-                        self.drop_held(&key).await?;
-                        self.guard = Guard::place(&self.queue).await?;
-                        break self.queue.forget_seen();
+                        self.guard = None;
+                        self.queue.forget_seen();
+                        match self.look_at(&key).await? {
+                            // Another host of ours was quicker than whoever cleared the root.
+                            Taken::Ours => {
+                                self.finish(&key).await?;
+                                return Ok(Some(key));
+                            }
+                            // Our item went with its root.
+                            Taken::Theirs => break self.drop_held(&key).await?,
+                            // Only the guard is gone: somebody is just clearing the root. What becomes of the item is seen by `recover`, if not here.
+                            Taken::Not | Taken::RootChanged => break,
+                        }
                     }
                 }
             }
@@ -200,13 +223,13 @@ impl<S: Store> Mover<S> {
     }
 
     /// Step 2.
-    async fn take(&self, key: &str, item: &Item) -> Result<Taken> {
+    async fn take(&self, guard: &str, key: &str, item: &Item) -> Result<Taken> {
         let client = self.queue.session().client();
         let options = CreateMode::Persistent.with_acls(self.queue.session().access());
         let (path, marker) = (self.queue.root().child(&item.name), self.marker(key));
         let wrong = |source| Error::of("taking", &path, source);
         let mut request = client.new_multi_writer();
-        request.add_check_version(&self.guard.path, -1).map_err(wrong)?;
+        request.add_check_version(guard, -1).map_err(wrong)?;
         request.add_delete(&path, None).map_err(wrong)?;
         request.add_create(&marker, key.as_bytes(), &options).map_err(wrong)?;
         match request.commit().await {

@@ -107,6 +107,22 @@ impl WatchdogQueue {
         Ok(())
     }
 
+    /// Child: waits until the root is there and filled, told by a watch, and attaches to it.
+    ///
+    /// # Errors
+    /// [`Error::FleetRoot`], [`Error::SessionEnded`], [`Error::Denied`].
+    pub async fn wait_attach(&mut self, timer: Duration) -> Result<()> {
+        loop {
+            // The watch first: what happens between the two looks is told.
+            let watched = self.session.repeat(|| self.session.client().check_and_watch_stat(self.root.path())).await;
+            let (_, watcher) = watched.map_err(|source| Error::of("watching", self.root.path(), source))?;
+            match self.attach_queue(timer).await {
+                Err(Error::NoRoot(_) | Error::HalfFilled(_)) => drop(watcher.changed().await),
+                attached => return attached,
+            }
+        }
+    }
+
     /// Master: waits until the barrier is gone, told by a watch. True once it is (also if there never was one), false if `patience` runs out
     /// first.
     ///

@@ -46,10 +46,18 @@ impl Options {
             detached: false,
         }
     }
+
+    /// Checks everything that can be checked without a server.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a server list that is none, a session timeout out of bounds, or an access that needs credentials which are missing.
+    pub fn check(&self) -> Result<()> {
+        check(self).map(drop)
+    }
 }
 
 /// A user name and its password, of ZooKeeper's scheme `digest`.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Digest {
     user: String,
     password: String,
@@ -75,7 +83,7 @@ impl std::fmt::Debug for Digest {
 }
 
 /// Who may use the nodes we make.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Access {
     /// Everybody, everything.
     #[default]

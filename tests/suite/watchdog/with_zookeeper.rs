@@ -13,6 +13,8 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
 mod foreign_client;
+mod hosts;
+mod intake;
 
 /// A site and a chroot of its own on a server.
 struct Place {
@@ -26,13 +28,22 @@ impl Place {
         Place::on(&shared().await.address(), name).await
     }
 
+    /// The same with the machine to itself, because its test measures time.
+    async fn alone(name: &str) -> Place {
+        Place::at(Site::alone().await, &shared().await.address(), name).await
+    }
+
     async fn on(address: &str, name: &str) -> Place {
+        Place::at(Site::new().await, address, name).await
+    }
+
+    async fn at(site: Site, address: &str, name: &str) -> Place {
         let chroot = WatchdogQueue::new(&laelaps_watchdog::Options::new(address), &format!("/{name}/marker")).await;
         let mut chroot = chroot.expect("the server lets us in");
         let new = NewQueue { parents: true, ..NewQueue::default() };
         chroot.create_queue(&new, PATIENCE).await.expect("a chroot for the test");
         chroot.clear_timers().await.expect("only the chroot stays");
-        Place { site: Site::new().await, servers: format!("{address}/{name}") }
+        Place { site, servers: format!("{address}/{name}") }
     }
 
     /// `laelaps watchdog COMMAND ARGUMENTS` on our servers.

@@ -3,11 +3,13 @@
 use std::time::SystemTime;
 
 use laelaps_queue::{Kind, SchemaStatus, Timestamp};
+use laelaps_watchdog::{Root, Session, WatchdogQueue, fleet};
 
 use super::output::{Output, counted, table};
 use super::plugin::{Found, survey};
 use super::{Complaint, Exit, Place, exit};
 use crate::config::Config;
+use crate::fleet::ZooKeeper;
 use crate::host;
 
 #[derive(Debug, clap::Args)]
@@ -40,6 +42,9 @@ impl Arguments {
             Ok(())
         };
         note(database(&config).await, &mut output)?;
+        for (what, zookeeper, root) in roots(&config) {
+            note(look_at_root(what, zookeeper, root).await, &mut output)?;
+        }
         match survey(&config.plugins.folder).await {
             Ok(found) => {
                 output.line(&format!(
@@ -57,6 +62,27 @@ impl Arguments {
         output.close()?;
         Ok(first)
     }
+}
+
+/// What the configuration has in ZooKeeper.
+fn roots(config: &Config) -> Vec<(&'static str, &ZooKeeper, &Root)> {
+    let fleet = config.watchdog.iter().map(|fleet| ("fleet", &fleet.zookeeper, &fleet.root));
+    let queue = config.watchdog_queue.iter().map(|queue| ("queue", &queue.zookeeper, &queue.root));
+    fleet.chain(queue).collect()
+}
+
+/// A root that is not there yet is no reason for a host not to serve: the fleet's is made, the queue's is waited for.
+async fn look_at_root(what: &str, zookeeper: &ZooKeeper, root: &Root) -> anyhow::Result<String> {
+    let session = Session::connect(&zookeeper.options()).await?;
+    let timeout = session.timeout();
+    let found = match (what, session.fetch_node(root.path()).await) {
+        ("fleet", Ok(_)) => counted(fleet::members(&session, root).await?.len() as u64, "host"),
+        (_, Ok(_)) => counted(WatchdogQueue::over(session.clone(), root.clone()).queue_count().await? as u64, "item"),
+        (_, Err(laelaps_watchdog::Error::NoNode(_))) => "not there yet".to_owned(),
+        (_, Err(error)) => return Err(error.into()),
+    };
+    session.close().await;
+    Ok(format!("{what:<14} {root}: {found}, sessions end after {timeout:?}"))
 }
 
 async fn database(config: &Config) -> anyhow::Result<String> {

@@ -1,4 +1,5 @@
-//! `laelaps watchdog`: WatchdogQueue's calls, so that shell scripts can be a master or a child. Needs no configuration.
+//! `laelaps watchdog`: WatchdogQueue's calls, so that shell scripts can be a master or a child. Needs no configuration; only `status` can
+//! take its roots from one.
 
 mod child;
 mod fetch;
@@ -8,7 +9,6 @@ mod status;
 mod timer;
 
 use laelaps_watchdog::WatchdogQueue;
-use serde_json::{Map, Value};
 
 use super::{Exit, Place};
 use servers::Servers;
@@ -66,7 +66,7 @@ enum Command {
 }
 
 impl Arguments {
-    pub(super) async fn run(self, _place: &Place) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let servers = &self.servers;
         match self.command {
             Command::CreateQueue(arguments) => arguments.run(servers).await,
@@ -79,7 +79,7 @@ impl Arguments {
             Command::CreateTimer(arguments) => arguments.run(servers).await,
             Command::Consume(arguments) => arguments.run(servers).await,
             Command::KickDog(arguments) => arguments.run(servers).await,
-            Command::Status(arguments) => arguments.run(servers).await,
+            Command::Status(arguments) => arguments.run(servers, place).await,
             Command::CheckExists(arguments) => arguments.run(servers).await,
             Command::FetchNode(arguments) => arguments.run(servers).await,
         }
@@ -106,14 +106,4 @@ async fn close(queue: WatchdogQueue) {
     let session = queue.session().clone();
     drop(queue);
     session.close().await;
-}
-
-/// Bytes of a node for JSON: `NAME` if they are text, else `NAME_hex`.
-fn insert_bytes(members: &mut Map<String, Value>, name: &str, bytes: &[u8]) {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => members.insert(name.to_owned(), text.into()),
-        Err(_) => {
-            members.insert(format!("{name}_hex"), bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into())
-        }
-    };
 }

@@ -14,7 +14,7 @@ use super::database::{self, Place};
 use super::document::Report;
 use super::keys::{Keys, Unknown, describe};
 use super::quantity::YEARS_10;
-use super::{Config, Error, Lookup, Route, route};
+use super::{Config, Error, Lookup, Route, route, watchdog};
 use crate::plugin;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -65,6 +65,8 @@ pub(super) fn validate(
             keys.warn(key, &format!("has no effect: {reason}"));
         }
     }
+    let fleet = watchdog::fleet(&mut keys, lookup);
+    let watchdog_queue = watchdog::intake(&mut keys, fleet.as_ref(), &host_name, lookup);
     let plugins = plugins(&mut keys, processors);
     let routes = route::read_all(&mut keys, &policy, lookup);
     let is_counted = policy.max_attempts.is_some() || routes.iter().any(|route| route.policy.max_attempts.is_some());
@@ -102,6 +104,8 @@ pub(super) fn validate(
         disable_resource_limit,
         cleanup_interval,
         plugins: plugin::Config { memory_bytes_max, ..plugins },
+        watchdog: fleet,
+        watchdog_queue,
         routes,
         warnings: report.into_warnings(),
     })

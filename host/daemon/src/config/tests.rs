@@ -83,8 +83,10 @@ fn every_key_of_a_section_is_documented_with_its_bounds() {
     };
     let section = known(&with("zzzzzz: 1"));
     let route = known(&with("routes:\n- {type: a, plugin: p, zzzzzz: 1}"));
+    let fleet = known(&with("watchdog: {servers: 'zoo:2181', root: /f, zzzzzz: 1}"));
+    let queue = known(&with("watchdog_queue: {servers: 'zoo:2181', root: /q, markers: /m, type: t, zzzzzz: 1}"));
     assert!(section.len() > 30 && route.len() > 15, "{section:?} {route:?}");
-    for key in section.iter().chain(&route) {
+    for key in section.iter().chain(&route).chain(&fleet).chain(&queue) {
         assert!(page.contains(&format!("`{key}`")), "docs/configuration.md does not tell of {key}");
     }
 }
@@ -99,6 +101,29 @@ fn our_own_keys_have_the_documented_defaults() {
     assert_eq!(config.plugins.memory_bytes_max, 64 << 20);
     assert_eq!(config.log_filter, "info");
     assert!(!config.host_name.is_empty());
+}
+
+#[test]
+fn a_fleet_and_a_queue_of_items() {
+    let none = load(MINIMAL).expect("valid");
+    assert_eq!((none.watchdog, none.watchdog_queue), (None, None));
+    let text = with(
+        "host_name: ann\nwatchdog: {servers: 'zoo1:2181,zoo2:2181/a', root: /fleet}\nwatchdog_queue: {root: /q, markers: /m, type: t}",
+    );
+    let config = load(&text).expect("valid");
+    let (fleet, queue) = (config.watchdog.expect("a fleet"), config.watchdog_queue.expect("a queue"));
+    assert_eq!((fleet.zookeeper.session_timeout, fleet.timer), (Duration::from_secs(6), Duration::from_secs(15)));
+    assert_eq!((fleet.root.path(), fleet.zookeeper.servers.as_str()), ("/fleet", "zoo1:2181,zoo2:2181/a"));
+    assert_eq!(queue.zookeeper, fleet.zookeeper, "what the queue does not say is the fleet's");
+    assert_eq!((queue.kick_interval, queue.json, queue.user), (Duration::from_secs(10), false, None));
+    assert_eq!(queue.process, format!("ann:{}", std::process::id()));
+    // A queue alone, with its own way to the servers.
+    let alone = "watchdog_queue: {servers: 'zoo:2181', session_timeout: 3, root: /q, markers: /m, type: t, user: u, json: yes, process: p, \
+                 kick_interval: 2, digest: 'joe:secret', access: ourselves}";
+    let queue = load(&with(alone)).expect("valid").watchdog_queue.expect("a queue");
+    assert_eq!((queue.kick_interval, queue.json, queue.user.as_deref()), (Duration::from_secs(2), true, Some("u")));
+    assert_eq!((queue.process.as_str(), queue.zookeeper.session_timeout), ("p", Duration::from_secs(3)));
+    assert!(!format!("{queue:?}").contains("secret"));
 }
 
 #[test]

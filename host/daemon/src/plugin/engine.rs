@@ -112,6 +112,11 @@ impl Engine {
         drop(forgotten);
     }
 
+    /// Have one of the guests' threads take this up, which shows that they live. It must not block.
+    pub fn take_up(&self, sign: impl Future<Output = ()> + Send + 'static) {
+        self.spawn(sign);
+    }
+
     /// Run a guest's future on the guests' threads.
     pub(super) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
         if let Some(guests) = &self.guests {

@@ -10,7 +10,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::{Place, end};
 
-struct Peer {
+pub(super) struct Peer {
     _process: Child,
     calls: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
@@ -18,7 +18,7 @@ struct Peer {
 
 impl Peer {
     /// At the root `/q` of a place.
-    fn start(place: &Place) -> Peer {
+    pub(super) fn start(place: &Place) -> Peer {
         let python = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../kazoo/bin/python");
         assert!(python.exists(), "{} is missing: tests/run --prepare makes it", python.display());
         let (servers, chroot) = place.servers.split_once('/').expect("a chroot");
@@ -35,7 +35,7 @@ impl Peer {
         Peer { _process: process, calls, answers }
     }
 
-    async fn call(&mut self, call: Value) -> Value {
+    pub(super) async fn call(&mut self, call: Value) -> Value {
         self.calls.write_all(format!("{call}\n").as_bytes()).await.expect("the peer listens");
         let line = tokio::time::timeout(PATIENCE, self.answers.next_line()).await.expect("the peer answers");
         let answer: Value = serde_json::from_str(&line.expect("a line").expect("the peer lives")).expect("JSON");

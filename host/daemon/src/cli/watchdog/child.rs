@@ -6,7 +6,8 @@ use serde_json::Map;
 use super::super::output::{Output, in_one_line};
 use super::super::{Exit, exit};
 use super::servers::Servers;
-use super::{RootPath, close, insert_bytes};
+use super::{RootPath, close};
+use crate::intake::insert_bytes;
 
 /// The variable that names the timer of the command below `create-timer`.
 pub(super) const TIMER_VARIABLE: &str = "LAELAPS_WATCHDOG_TIMER";

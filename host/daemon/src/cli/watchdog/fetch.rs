@@ -5,8 +5,8 @@ use serde_json::{Map, json};
 
 use super::super::Exit;
 use super::super::output::Output;
-use super::insert_bytes;
 use super::servers::Servers;
+use crate::intake::insert_bytes;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct CheckExists {

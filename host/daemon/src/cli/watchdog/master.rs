@@ -10,8 +10,9 @@ use serde_json::{Map, Value, json};
 use super::super::output::{Output, counted, in_one_line, table};
 use super::super::{Complaint, Exit, exit};
 use super::servers::Servers;
-use super::{RootPath, TIMER, close, insert_bytes};
+use super::{RootPath, TIMER, close};
 use crate::config;
+use crate::intake::insert_bytes;
 
 /// Bytes of a file of items at most.
 const FILE_BYTES_MAX: u64 = 256 << 20;

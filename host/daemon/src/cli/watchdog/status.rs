@@ -3,50 +3,70 @@
 use std::time::Duration;
 
 use laelaps_watchdog::fleet::{Member, members};
-use laelaps_watchdog::{Error, TimerAge, WatchdogQueue};
+use laelaps_watchdog::{Error, Options, TimerAge, WatchdogQueue};
 use serde_json::{Value, json};
 
-use super::super::Exit;
 use super::super::output::{Output, counted, in_one_line, table};
+use super::super::{Complaint, Exit, Place};
 use super::master::{ago, timer_json, write_timers};
 use super::servers::Servers;
-use super::{RootPath, TIMER, close};
+use super::{TIMER, close};
 use crate::config;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    #[command(flatten)]
-    root: RootPath,
+    /// The path of a root; without one, the fleet and the queue of the configuration
+    #[arg(value_name = "ROOT", env = "LAELAPS_WATCHDOG_ROOT", hide_env_values = true)]
+    root: Option<String>,
     /// How long a queue's child may go without a kick; the hosts of a fleet say it themselves
     #[arg(long, value_name = "TIME", default_value = TIMER, value_parser = config::duration_argument)]
     timer: Duration,
-    /// One JSON object
+    /// One JSON object for each root
     #[arg(long)]
     json: bool,
 }
 
 impl Arguments {
-    pub(super) async fn run(self, servers: &Servers) -> anyhow::Result<Exit> {
-        let mut queue = self.root.connect(servers).await?;
+    pub(super) async fn run(self, servers: &Servers, place: &Place) -> anyhow::Result<Exit> {
         let mut output = Output::open();
+        match &self.root {
+            Some(root) => self.show(&servers.options()?, root, &mut output).await?,
+            None => {
+                let config = place.load()?;
+                let fleet = config.watchdog.map(|fleet| (fleet.zookeeper, fleet.root));
+                let queue = config.watchdog_queue.map(|queue| (queue.zookeeper, queue.root));
+                let roots: Vec<_> = fleet.into_iter().chain(queue).collect();
+                if roots.is_empty() {
+                    let hint = "name a ROOT, or add `watchdog` or `watchdog_queue` to the configuration";
+                    return Err(
+                        Complaint::new(Exit::Usage, "the configuration has no fleet and no queue of ZooKeeper's", hint).into()
+                    );
+                }
+                for (zookeeper, root) in roots {
+                    self.show(&zookeeper.options(), root.path(), &mut output).await?;
+                }
+            }
+        }
+        output.close()?;
+        Ok(Exit::Done)
+    }
+
+    /// One root.
+    async fn show(&self, options: &Options, root: &str, output: &mut Output) -> anyhow::Result<()> {
+        let mut queue = WatchdogQueue::new(options, root).await?;
         match queue.attach_queue(self.timer).await {
             Ok(()) => {
                 let seen = Seen::of(&queue).await?;
-                if self.json { output.json(&seen.json(&self.root.root))? } else { seen.write(&mut output, &self.root.root)? }
+                if self.json { output.json(&seen.json(root))? } else { seen.write(output, root)? }
             }
             Err(Error::FleetRoot(_)) => {
                 let hosts = members(queue.session(), queue.root()).await?;
-                if self.json {
-                    output.json(&fleet_json(&hosts, &self.root.root))?;
-                } else {
-                    write_fleet(&mut output, &hosts, &self.root.root)?;
-                }
+                if self.json { output.json(&fleet_json(&hosts, root))? } else { write_fleet(output, &hosts, root)? }
             }
             Err(error) => return Err(error.into()),
         }
         close(queue).await;
-        output.close()?;
-        Ok(Exit::Done)
+        Ok(())
     }
 }
 

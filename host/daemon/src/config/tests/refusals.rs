@@ -256,3 +256,38 @@ fn grants() {
     assert!(grants("{network: true}").contains("network: no such key | known here: folders, environment"));
     assert!(grants("all").contains("expected a mapping of folders and environment"));
 }
+
+#[test]
+fn zookeepers_two_uses() {
+    refused(
+        "watchdog: {root: /fleet}",
+        "4: development.watchdog.servers: the key is missing, expected ZooKeeper's servers, HOST:PORT separated by commas, with a chroot behind the last one if wanted | add `servers: \"zoo1:2181,zoo2:2181,zoo3:2181\"`",
+    );
+    refused(
+        "watchdog: {servers: 'zoo:2181'}",
+        "4: development.watchdog.root: the key is missing, expected the path of the fleet's own root, one for each database | add `root: /laelaps/fleet`",
+    );
+    refused("watchdog: yes", "4: development.watchdog: found true, expected a mapping of servers, root, timer and so on");
+    refused(
+        "watchdog: {servers: 'zoo:2181', root: /fleet, timer: 100ms}",
+        "4: development.watchdog.timer: found \"100ms\", expected a length of time from 500 ms to 1 h (a number of seconds, or text such as \"250ms\" or \"5m\")",
+    );
+    let found = problems(&with("watchdog: {servers: 'zoo:no', root: fleet, access: ourselves, digest: secret, tiemr: 1}"));
+    assert_eq!(found.len(), 4, "{found:#?}");
+    assert!(found.iter().all(|problem| !problem.contains("secret")), "{found:#?}");
+    for expected in ["root", "digest: expected USER:PASSWORD", "tiemr: no such key | did you mean timer?", "zoo:no"] {
+        assert!(found.iter().any(|problem| problem.contains(expected)), "{expected}: {found:#?}");
+    }
+    refused(
+        "watchdog_queue: {servers: 'zoo:2181', root: /q, markers: /m}",
+        "4: development.watchdog_queue.type: the key is missing, expected the type of the tasks that items become | add `type: TYPE`, and a route that takes it",
+    );
+    refused(
+        "watchdog_queue: {servers: 'zoo:2181', root: /q, markers: /q, type: a}",
+        "4: development.watchdog_queue: two of its roots, or one of them and the fleet's, are the same | give each a path of its own",
+    );
+    refused(
+        &format!("watchdog_queue: {{servers: 'zoo:2181', root: /{}, markers: /m, type: a}}", "q".repeat(200)),
+        "4: development.watchdog_queue.root: has 201 bytes, at most 200 are allowed where items become tasks",
+    );
+}
