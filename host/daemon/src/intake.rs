@@ -4,7 +4,7 @@
 //! through every crash. The child shows itself by a timer, as children of the Perl module do:
 //!
 //! ```text
-//!   the root is there            -> a timer is made, which removes the start barrier
+//!   the root is there            -> a timer is made, which removes the start barrier, also one that the master makes later
 //!   items are left               -> they are moved, and the timer is kicked while this host is well
 //!   none is left, tasks are not  -> the timer is kicked on
 //!   every task of the root ended -> the timer is ended: a master that waits for its children sees this one gone
@@ -192,9 +192,11 @@ impl Worker {
                 Ok(Served::Cleared) => tracing::info!(%root, "the master has cleared the queue; what was taken goes on"),
                 Err(error) => return error,
             }
+            // Also a barrier without items: its master waits for a child that removes it.
             let more = tokio::select! {
                 () = reaches(&mut phase, Phase::Draining) => return self.wait_for_close(phase).await,
-                more = child.wait_for_items() => more,
+                items = child.wait_for_items() => items.map(drop),
+                barrier = child.wait_for_barrier() => barrier,
             };
             if let Err(error) = more {
                 return error.into();
@@ -232,6 +234,7 @@ impl Worker {
                 Ok(Served::Done)
             }
             kicked = self.kick(&timer) => kicked,
+            error = keep_barrier_down(child) => Err(error.into()),
             worked = self.work(child, mover, &prefix) => worked,
         };
         match served {
@@ -316,6 +319,18 @@ impl Worker {
 
     fn timer(&self) -> Duration {
         self.config.kick_interval * 5
+    }
+}
+
+/// A master that makes its queue step by step may make the barrier after our timer, which would have removed it.
+async fn keep_barrier_down(child: &WatchdogQueue) -> Error {
+    loop {
+        if let Err(error) = child.wait_for_barrier().await {
+            return error;
+        }
+        if let Err(error) = child.remove_barrier().await {
+            return error;
+        }
     }
 }
 

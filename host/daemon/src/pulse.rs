@@ -48,7 +48,8 @@ struct Signs {
 struct Database {
     /// Since when it has answered throughout.
     reached_since: Option<Instant>,
-    answered_at: Option<Instant>,
+    answered_at: Instant,
+    /// What it said instead of the last answer; empty while an answer is waited for.
     problem: String,
 }
 
@@ -68,7 +69,8 @@ impl Pulse {
             claim_sent_ms: AtomicU64::new(0),
             guests_ms: AtomicU64::new(0),
             stuck: Box::new(stuck),
-            database: Mutex::new(Database { reached_since: None, answered_at: None, problem: "not asked yet".to_owned() }),
+            // It was opened a moment ago.
+            database: Mutex::new(Database { reached_since: None, answered_at: Instant::now(), problem: String::new() }),
         });
         let prober = tokio::spawn(probe(Arc::clone(&signs), backend, engine));
         Self { signs, prober }
@@ -181,11 +183,9 @@ impl Signs {
     }
 
     fn database_problem(&self, database: &Database) -> Option<String> {
-        match database.answered_at {
-            Some(at) if at.elapsed() <= self.limit => None,
-            Some(at) => Some(format!("the database has not answered for {:?}: {}", at.elapsed(), database.problem)),
-            None => Some(format!("the database has not answered yet: {}", database.problem)),
-        }
+        let silent = database.answered_at.elapsed();
+        let problem = if database.problem.is_empty() { "no answer yet" } else { &database.problem };
+        (silent > self.limit).then(|| format!("the database has not answered for {silent:?}: {problem}"))
     }
 
     fn database(&self) -> std::sync::MutexGuard<'_, Database> {
@@ -198,11 +198,11 @@ impl Signs {
         match answer {
             Ok(()) => {
                 // A gap between two answers is time for which nothing is known: this process may have been frozen.
-                let throughout = database.answered_at.is_some_and(|before| before.elapsed() <= self.limit);
+                let throughout = database.answered_at.elapsed() <= self.limit;
                 if !throughout || database.reached_since.is_none() {
                     database.reached_since = Some(asked);
                 }
-                database.answered_at = Some(Instant::now());
+                database.answered_at = Instant::now();
                 database.problem.clear();
             }
             Err(problem) => {

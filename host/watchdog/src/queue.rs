@@ -231,6 +231,30 @@ impl WatchdogQueue {
         }
     }
 
+    /// Child: waits until the barrier stands, told by a watch. A master that makes its queue step by step makes the barrier last, when children
+    /// may have begun already.
+    ///
+    /// # Errors
+    /// [`Error::SessionEnded`], [`Error::Denied`].
+    pub async fn wait_for_barrier(&self) -> Result<()> {
+        let path = self.root.child(BARRIER);
+        loop {
+            let looked = self.session.repeat(|| self.session.client().check_and_watch_stat(&path)).await;
+            match looked.map_err(|source| Error::of("watching", &path, source))? {
+                (Some(_), _) => return Ok(()),
+                (None, watcher) => drop(watcher.changed().await),
+            }
+        }
+    }
+
+    /// Child: removes the barrier, if it stands. [`WatchdogQueue::create_timer`] does it too.
+    ///
+    /// # Errors
+    /// [`Error::SessionEnded`], [`Error::Denied`].
+    pub async fn remove_barrier(&self) -> Result<()> {
+        timer::remove_barrier(&self.session, &self.root).await
+    }
+
     /// Child: kicks its timer. The same as [`Timer::kick_dog`].
     ///
     /// # Errors

@@ -268,9 +268,10 @@ async fn a_stuck_acting_host_whose_session_lives_loses_its_tasks_to_the_next_one
     have_begun(&place.site, 10).await;
     place.site.open_gate("gate");
     all_finish(&queue, 5, |_| 1).await;
-    // Its session lived on; well again, it acts and works again.
+    // Its session lived on. When the database answers it learns that it was struck off, and comes back as another.
     cable.mend();
-    stuck.logged("this host is well again", PATIENCE).await;
+    stuck.logged("registering again", PATIENCE).await;
+    stuck.logged_times("ready", 2, PATIENCE).await;
     next.stop().await;
     submit(&queue, &[task("after", "silent", json!({}))]).await;
     wait_for_finished(&queue, 6, LONG).await;
