@@ -38,7 +38,8 @@ pub struct PerfectQueue {
     /// Claims that found something between two removals of rows whose retention has ended, the first after a random part of it; 0: at every
     /// such claim.
     pub cleanup_interval: u32,
-    /// Keep what the table has no column for (attempts, outputs, errors) in a table of ours beside it, `TABLE_laelaps`.
+    /// Keep what the table has no column for (attempts, outputs, errors, which host runs what) in tables of ours beside it, `TABLE_laelaps` and
+    /// `TABLE_laelaps_hosts`.
     pub side_table: bool,
 }
 

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!   1,300,000,000 < timeout <= now   may be acquired: waiting, or its lease ran out
+//!   timeout = 1,300,000,000          held, if created_at; see [`hold`]
 //!   timeout > now, created_at        running, or waiting for its time
 //!   created_at NULL                  finished (failed and cancelled as well); timeout = end - 1,000,000,000 + retention
 //!   timeout <= now - 1,000,000,000   may be removed
@@ -12,12 +13,14 @@
 //! Our workers acquire under the same lock as Ruby's (see [`claim`]) and in the same order (see [`order`]), but every write of theirs is fenced
 //! (see [`lease`]). Ruby's writes are not: whatever Ruby writes to a row of ours wins, and our lease is lost. Times are whole seconds
 //! here: leases and delays are rounded up. What the table has no columns for stands in a table of ours beside it (see [`side`]), if the
-//! operator allows it, else in the log.
+//! operator allows it, else in the log. So do the hosts that a watchdog watches (see [`hosts`]); others are left to their leases.
 
 mod blob;
 mod broken;
 mod candidates;
 mod claim;
+mod hold;
+mod hosts;
 mod keep;
 mod lease;
 mod lost;
@@ -33,8 +36,7 @@ mod table;
 mod take;
 mod walk;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -70,7 +72,7 @@ struct Shared {
     names: OnceCell<Arc<Names>>,
     leases: lease::Leases,
     claimer: tokio::sync::Mutex<claim::Claimer>,
-    hosts: Mutex<HashMap<HostId, (HostDescription, Timestamp)>>,
+    hosts: hosts::Hosts,
     pages: Arc<read::Pages>,
     strays: Arc<operate::Strays>,
     wakeup: Notify,
@@ -95,7 +97,7 @@ impl PerfectQueue {
             names: OnceCell::new(),
             leases: lease::Leases::default(),
             claimer: tokio::sync::Mutex::default(),
-            hosts: Mutex::default(),
+            hosts: hosts::Hosts::default(),
             pages: Arc::default(),
             strays: Arc::default(),
             wakeup: Notify::new(),
@@ -142,25 +144,17 @@ impl Shared {
         self.names.get_or_try_init(|| find).await.cloned()
     }
 
+    /// The server's clock, whether the table is there or not.
+    async fn now(&self) -> Result<Timestamp> {
+        const NOW: &str = "SELECT CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)";
+        let now = sqlx::query_scalar(NOW).fetch_one(&self.pool).await;
+        now.map(Timestamp).map_err(|error| self.access.place.worded(error, "asking for the time"))
+    }
+
     /// Tell those of this process who wait for work.
     fn wake(&self) {
         self.wakeup.notify_waiters();
         self.wakeup.notify_one();
-    }
-
-    fn hosts(&self) -> std::sync::MutexGuard<'_, HashMap<HostId, (HostDescription, Timestamp)>> {
-        self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn knows_host(&self, host: HostId) -> bool {
-        self.hosts().contains_key(&host)
-    }
-
-    /// The host in words.
-    fn host_name(&self, host: HostId) -> String {
-        self.hosts()
-            .get(&host)
-            .map_or_else(|| format!("host {}", host.0), |(host, _)| format!("{}, process {}", host.name, host.process_id))
     }
 }
 
@@ -192,9 +186,7 @@ impl Backend for PerfectQueue {
     }
 
     async fn now(&self) -> Result<Timestamp> {
-        const NOW: &str = "SELECT CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)";
-        let now = sqlx::query_scalar(NOW).fetch_one(&self.shared.pool).await;
-        now.map(Timestamp).map_err(|error| self.shared.access.place.worded(error, "asking for the time"))
+        self.shared.now().await
     }
 
     async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
@@ -246,33 +238,42 @@ impl Backend for PerfectQueue {
         Ok(Reclaimed::default())
     }
 
-    /// Hosts are known to their own process only.
     async fn register_host(&self, description: &HostDescription) -> Result<HostId> {
-        let now = self.now().await?;
-        let host = HostId(fastrand::i64(1..i64::MAX));
-        self.shared.hosts().insert(host, (description.clone(), now));
-        Ok(host)
+        self.shared.register(description).await
     }
 
     async fn unregister_host(&self, host: HostId) -> Result<()> {
-        self.shared.hosts().remove(&host);
-        Ok(())
+        self.shared.unregister(host).await
     }
 
+    /// The policy has its say when the tasks are met again, as with all leases here that were lost.
+    async fn hand_on(&self, identities: &[String], _policy: &Policy) -> Result<Reclaimed> {
+        self.shared.hand_on(identities).await
+    }
+
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let released = self.shared.perform(hold::Release { key: key.to_owned() }).await?;
+        if released {
+            self.shared.wake();
+        }
+        Ok(released)
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        self.shared.perform(hold::Remove { key: key.to_owned() }).await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        self.shared.perform(hold::Keys { prefix: prefix.to_owned() }).await
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        self.shared.perform(hold::HasUnsettled { prefix: prefix.to_owned() }).await
+    }
+
+    /// Those of this process, and all that a watchdog watches.
     async fn hosts(&self) -> Result<Vec<HostRecord>> {
-        let hosts = self.shared.hosts();
-        let record = |(id, (host, started_at)): (&HostId, &(HostDescription, Timestamp))| HostRecord {
-            id: *id,
-            name: host.name.clone(),
-            process_id: host.process_id,
-            started_at: *started_at,
-            running: self.shared.leases.of(*id),
-            alive: Some(true),
-            identity: None,
-        };
-        let mut records: Vec<HostRecord> = hosts.iter().map(record).collect();
-        records.sort_unstable_by_key(|record| record.started_at);
-        Ok(records)
+        self.shared.host_records().await
     }
 
     /// The version that ran an attempt is noted with its settlement; there is no place for more.

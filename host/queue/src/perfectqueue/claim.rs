@@ -92,7 +92,7 @@ impl From<Failure> for Nothing {
 impl Shared {
     /// Claim, in a task of its own: what it took is handed back if the caller has gone.
     pub(super) async fn claim(self: &Arc<Self>, claim: &Claim) -> Result<Claimed> {
-        if !self.knows_host(claim.host) {
+        if !self.hosts.knows(claim.host) {
             return Err(Error::UnknownHost(claim.host));
         }
         let (answer, answered) = oneshot::channel();
@@ -200,6 +200,7 @@ impl Claimer {
         answer: &mut oneshot::Sender<Result<Claimed>>,
     ) -> Result<(Claimed, End), Nothing> {
         let names = shared.names(connection).await?;
+        shared.hosts.check(claim.host, &names, connection).await?;
         let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
         if !claim.ignore_users {
             self.users.accept(claim.accepts.as_ref());

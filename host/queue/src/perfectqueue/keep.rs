@@ -98,6 +98,8 @@ impl Operation for Beats {
         for renewal in &mut renewals {
             renewal.held = leases.get(renewal.lease_ref).unwrap_or_else(|| renewal.held.clone());
         }
+        let latest = renewals.iter().map(|renewal| (renewal.held.token, renewal.timeout));
+        self.shared.hosts.cover(latest, names, connection).await?;
         let held = renew(&renewals, names, connection).await?;
         for renewal in &renewals {
             if held.contains(&renewal.lease_ref) {
@@ -187,6 +189,7 @@ impl Operation for Update {
         let now_ms = now(names, connection).await?;
         let last = held.timeouts.iter().copied().max().unwrap_or_default();
         let timeout = until(now_ms, held.alive_time).max(last);
+        self.shared.hosts.cover(std::iter::once((held.token, timeout)), names, connection).await?;
         leases.writing(self.lease_ref, timeout, held.alive_time);
         if self.write(timeout, names, connection).await? {
             leases.written(self.lease_ref, timeout);

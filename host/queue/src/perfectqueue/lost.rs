@@ -1,5 +1,6 @@
 //! Leases that ran out. Nobody is told when a worker dies: its row may simply be acquired again, by Ruby too. A row that may be acquired and
-//! still has one of our tokens was lost, and is counted when it is met, once for each token. That needs our own table.
+//! still has one of our tokens was lost, and is counted when it is met, once for each token. That needs our own table. What a watchdog has handed on
+//! (see [`super::hosts`]) is such a row too: its token is left there without the number of the host.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -58,8 +59,13 @@ fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option
     let lease_ref = LeaseRef { task: crate::TaskId(ready.number), lease: crate::Lease(ready.owner.cast_signed()) };
     // Nothing waits after a loss, so no random number is needed.
     let settlement = Settlement::of(lease_ref, Event::Lost, side.attempt(), policy, 0.0, None, Vec::new());
-    let record =
-        Record::new(side.attempts.saturating_add(1), ready.owner, "a host whose lease ran out".to_owned(), now_ms, "lost");
+    let record = Record::new(
+        side.attempts.saturating_add(1),
+        ready.owner,
+        "a host that is gone, or whose lease ran out".to_owned(),
+        now_ms,
+        "lost",
+    );
     side.record(record.with(None, settlement.error_code.clone(), settlement.error_message.clone()));
     side.lost_owner = ready.owner;
     side.progress = None;
@@ -80,7 +86,7 @@ fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option
         }
         Verdict::Wait { lost, lost_alone, alone, .. } => {
             (side.lost, side.lost_alone, side.alone) = (lost, lost_alone, alone);
-            tracing::warn!(task = ready.key(), lost, "a lease ran out; the task is tried again");
+            tracing::warn!(task = ready.key(), lost, "a task was lost with its host or its lease; it is tried again");
             None
         }
         Verdict::Finish { .. } => None,

@@ -81,6 +81,9 @@ impl Operation for Retry {
         let (found, side) = read::lock(&self.key, names, &mut transaction).await?;
         let now = found.now_ms / 1_000;
         let state = found.state(side.as_ref());
+        if found.is_held() {
+            return Err(refused(found, state, "it is held, and has its turn when whoever holds it releases it; cancel ends it"));
+        }
         if state == State::Waiting && found.timeout <= now {
             // It is due, and keeps its place.
             return Ok(());
@@ -189,7 +192,7 @@ impl Operation for CleanUp {
 }
 
 /// Remove what is noted of keys that have no row.
-async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+pub(super) async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     const FORGET: &str = "DELETE s FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
         STRAIGHT_JOIN {s} AS s ON s.id = {as_side_key}
         WHERE NOT EXISTS (SELECT 1 FROM {t} AS t WHERE t.id = {as_key})";

@@ -11,10 +11,10 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::order::Place;
 use super::run::Operation;
 use super::side::{self, Side};
-use super::table::{DELETE_OFFSET, Names, SET_ASIDE, TIME_MAX};
+use super::table::{DELETE_OFFSET, EVENT_HORIZON, Names, SET_ASIDE, TIME_MAX};
 use super::{blob, broken};
 use crate::mysql::failure::Failure;
-use crate::{AttemptRecord, Error, Filter, Page, State, Stats, Task, TaskId, Timestamp};
+use crate::{AttemptRecord, Error, Filter, NewTask, Page, State, Stats, Task, TaskId, Timestamp};
 
 /// The most tasks of a page.
 const PAGE_MAX: u32 = 10_000;
@@ -89,6 +89,11 @@ impl Found {
         self.owner == SET_ASIDE && self.timeout == TIME_MAX && self.created_at.is_some()
     }
 
+    /// Whether nobody may acquire it until it is released.
+    pub(super) fn is_held(&self) -> bool {
+        self.timeout == EVENT_HORIZON && self.created_at.is_some()
+    }
+
     /// As it is shown, with its data.
     fn told(mut self, side: Option<Side>) -> Task {
         let side = self.own(side);
@@ -102,7 +107,7 @@ impl Found {
             Err(_) => (self.key.split('.').next().unwrap_or_default().to_owned(), stored),
         };
         let created_at = Timestamp(self.created_at.unwrap_or(side.created_at) * 1_000);
-        let time = Timestamp(self.timeout * 1_000);
+        let time = if self.is_held() { NewTask::HELD_AT } else { Timestamp(self.timeout * 1_000) };
         let running = state == State::Running;
         let progress = side.progress.filter(|reported| running && reported.owner == self.owner).map(|reported| reported.progress);
         Task {
@@ -329,7 +334,7 @@ async fn large(key: &str, names: &Names, connection: &mut MySqlConnection) -> Re
 }
 
 /// A pattern of everything that begins so.
-fn like(prefix: &str) -> String {
+pub(super) fn like(prefix: &str) -> String {
     let mut pattern = String::with_capacity(prefix.len() + 1);
     for character in prefix.chars() {
         if matches!(character, '%' | '_' | '\\') {
@@ -350,13 +355,14 @@ impl Operation for Count {
     const DOING: &'static str = "counting tasks";
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Stats, Failure> {
-        // By the index on times alone: what has ended stands below the event horizon.
+        // By the index on times alone: what has ended stands below the event horizon. Held rows stand on it, with those that are retained for ever.
         const COUNTS: &str = "SELECT
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout <= UNIX_TIMESTAMP()),
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout > UNIX_TIMESTAMP() AND t.timeout < 2147483647),
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout <= 1300000000),
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout = 2147483647 AND t.owner = ?),
-            (SELECT MIN(t.timeout) FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout <= UNIX_TIMESTAMP()), {now}";
+            (SELECT MIN(t.timeout) FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout <= UNIX_TIMESTAMP()), {now},
+            (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout = 1300000000 AND t.created_at IS NOT NULL)";
         const NOTED: &str = "SELECT s.state, COUNT(*) FROM {s} AS s STRAIGHT_JOIN {t} AS t
                 ON t.id = {side_key} AND t.timeout = s.timeout
             WHERE s.state IN ('failed', 'cancelled') OR (s.state = 'waiting' AND s.timeout > UNIX_TIMESTAMP() AND t.owner = 0)
@@ -370,13 +376,13 @@ impl Operation for Count {
             }
         }
         let of = |state: State| noted.get(state.as_str()).copied().unwrap_or(0);
-        let oldest: Option<i64> = row.try_get(4)?;
+        let (oldest, held): (Option<i64>, u64) = (row.try_get(4)?, number(6)?);
         let now = Timestamp(row.try_get(5)?);
         Ok(Stats {
             ready: number(0)?,
-            scheduled: of(State::Waiting),
+            scheduled: of(State::Waiting) + held,
             running: number(1)?.saturating_sub(of(State::Waiting)),
-            finished: number(2)?.saturating_sub(of(State::Failed) + of(State::Cancelled)),
+            finished: number(2)?.saturating_sub(of(State::Failed) + of(State::Cancelled) + held),
             failed: of(State::Failed) + number(3)?,
             cancelled: of(State::Cancelled),
             oldest_ready_ms: oldest
@@ -386,16 +392,23 @@ impl Operation for Count {
     }
 }
 
-/// The types of the oldest tasks, most first. Types stand inside the data, so that not all can be looked at; data above 64 KiB is passed over.
+/// The types of the oldest tasks, most first, and of held ones if there is room left. Types stand inside the data, so that not all can be looked at; data
+/// above 64 KiB is passed over.
 async fn types(names: &Names, connection: &mut MySqlConnection) -> Result<Vec<(String, u64)>, sqlx::Error> {
-    const OLDEST: &str = "SELECT t.id, t.data FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.created_at IS NOT NULL
+    const OLDEST: &str = "SELECT t.id, t.data FROM {t} AS t {index} WHERE t.timeout BETWEEN ? AND ? AND t.created_at IS NOT NULL
             AND LENGTH(t.data) <= 65536
         ORDER BY t.timeout LIMIT ?";
     let mut counted: HashMap<String, u64> = HashMap::new();
-    for row in sqlx::query(names.sql(OLDEST)).bind(TYPES_LOOK).fetch_all(connection).await? {
-        let (key, stored): (String, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
-        if let Ok(read) = blob::read(&key, stored) {
-            *counted.entry(read.task_type).or_default() += 1;
+    let mut left = TYPES_LOOK;
+    for (first, last) in [(EVENT_HORIZON + 1, TIME_MAX), (EVENT_HORIZON, EVENT_HORIZON)] {
+        let query = sqlx::query(names.sql(OLDEST)).bind(first).bind(last).bind(left);
+        let rows = query.fetch_all(&mut *connection).await?;
+        left -= i64::try_from(rows.len()).unwrap_or(left);
+        for row in rows {
+            let (key, stored): (String, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
+            if let Ok(read) = blob::read(&key, stored) {
+                *counted.entry(read.task_type).or_default() += 1;
+            }
         }
     }
     let mut types: Vec<(String, u64)> = counted.into_iter().collect();

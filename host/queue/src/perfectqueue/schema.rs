@@ -1,14 +1,14 @@
 //! The tables: PerfectQueue's own, made as its `init` makes it, and ours beside it.
 //!
 //! Nothing in PerfectQueue's table says what made it, so its columns do: version 1 has no `owner` (before PerfectQueue 0.9), version 2 has
-//! one, version 3 has our table beside it. Statements of MySQL that change tables cannot be taken back, so each step may be taken again.
+//! one, version 3 has our table of tasks beside it, version 4 the one of hosts too. Statements of MySQL that change tables cannot be taken back, so each step may be taken again.
 
 use std::collections::BTreeMap;
 
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
-use super::table::{Names, quoted};
+use super::table::{HOSTS as HOSTS_NAME, Names, SIDE as SIDE_NAME, quoted};
 use crate::mysql::failure::Failure;
 use crate::{PerfectQueue, PlannedStep, SchemaStatus};
 
@@ -52,6 +52,20 @@ const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     INDEX by_state (state, timeout)
 ) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin";
 
+/// Ours of hosts that a watchdog watches (see [`super::hosts`]). Their numbers stand in tokens, so they never come again.
+const HOSTS: &str = "CREATE TABLE IF NOT EXISTS {h} (
+    id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT,
+    identity VARCHAR(255) NOT NULL,
+    name VARCHAR(255) NOT NULL,
+    process_id INT UNSIGNED NOT NULL,
+    started_at BIGINT NOT NULL,
+    seen_at BIGINT NOT NULL,
+    until BIGINT NOT NULL DEFAULT 0,
+    left_at BIGINT,
+    PRIMARY KEY (id),
+    INDEX by_identity (identity)
+) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin";
+
 /// The columns that are used, with the types they have to have. Ruby's older tables have them in other widths, which do no harm.
 const COLUMNS: [(&str, &[&str]); 7] = [
     ("id", &["varchar"]),
@@ -76,6 +90,7 @@ pub(super) struct Columns {
     found: BTreeMap<String, String>,
     primary_key: Vec<String>,
     has_side: bool,
+    has_hosts: bool,
 }
 
 impl Columns {
@@ -104,8 +119,10 @@ impl Columns {
                 _ => {}
             }
         }
-        let side = format!("{}_laelaps", config.table);
-        columns.has_side = sqlx::query_scalar::<_, i64>(HAS).bind(side).fetch_one(connection).await? > 0;
+        for (name, has) in [(SIDE_NAME, &mut columns.has_side), (HOSTS_NAME, &mut columns.has_hosts)] {
+            let name = format!("{}{name}", config.table);
+            *has = sqlx::query_scalar::<_, i64>(HAS).bind(name).fetch_one(&mut *connection).await? > 0;
+        }
         Ok(columns)
     }
 
@@ -116,16 +133,18 @@ impl Columns {
 
     /// How they stand to what is needed.
     pub(super) fn status(&self, config: &PerfectQueue) -> SchemaStatus {
-        let needed = if config.side_table { 3 } else { 2 };
+        let needed = needed(config);
         if !self.is_there() {
             return SchemaStatus::Missing;
         }
         let found = if !self.found.contains_key("owner") {
             1
-        } else if config.side_table && self.has_side {
+        } else if !config.side_table || !self.has_side {
+            2
+        } else if !self.has_hosts {
             3
         } else {
-            2
+            4
         };
         if found < needed { SchemaStatus::Old { found, needed } } else { SchemaStatus::Current(found) }
     }
@@ -145,6 +164,9 @@ impl Columns {
         }
         if config.side_table && !self.has_side {
             steps.push((3, names.sql(SIDE).0));
+        }
+        if config.side_table && !self.has_hosts {
+            steps.push((4, names.sql(HOSTS).0));
         }
         Ok(steps)
     }
@@ -172,11 +194,18 @@ impl Columns {
             differences
                 .push(format!("{table} has no index on timeout; init adds it, and without it every claim reads the whole table"));
         }
-        if config.side_table && !self.has_side {
-            differences.push(format!("there is no table {table}_laelaps; init makes it"));
+        for (name, has) in [(SIDE_NAME, self.has_side), (HOSTS_NAME, self.has_hosts)] {
+            if config.side_table && !has {
+                differences.push(format!("there is no table {table}{name}; init makes it"));
+            }
         }
         differences
     }
+}
+
+/// The version that this program needs.
+fn needed(config: &PerfectQueue) -> i64 {
+    if config.side_table { 4 } else { 2 }
 }
 
 /// Take the steps that are missing. Others that do the same at this moment are waited for.
@@ -202,7 +231,7 @@ async fn take_steps(config: &PerfectQueue, connection: &mut MySqlConnection) -> 
         applied.push(version);
     }
     applied.dedup();
-    Ok((applied, if config.side_table { 3 } else { 2 }))
+    Ok((applied, needed(config)))
 }
 
 /// The steps as `init --dry-run` shows them.

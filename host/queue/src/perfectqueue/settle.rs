@@ -97,7 +97,7 @@ impl Shared {
             if let Some(held) = self.leases.get(lease_ref).filter(|_| seen.insert(lease_ref)) {
                 entries.push(Entry {
                     lease_ref,
-                    host: self.host_name(held.host),
+                    host: self.hosts.name(held.host),
                     held,
                     outcome: Outcome::of(&settlement.verdict),
                     verdict: settlement.verdict.clone(),

@@ -19,6 +19,9 @@ const CHUNK_BYTES: usize = 8 << 20;
 /// The server's number for a key that is there already.
 const DUPLICATE: u16 = 1062;
 
+/// Instead of a time: nobody may acquire it until it is released.
+const HELD: i64 = -1;
+
 /// Tasks that keep their bounds, ready to be stored.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
@@ -31,7 +34,7 @@ pub(super) struct Batch {
 struct Row {
     key: String,
     stored: Vec<u8>,
-    /// Unix seconds; 0: now.
+    /// Unix seconds; 0: now; [`HELD`].
     run_at: i64,
     user: Option<String>,
     max_running: Option<u32>,
@@ -43,7 +46,7 @@ impl Row {
         let invalid = |problem: String| Error::InvalidTask { key: task.key.clone(), problem };
         task.check()?;
         // Not before the moment, in whole seconds.
-        let run_at = task.run_at.map_or(0, |moment| moment.0.saturating_add(999).div_euclid(1_000));
+        let run_at = task.run_at.filter(|_| !task.held).map_or(0, |moment| moment.0.saturating_add(999).div_euclid(1_000));
         if run_at >= TIME_MAX {
             return Err(invalid("run_at is later than January 2038, where the times of PerfectQueue's table end".to_owned()));
         }
@@ -58,7 +61,7 @@ impl Row {
         Ok(Self {
             key: task.key.clone(),
             stored: blob::write(&task.task_type, data, task.compression).map_err(invalid)?,
-            run_at: run_at.max(0),
+            run_at: if task.held { HELD } else { run_at.max(0) },
             user: task.user.clone().filter(|user| !user.is_empty()),
             max_running: task.max_running,
             max_attempts: task.max_attempts,
@@ -87,7 +90,7 @@ macro_rules! insert {
         concat!(
             $verb,
             " INTO {t} (id, timeout, data, created_at, resource, max_running)
-            SELECT f.id, IF(f.run_at <= 1300000000, UNIX_TIMESTAMP(), f.run_at), SUBSTRING(?, f.first, f.bytes), UNIX_TIMESTAMP(),
+            SELECT f.id, IF(f.run_at = -1, 1300000000, IF(f.run_at <= 1300000000, UNIX_TIMESTAMP(), f.run_at)), SUBSTRING(?, f.first, f.bytes), UNIX_TIMESTAMP(),
                 NULLIF(f.user, ''), NULLIF(f.max_running, -1) FROM ",
             rows!()
         )

@@ -8,7 +8,7 @@ use crate::{Error, PerfectQueue, Result};
 
 /// What a finished row's time is set back by, and what separates the retained from what may be removed, in seconds.
 pub(super) const DELETE_OFFSET: i64 = 1_000_000_000;
-/// Rows whose time is not later than this are never acquired.
+/// Rows whose time is not later than this are never acquired. With this very time and not ended, a row is held.
 pub(super) const EVENT_HORIZON: i64 = 1_300_000_000;
 /// The last moment that the table's INT can hold. It marks rows that are set aside; tasks wait for earlier ones only.
 pub(super) const TIME_MAX: i64 = 2_147_483_647;
@@ -18,10 +18,30 @@ pub(super) const SET_ASIDE: u64 = 0x6c61_656c_6170_7300;
 /// The bit that tells our tokens from connection numbers.
 const TOKEN: u64 = 1 << 62;
 
-/// A number for `owner` that no connection has and no other claim: 61 random bits below a one. It is even; the odd number behind it marks the
-/// row that a settlement under this token has finished.
-pub(super) fn token() -> u64 {
-    TOKEN | (fastrand::u64(..) & (TOKEN - 1) & !1)
+/// Below it stands the number of the host that claimed, in 22 bits, and below that what is random.
+const NUMBER_SHIFT: u32 = 40;
+/// The greatest number of a host.
+pub(super) const NUMBER_MAX: u32 = (1 << 22) - 1;
+/// The bits of a token that are not its host's number.
+pub(super) const WITHOUT_NUMBER: u64 = !(((1 << 22) - 1) << NUMBER_SHIFT);
+
+/// A number for `owner` that no connection has and no other claim: a one, the number of the host that claims (0 for one that nobody watches), and 39
+/// random bits. They are enough, since `timeout` is part of every fence: a token has to differ only from others that the same row, or for the undoing
+/// of a claim another row, gets with the same second written. It is even; the odd number behind it marks the row that a settlement under this token
+/// has finished.
+pub(super) fn token(number: u32) -> u64 {
+    loop {
+        let random = fastrand::u64(..1 << NUMBER_SHIFT) & !1;
+        let token = TOKEN | u64::from(number.min(NUMBER_MAX)) << NUMBER_SHIFT | random;
+        if token != SET_ASIDE {
+            return token;
+        }
+    }
+}
+
+/// The number of the host whose claim wrote this token; 0 if nobody watches it.
+pub(super) fn number_in(token: u64) -> u32 {
+    u32::try_from((token & !WITHOUT_NUMBER) >> NUMBER_SHIFT).unwrap_or_default()
 }
 
 /// Whether an `owner` was written by a claim of ours.
@@ -34,12 +54,15 @@ pub(super) fn is_token(owner: u64) -> bool {
 pub(super) struct Names {
     table: String,
     side: String,
+    hosts: String,
     lock: String,
     has_side: bool,
     /// `FORCE INDEX` with the index on the times, whatever it is called; empty if there is none.
     index: String,
     /// How a key out of a set has to be spelt to be compared with the table's own.
     as_key: String,
+    /// The same for a pattern of keys that is bound.
+    as_pattern: String,
     /// The same for a key of our table.
     side_key: String,
 }
@@ -53,7 +76,7 @@ impl Names {
         let name = &config.table;
         let problem = |problem: String| Error::Config { setting: "table", problem };
         let characters = name.chars().count();
-        let most = if config.side_table { 64 - SIDE.len() } else { 64 };
+        let most = if config.side_table { 64 - HOSTS.len() } else { 64 };
         if characters == 0 || characters > most {
             return Err(problem(format!("the name has {characters} characters; 1 to {most} are allowed")));
         }
@@ -66,10 +89,12 @@ impl Names {
         Ok(Self {
             table: quoted(name),
             side: quoted(&format!("{name}{SIDE}")),
+            hosts: quoted(&format!("{name}{HOSTS}")),
             lock: name.clone(),
             has_side: config.side_table,
             index: String::new(),
             as_key: "f.id".to_owned(),
+            as_pattern: "?".to_owned(),
             side_key: "s.id".to_owned(),
         })
     }
@@ -79,7 +104,7 @@ impl Names {
         let index = columns.time_index.as_deref().map(|index| format!("FORCE INDEX ({})", quoted(index))).unwrap_or_default();
         let (charset, collation) = (&columns.charset, &columns.collation);
         let spelt = |key: &str| format!("CONVERT({key} USING {charset}) COLLATE {collation}");
-        Ok(Self { index, as_key: spelt("f.id"), side_key: spelt("s.id"), ..Self::new(config)? })
+        Ok(Self { index, as_key: spelt("f.id"), as_pattern: spelt("?"), side_key: spelt("s.id"), ..Self::new(config)? })
     }
 
     /// The name of the lock under which tasks are acquired.
@@ -87,13 +112,14 @@ impl Names {
         &self.lock
     }
 
-    /// Whether there is a table of ours beside it.
+    /// Whether there are tables of ours beside it.
     pub(super) fn has_side(&self) -> bool {
         self.has_side
     }
 
-    /// A statement with its names in place: `{t}` the table, `{s}` ours beside it, `{index}` a hint to use the index on times, `{as_key}` the
-    /// key `f.id` of a set, `{as_side_key}` the same for our table, `{side_key}` the key `s.id` of our table, `{number}` the number of the row `t`, `{now}` the time in milliseconds.
+    /// A statement with its names in place: `{t}` the table, `{s}` ours beside it, `{h}` ours of hosts, `{index}` a hint to use the index on times,
+    /// `{as_key}` the key `f.id` of a set, `{as_pattern}` a bound pattern of keys, `{as_side_key}` the text `f.id` of a set for our tables, `{side_key}` the key
+    /// `s.id` of our table, `{number}` the number of the row `t`, `{host}` the number of the host in its owner, `{now}` the time in milliseconds.
     pub(super) fn sql(&self, statement: &str) -> AssertSqlSafe<String> {
         let mut sql = String::with_capacity(statement.len() + 256);
         let mut rest = statement;
@@ -103,11 +129,14 @@ impl Names {
             sql.push_str(match name {
                 "t" => &self.table,
                 "s" => &self.side,
+                "h" => &self.hosts,
                 "index" => &self.index,
                 "as_key" => &self.as_key,
+                "as_pattern" => &self.as_pattern,
                 "side_key" => &self.side_key,
                 "as_side_key" => "CONVERT(f.id USING utf8mb4) COLLATE utf8mb4_bin",
                 "number" => "CAST(CONV(LEFT(MD5(CONVERT(t.id USING utf8mb4)), 15), 16, 10) AS SIGNED)",
+                "host" => "((t.owner >> 40) & 4194303)",
                 "now" => "CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)",
                 other => unreachable!("a statement names {other}"),
             });
@@ -118,8 +147,9 @@ impl Names {
     }
 }
 
-/// What our table's name adds to PerfectQueue's.
-const SIDE: &str = "_laelaps";
+/// What the names of our tables add to PerfectQueue's.
+pub(super) const SIDE: &str = "_laelaps";
+pub(super) const HOSTS: &str = "_laelaps_hosts";
 
 /// A name as MySQL reads any name.
 pub(super) fn quoted(name: &str) -> String {
@@ -159,7 +189,7 @@ mod tests {
 
     #[test]
     fn names_that_mysql_cannot_have_are_refused() {
-        let long = "x".repeat(57);
+        let long = "x".repeat(51);
         for name in ["", "a\0b", "a ", "a\u{1f40e}", long.as_str()] {
             assert!(matches!(Names::new(&config(name)), Err(Error::Config { setting: "table", .. })), "{name:?}");
         }
@@ -167,9 +197,11 @@ mod tests {
 
     #[test]
     fn tokens_are_told_from_connections_and_from_what_is_set_aside() {
-        for _ in 0..1_000 {
-            let token = token();
+        for number in (0..1_000).chain([2_908_517, NUMBER_MAX]) {
+            let token = token(number);
             assert!(is_token(token) && token.is_multiple_of(2) && i64::try_from(token).is_ok());
+            assert_eq!((number_in(token), number_in(token + 1)), (number, number));
+            assert!(is_token(token & WITHOUT_NUMBER) && number_in(token & WITHOUT_NUMBER) == 0);
         }
         assert!(!is_token(0) && !is_token(u64::from(u32::MAX)) && !is_token(SET_ASIDE) && SET_ASIDE >> 62 == 1);
     }

@@ -8,6 +8,7 @@ use sqlx::mysql::MySqlConnection;
 
 use super::Shared;
 use super::candidates::Ready;
+use super::hosts;
 use super::keep::until;
 use super::lease::{Held, lease_ref};
 use super::run::Operation;
@@ -32,24 +33,37 @@ pub(super) async fn take(
         fence!(),
         " SET t.timeout = f.value, t.owner = f.owner WHERE t.timeout = f.was AND t.created_at IS NOT NULL"
     );
+    // A host that is watched takes nothing once it has left, and its row says how long it may run what it takes.
+    const TAKE_WATCHED: &str = concat!(
+        "UPDATE {h} AS h STRAIGHT_JOIN ",
+        fence!(),
+        " SET t.timeout = f.value, t.owner = f.owner, h.until = GREATEST(h.until, f.value)
+        WHERE h.id = ? AND h.left_at IS NULL AND t.timeout = f.was AND t.created_at IS NOT NULL"
+    );
     const TAKEN: &str = concat!("SELECT f.place FROM ", fence!(), " WHERE t.owner = f.owner AND t.timeout = f.value");
     if chosen.is_empty() {
         return Ok(Vec::new());
     }
-    let (token, timeout) = (token(), until(now_ms, claim.alive_time));
+    let number = hosts::number(claim.host);
+    let (token, timeout) = (token(number), until(now_ms, claim.alive_time));
     // Rows are written in the same order everywhere; tasks are handed out in the order of choice.
     let mut in_order: Vec<(usize, &Ready)> = chosen.iter().enumerate().collect();
     in_order.sort_unstable_by_key(|(_, ready)| ready.key());
     let rows = json(in_order.into_iter().map(|(place, ready)| (place, ready.key(), token, ready.place.0, timeout)));
     let mut unheard = Unheard::new(shared, token, timeout);
-    let written = sqlx::query(names.sql(TAKE)).bind(&rows).execute(&mut *connection).await?.rows_affected();
-    if written != chosen.len() as u64 {
+    let (take, others) = if number == 0 { (sqlx::query(names.sql(TAKE)), 0) } else { (sqlx::query(names.sql(TAKE_WATCHED)), 1) };
+    let take = take.bind(&rows);
+    let take = if number == 0 { take } else { take.bind(number) };
+    let written = take.execute(&mut *connection).await?.rows_affected();
+    // The host's own row counts too.
+    if written != chosen.len() as u64 + others {
         let taken: Vec<i32> = sqlx::query_scalar(names.sql(TAKEN)).bind(&rows).fetch_all(connection).await?;
         let taken = |place: usize| i32::try_from(place).is_ok_and(|place| taken.contains(&place));
         let mut place = 0..;
         chosen.retain(|_| place.next().is_some_and(taken));
     }
     unheard.is_heard();
+    shared.hosts.covered(claim.host, timeout);
     let tasks: Vec<ClaimedTask> = chosen
         .into_iter()
         .map(|ready| {

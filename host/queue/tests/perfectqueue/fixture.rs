@@ -79,6 +79,21 @@ impl Site {
         self.backend().register_host(&description).await.unwrap()
     }
 
+    /// One that a watchdog knows.
+    pub(crate) async fn watched(&self, identity: &str) -> HostId {
+        let identity = Some(identity.to_owned());
+        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id(), identity };
+        self.backend().register_host(&description).await.unwrap()
+    }
+
+    /// What a watchdog does about a host that has died. Answers the keys, in their order.
+    pub(crate) async fn hand_on(&self, identity: &str) -> Vec<String> {
+        let handed_on = self.backend().hand_on(&[identity.to_owned()], &Policy::default()).await.unwrap();
+        let mut keys: Vec<String> = handed_on.tasks.into_iter().map(|lost| lost.key).collect();
+        keys.sort();
+        keys
+    }
+
     pub(crate) async fn submit(&self, tasks: &[NewTask]) {
         self.queue.submit_many(tasks).await.expect("good tasks can be submitted");
     }

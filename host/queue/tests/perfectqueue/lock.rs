@@ -8,7 +8,7 @@ use crate::fixture::{Site, asking, keys, task};
 use crate::ruby::Ruby;
 
 /// Wait until somebody waits for the lock.
-async fn somebody_waits(ruby: &mut Ruby) {
+pub(crate) async fn somebody_waits(ruby: &mut Ruby) {
     let waiting = "SELECT COUNT(*) FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE 'SELECT GET_LOCK%'";
     let started = Instant::now();
     while ruby.number(waiting).await == 0 {

@@ -9,6 +9,8 @@ mod claims;
 mod data;
 mod ends;
 mod fences;
+mod hold;
+mod hosts;
 mod lock;
 mod order;
 mod schema;

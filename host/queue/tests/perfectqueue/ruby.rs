@@ -31,7 +31,10 @@ impl Ruby {
     fn sql(&self, sql: &str) -> AssertSqlSafe<String> {
         let table = self.table.replace('`', "``");
         AssertSqlSafe(
-            sql.replace("{t}", &format!("`{table}`")).replace("{s}", &format!("`{table}_laelaps`")).replace("{lock}", &table),
+            sql.replace("{t}", &format!("`{table}`"))
+                .replace("{s}", &format!("`{table}_laelaps`"))
+                .replace("{h}", &format!("`{table}_laelaps_hosts`"))
+                .replace("{lock}", &table),
         )
     }
 
@@ -49,6 +52,11 @@ impl Ruby {
     }
 
     pub(crate) async fn number(&mut self, sql: &str) -> i64 {
+        let sql = self.sql(sql);
+        sqlx::query_scalar(sql).fetch_one(&mut self.connection).await.expect("the statement is right")
+    }
+
+    pub(crate) async fn text(&mut self, sql: &str) -> String {
         let sql = self.sql(sql);
         sqlx::query_scalar(sql).fetch_one(&mut self.connection).await.expect("the statement is right")
     }
@@ -169,6 +177,12 @@ impl Ruby {
         let now = self.now().await;
         let sql = "UPDATE {t} SET timeout = ?, data = ? WHERE id = ? AND created_at IS NOT NULL";
         self.write(sql, &[Number(now + alive), Bytes(data), Text(key)]).await > 0
+    }
+
+    /// What follows an acquire now and then.
+    pub(crate) async fn clean_up(&mut self) -> u64 {
+        let now = self.now().await;
+        self.write("DELETE FROM {t} WHERE timeout <= ?", &[Number(now - DELETE_OFFSET)]).await
     }
 
     /// `task.finish!`. False: already finished.

@@ -9,8 +9,8 @@ const OLD: &str = "CREATE TABLE {t} (id VARCHAR(256) NOT NULL, timeout INT NOT N
     resource VARCHAR(256), max_running INT, PRIMARY KEY (id))";
 
 #[tokio::test]
-async fn an_empty_database_gets_both_tables() {
-    for (side_table, version) in [(true, 3), (false, 2)] {
+async fn an_empty_database_gets_all_tables() {
+    for (side_table, version) in [(true, 4), (false, 2)] {
         let site = Site::empty(table(side_table)).await;
         assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::Missing);
         assert!(matches!(site.queue.submit(task("a")).await, Err(Error::NotInitialised)));
@@ -44,7 +44,7 @@ async fn many_hosts_at_once_make_one_schema() {
     while let Some(done) = running.join_next().await {
         applied += done.unwrap().unwrap().applied.len();
     }
-    assert_eq!(applied, 2);
+    assert_eq!(applied, 3);
     assert!(site.backend().drift().await.unwrap().is_empty());
 }
 
@@ -54,10 +54,10 @@ async fn a_table_without_owner_is_told_and_gets_one() {
     let mut ruby = site.ruby().await;
     ruby.run(OLD).await;
     ruby.submit("there", br#"{"type":"t"}"#).await;
-    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::Old { found: 1, needed: 3 });
+    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::Old { found: 1, needed: 4 });
     let host = site.host().await;
     let refused = site.backend().claim(&crate::fixture::asking(host, 1)).await.unwrap_err();
-    assert!(matches!(refused, Error::SchemaTooOld { found: 1, needed: 3 }), "{refused}");
+    assert!(matches!(refused, Error::SchemaTooOld { found: 1, needed: 4 }), "{refused}");
     let drift = site.backend().drift().await.unwrap().join("; ");
     assert!(
         drift.contains("no column owner") && drift.contains("no index on timeout") && drift.contains("_laelaps; init makes it"),
@@ -66,6 +66,27 @@ async fn a_table_without_owner_is_told_and_gets_one() {
     site.queue.init().await.unwrap();
     assert!(site.backend().drift().await.unwrap().is_empty());
     assert_eq!(keys(&site.claim(host, 1).await), ["there"]);
+}
+
+#[tokio::test]
+async fn an_installation_with_one_table_of_ours_gets_the_other() {
+    let site = Site::new().await;
+    let mut ruby = site.ruby().await;
+    site.submit(&[laelaps_queue::NewTask { max_attempts: Some(7), ..task("a") }]).await;
+    ruby.run("DROP TABLE {h}").await;
+    let site = site.another().await;
+    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::Old { found: 3, needed: 4 });
+    assert_eq!(
+        site.backend().drift().await.unwrap(),
+        [format!("there is no table {}_laelaps_hosts; init makes it", site.table())]
+    );
+    let plan = site.backend().plan().await.unwrap();
+    assert_eq!(plan.len(), 1);
+    assert!(plan[0].version == 4 && plan[0].sql.contains(&format!("`{}_laelaps_hosts`", site.table())), "{}", plan[0].sql);
+    assert_eq!(site.queue.init().await.unwrap().applied, [4]);
+    assert!(site.backend().drift().await.unwrap().is_empty());
+    let host = site.watched("h").await;
+    assert_eq!(site.claim(host, 1).await[0].max_attempts, Some(7), "what was noted stays");
 }
 
 #[tokio::test]
@@ -106,6 +127,9 @@ async fn any_name_and_any_character_set_will_do() {
     let charset = "SELECT COUNT(*) FROM information_schema.columns WHERE table_schema = DATABASE() AND collation_name = 'latin1_german1_ci'";
     assert_eq!(server.number(charset).await, 2);
     assert_eq!(site.get("UMLÄUT").await.state, laelaps_queue::State::Finished);
+    site.submit(&[task("größe.1").on_hold(), task("groesse.1").on_hold()]).await;
+    assert_eq!(site.backend().held("grö").await.unwrap(), ["größe.1"]);
+    assert!(site.backend().has_unsettled("größe").await.unwrap() && !site.backend().has_unsettled("日本").await.unwrap());
 }
 
 #[tokio::test]
@@ -114,7 +138,7 @@ async fn urls_of_ruby_are_taken_and_others_refused() {
     for scheme in ["mysql2", "mariadb"] {
         let url = site.config.url.replacen("mysql", scheme, 1);
         let queue = Queue::open(&Config { url, ..site.config.clone() }).await.unwrap();
-        assert_eq!(queue.schema_status().await.unwrap(), SchemaStatus::Current(3));
+        assert_eq!(queue.schema_status().await.unwrap(), SchemaStatus::Current(4));
     }
     let sqlite = Config { kind: Kind::PerfectQueue(table(true)), ..Config::new("sqlite:x.db") };
     assert!(matches!(Queue::open(&sqlite).await, Err(Error::Config { setting: "url", .. })));
