@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use laelaps_queue::{Kind, SchemaStatus, Timestamp};
 
-use super::output::{Output, counted, table};
+use super::output::{Output, counted, in_one_line, table};
 use super::plugin::{Found, survey};
 use super::{Complaint, Exit, Place, exit};
 use crate::config::Config;
@@ -40,7 +40,7 @@ impl Arguments {
             Ok(())
         };
         note(database(&config).await, &mut output)?;
-        match survey(&config.plugins.folder).await {
+        match survey(&config.plugins).await {
             Ok(found) => {
                 output.line(&format!(
                     "plugins        {}: {}",
@@ -102,7 +102,11 @@ fn write_plugins(output: &mut Output, found: &[Found]) -> std::io::Result<()> {
     }
     let mut table = table(&["  plugin", "sha256", "contract"]);
     for plugin in found {
-        table.add_row([format!("  {}", plugin.name), plugin.short_digest(), plugin.contract().unwrap_or("refused").to_owned()]);
+        table.add_row([
+            format!("  {}", in_one_line(&plugin.name, 150)),
+            plugin.short_digest(),
+            plugin.contract().unwrap_or("refused").to_owned(),
+        ]);
     }
     output.table(&table)
 }
