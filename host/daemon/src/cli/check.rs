@@ -9,6 +9,7 @@ use super::plugin::{Found, survey};
 use super::{Complaint, Exit, Place, exit};
 use crate::config::Config;
 use crate::host;
+use crate::plugin::scan;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {}
@@ -115,6 +116,7 @@ fn refusal(found: &Found, config: &Config) -> Complaint {
     let routes: Vec<String> =
         config.routes.iter().filter(|route| route.plugin == found.name).map(|route| (route.index + 1).to_string()).collect();
     let hint = match routes.as_slice() {
+        [] if !scan::is_name(&found.name) => "rename the file, or remove it".to_owned(),
         [] => "no route names it; replace or remove the file".to_owned(),
         [one] => format!("route {one} needs it: its tasks wait until the file is replaced"),
         several => format!("routes {} need it: their tasks wait until the file is replaced", several.join(", ")),

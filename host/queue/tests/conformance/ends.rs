@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{AttemptRecord, Error, Event, FailureKind, LeaseAnswer, NewTask, State, Submitted};
+use laelaps_queue::{AttemptRecord, Error, Event, FailureKind, LeaseAnswer, NewTask, Settlement, State, Submitted};
 
 use crate::fixture::{Fixture, finish, keys, settled, task, task_of, with_follow_ups};
 use crate::promises;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Beat, ClaimedTask, Event, FailureKind, LeaseAnswer, NewTask, Progress, State, Task};
+use laelaps_queue::{Beat, ClaimedTask, Event, FailureKind, LeaseAnswer, NewTask, Progress, Settlement, State, Task};
 use laelaps_test_databases::eventually;
 
 use crate::fixture::{Fixture, LONG, PATIENCE, finish, settled, task, with_follow_ups};

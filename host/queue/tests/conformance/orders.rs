@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{ClaimedTask, Event, LeaseAnswer, NewTask, State};
+use laelaps_queue::{ClaimedTask, Event, LeaseAnswer, NewTask, Settlement, State};
 
 use crate::fixture::{Database, Fixture, LONG, finish, settled, task, with_follow_ups};
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Error, Event, FailureKind, Filter, LeaseAnswer, NewTask, State};
+use laelaps_queue::{Error, Event, FailureKind, Filter, LeaseAnswer, NewTask, Settlement, State};
 
 use crate::fixture::{Site, finish, keys, settled, table, task, task_of};
 
