@@ -18,7 +18,7 @@ mod site;
 mod turn;
 
 pub use database::{Database, on};
-pub use figures::{measured, promised, scaled};
+pub use figures::{Figure, measured, promised, scaled};
 pub use guests::{digest, guest, with_edition};
 pub use host::Host;
 pub use patience::{LONG, PATIENCE, eventually};

@@ -173,6 +173,12 @@ async fn a_handler_runs_without_host_and_database() {
     site.plug("zoo", &guest("zoo"));
     let told = site.laelaps(["plugin", "run", "plugins/zoo.wasm", "--kind", "echo", "--data", r#"{"a":1}"#]).await.success();
     assert_eq!(told.stdout, r#"{"a":1}"#);
+    // The section's name, which every command takes, is not a variable to grant.
+    let told = site.laelaps(["-e", "production", "plugin", "run", "plugins/zoo.wasm", "--kind", "environment"]).await.success();
+    assert!(told.stdout.contains(r#""environment":{}"#), "{}", told.stdout);
+    let arguments = ["plugin", "run", "plugins/zoo.wasm", "--kind", "environment", "--env", "HOME", "-e", "production"];
+    let told = site.laelaps(arguments).await.success();
+    assert!(told.stdout.contains(r#""environment":{"HOME":"#), "{}", told.stdout);
     let told = site.laelaps(["plugin", "run", "plugins/zoo.wasm", "--kind", "unreachable", "--data", "{}"]).await;
     assert_eq!(told.code, Some(7), "{}", told.stderr);
     assert!(told.stderr.contains("the handler trapped"), "{}", told.stderr);

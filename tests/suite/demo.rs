@@ -1,11 +1,12 @@
 //! `laelaps demo`, as somebody who has just cloned the repository sees it.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use laelaps_tests::laelaps;
+use laelaps_tests::{laelaps, workspace_file};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
 
@@ -47,4 +48,71 @@ async fn an_interrupted_demo_leaves_nothing_behind() {
     let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("the demo ends").unwrap();
     assert!(!status.success());
     assert_eq!(left_behind(folder.path()), Vec::<String>::new());
+}
+
+/// The daemon's build script, compiled, in a folder where cargo, rustc and rustup are scripts.
+struct Build {
+    folder: tempfile::TempDir,
+}
+
+impl Build {
+    async fn script() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut rustc = Command::new("rustc");
+        rustc.args(["--edition", "2024", "--out-dir"]).arg(folder.path()).arg(workspace_file("host/daemon/build.rs"));
+        let compiled = rustc.current_dir(workspace_file("")).output().await.unwrap();
+        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+        let build = Self { folder };
+        // A toolchain that has not got the target: it answers where the target's libraries would be.
+        build.tool("rustc", "echo /nowhere/lib");
+        // Its last argument is the target folder.
+        build.tool(
+            "cargo",
+            "for last; do :; done; mkdir -p $last/wasm32-wasip2/plugin; echo > $last/wasm32-wasip2/plugin/access_log.wasm",
+        );
+        build
+    }
+
+    fn tool(&self, name: &str, script: &str) {
+        let folder = self.folder.path().join("bin");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(name), format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")).unwrap();
+        fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// What the script tells cargo.
+    async fn run(&self) -> String {
+        let folder = self.folder.path();
+        let out = folder.join("target/debug/build/laelaps/out");
+        fs::create_dir_all(&out).unwrap();
+        let mut script = Command::new(folder.join("build"));
+        script.env_clear().env("PATH", folder.join("bin")).env("OUT_DIR", out).env("CARGO_FEATURE_DEMO", "1");
+        script.env("CARGO_MANIFEST_DIR", workspace_file("host/daemon"));
+        script.env("CARGO", folder.join("bin/cargo")).env("RUSTC", folder.join("bin/rustc"));
+        let output = script.output().await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+#[tokio::test]
+async fn where_rusts_wasm_target_is_missing_the_build_adds_it_and_says_so() {
+    let build = Build::script().await;
+    let called = build.folder.path().join("called");
+    build.tool("rustup", &format!("echo \"$@\" >> {}", called.display()));
+    let told = build.run().await;
+    assert!(told.contains("cargo::warning=added Rust's target wasm32-wasip2"), "{told}");
+    assert!(!told.contains("cargo::error"), "{told}");
+    assert_eq!(fs::read_to_string(called).unwrap(), "target add wasm32-wasip2\n");
+}
+
+#[tokio::test]
+async fn where_rusts_wasm_target_cannot_be_added_the_build_says_what_to_do() {
+    let build = Build::script().await;
+    let by_hand = "cargo::error=add it by hand: `rustup target add wasm32-wasip2`";
+    let told = build.run().await;
+    assert!(told.contains("is missing, and rustup cannot be run to add it") && told.contains(by_hand), "{told}");
+    build.tool("rustup", "echo 'no network' >&2; exit 1");
+    let told = build.run().await;
+    assert!(told.contains("`rustup target add wasm32-wasip2` failed: no network") && told.contains(by_hand), "{told}");
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use laelaps_queue::State;
-use laelaps_tests::{Host, PATIENCE, Site, measured, promised, submit, task, wait_for_state};
+use laelaps_tests::{Host, PATIENCE, Site, promised, submit, task, wait_for_state};
 use serde_json::json;
 
 /// Processor time that a process and its threads have used, in clock ticks (a hundredth of a second).
@@ -32,8 +32,7 @@ async fn an_idle_host_writes_no_log_and_uses_almost_no_processor() {
     interval.tick().await;
     let used = Duration::from_millis((ticks(&host) - before) * 10);
     let share = used.as_secs_f64() / begun.elapsed().as_secs_f64() * 100.0;
-    measured("processor time of an idle host, per cent of one core (debug build unless soak)", format!("{share:.2}"));
-    assert!(share < 25.0, "a busy loop would use a whole core: {used:?} in {:?}", begun.elapsed());
+    // A busy loop would use a whole core, or more.
     promised("per cent of a core that an idle host uses", share, 5.0);
     assert_eq!(host.line_count(), lines, "an idle host has nothing to say");
     host.stop().await;

@@ -39,15 +39,21 @@ fn the_queue_knows_neither_webassembly_nor_zookeeper() {
 
 #[test]
 fn only_settlement_decides_what_follows_an_outcome() {
-    // The verdict on an event is built in one file; everybody else takes it apart.
-    let made = Regex::new(r"Verdict::(Finish|Wait|Fail)\s*\{[^}]*\}\s*(,|;|\))?\s*$").unwrap();
+    // The compiler lets nobody else make a settlement, as long as the verdict in it is private.
+    let settlement = fs::read_to_string(workspace_file("host/queue/src/settlement.rs")).unwrap();
+    assert!(settlement.contains("\n    verdict: Verdict,\n"), "a settlement can only be made by Settlement::of");
+    // Nor does anybody else make a verdict to go by; everybody else takes it apart.
+    let verdicts = Regex::new(r"Verdict::(Finish|Wait|Fail)\s*\{[^{}]*\}").unwrap();
+    let pattern = Regex::new(r"^\s*(=>|=[^=]|\||if\b)").unwrap();
     let decided: Vec<String> = sources()
-        .filter(|(path, _)| path.starts_with("host/daemon/src") && path != "host/queue/src/settlement.rs")
+        .filter(|(path, _)| path.starts_with("host/") && path.contains("/src/"))
+        .filter(|(path, _)| path != "host/queue/src/settlement.rs" && !path.ends_with("/tests.rs"))
         .flat_map(|(path, text)| {
-            text.lines()
-                .filter(|line| made.is_match(line) && !line.contains("=>"))
-                .map(|line| format!("{path}: {line}"))
-                .collect::<Vec<_>>()
+            let found = verdicts.find_iter(&text).filter(|found| {
+                let statement = text[..found.start()].rsplit([';', '{', '}']).next().unwrap();
+                !pattern.is_match(&text[found.end()..]) && !statement.contains("matches!(")
+            });
+            found.map(|found| format!("{path}: {}", found.as_str())).collect::<Vec<_>>()
         })
         .collect();
     assert!(decided.is_empty(), "verdicts made outside of settlement.rs:\n{}", decided.join("\n"));
@@ -70,24 +76,51 @@ fn no_part_of_the_host_reads_the_machine_s_clock() {
     assert!(clocks.is_empty(), "time in leases and schedules is the database's:\n{}", clocks.join("\n"));
 }
 
+/// The contract as it was when 0.1.0 was frozen. Never to be changed.
+const FROZEN: &str = "tests/data/wit-0.1.0";
+
 #[test]
 fn the_contract_that_plugins_are_built_against_does_not_change() {
     // Records, variants and enums of laelaps:worker@0.1.0 are frozen: a field or case more breaks every plugin that exists.
-    let wit = workspace_file("wit");
-    for (file, frozen) in [
-        ("types.wit", "record task { key: string, kind: string, data: list<u8>, user: option<string>, attempt: u32, }"),
-        ("types.wit", "record finished { output: option<list<u8>>, retention: option<milliseconds>, }"),
-        ("types.wit", "variant outcome { finish(finished), retry(option<milliseconds>), release(option<milliseconds>), }"),
-        ("types.wit", "enum failure-kind { retry, reject, }"),
-        ("types.wit", "record failure { kind: failure-kind, code: string, message: string, }"),
-        ("handler.wit", "handle: func(task: task) -> result<outcome, failure>;"),
-        ("context.wit", "enum cancellation { graceful, immediate, lease-lost, }"),
-    ] {
-        let text = fs::read_to_string(wit.join(file)).unwrap();
-        let code: Vec<&str> = text.lines().map(|line| line.split("//").next().unwrap_or("").trim()).collect();
-        let code = code.join(" ").split_whitespace().collect::<Vec<_>>().join(" ");
-        assert!(code.contains(frozen), "wit/{file} no longer says `{frozen}`");
+    let declaration = Regex::new(r"(?s)\b(record|variant|enum|flags|resource|type) [a-z0-9-]+( \{.*?\}| = [^;]*;)").unwrap();
+    let mut compared = 0;
+    for entry in fs::read_dir(workspace_file(FROZEN)).unwrap() {
+        let file = entry.unwrap().file_name();
+        let (frozen, current) = (code(&workspace_file(FROZEN).join(&file)), code(&workspace_file("wit").join(&file)));
+        for declared in declaration.find_iter(&frozen) {
+            let kept = declaration.find_iter(&current).any(|kept| kept.as_str() == declared.as_str());
+            assert!(kept, "wit/{} no longer says `{}`", file.display(), declared.as_str());
+            compared += 1;
+        }
+        let handle = "handle: func(task: task) -> result<outcome, failure>;";
+        assert_eq!(current.contains(handle), file == "handler.wit", "what a plugin exports");
     }
+    assert_eq!(compared, 13, "every type of the contract was compared");
+}
+
+#[test]
+fn a_plugin_built_against_the_frozen_contract_fits_todays() {
+    // Two packages of one version cannot be looked at together; the comparison heeds no versions.
+    let folder = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(workspace_file(FROZEN)).unwrap() {
+        let entry = entry.unwrap();
+        let text = fs::read_to_string(entry.path()).unwrap();
+        fs::write(folder.path().join(entry.file_name()), text.replace("laelaps:worker@0.1.0;", "laelaps:worker@0.0.1;")).unwrap();
+    }
+    let mut resolve = wit_parser::Resolve::default();
+    let (frozen, _) = resolve.push_dir(folder.path()).unwrap();
+    let (current, _) = resolve.push_dir(workspace_file("wit")).unwrap();
+    let [frozen, current] = [frozen, current].map(|package| resolve.select_world(&[package], Some("plugin")).unwrap());
+    if let Err(error) = wit_component::semver_check(resolve, frozen, current) {
+        panic!("a plugin that was built against {FROZEN} would be refused: {error:#}");
+    }
+}
+
+/// A WIT file without comments, and with single blanks.
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let code: Vec<&str> = text.lines().map(|line| line.split("//").next().unwrap_or("").trim()).collect();
+    code.join(" ").split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Every Rust file below `host/` and `sdk/`, with its path from the root of the repository.

@@ -14,6 +14,7 @@ mod idle;
 mod invariants;
 mod languages;
 mod layering;
+mod limits;
 mod offenders;
 mod perfectqueue;
 mod producers;

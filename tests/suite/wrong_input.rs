@@ -3,9 +3,10 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::path::Path;
 use std::process::Stdio;
 
-use laelaps_tests::{Answer, Site, guest, laelaps};
+use laelaps_tests::{Answer, Site, guest, laelaps, workspace_file};
 use serde_json::json;
 use sqlx::{Connection as _, Executor as _, SqliteConnection};
 
@@ -199,6 +200,44 @@ async fn files_that_are_no_plugins() {
         site.plug(name, bytes);
     }
     assert_told!(&site, ["-c", "laelaps.yml", "check"]);
+    assert_nothing_lost(&site).await;
+}
+
+/// A plugin of text: the contract's world around a handler that is never called, with this in its core module.
+fn plugin_of_text(memory_pages: u32, more: &str) -> Vec<u8> {
+    let text = |name: &str| fs::read_to_string(workspace_file("host/daemon/tests/plugin").join(name)).expect("a file of ours");
+    let memory = format!("(memory (export \"memory\") {memory_pages})");
+    let room = text("room.wat").replace("(memory (export \"memory\") 2)", &memory);
+    let handle = "(func (export \"handle\") (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32) (result i32) unreachable)";
+    let component = text("component.wat").replace(";; ROOM", &room).replace(";; MAIN", &format!("{handle} {more}"));
+    wat::parse_str(component.replace(";; MORE IMPORTS", "")).expect("component text")
+}
+
+#[tokio::test]
+async fn plugins_that_a_host_would_not_serve() {
+    let site = site_with_task().await;
+    let long = "n".repeat(129);
+    let fits = plugin_of_text(2, "");
+    for (name, component) in [
+        ("fits", &fits),
+        ("mis named", &fits),
+        (&long, &fits),
+        ("too-large", &plugin_of_text(1_025, "")),
+        ("zoo", &plugin_of_text(2, "(func $start unreachable) (start $start)")),
+    ] {
+        site.plug(name, component);
+    }
+    let digest = regex::Regex::new(r"\b[0-9a-f]{12}([0-9a-f]{52})?\b").expect("an expression");
+    let mut told = String::new();
+    for arguments in [
+        &["-c", "laelaps.yml", "check"][..],
+        &["-c", "laelaps.yml", "plugin", "list"],
+        &["-c", "laelaps.yml", "plugin", "inspect", "plugins/zoo.wasm"],
+        &["plugin", "inspect", "plugins/mis named.wasm"],
+    ] {
+        told.push_str(&tell(&site, arguments, "").await);
+    }
+    insta::assert_snapshot!(digest.replace_all(&told, "DIGEST").replace(&long, "LONG"));
     assert_nothing_lost(&site).await;
 }
 
@@ -428,29 +467,64 @@ async fn answer(command: &mut tokio::process::Command) -> Answer {
     }
 }
 
-#[tokio::test]
-async fn a_read_only_database() {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    let site = site_with_task().await;
-    let set = |mode| {
-        fs::set_permissions(site.path("queue.db"), fs::Permissions::from_mode(mode)).expect("our own file");
-        fs::set_permissions(site.folder(), fs::Permissions::from_mode(mode | 0o111)).expect("our own folder");
-    };
-    set(0o444);
-    // Permissions stop root as well once it has given up overriding them.
-    let mut command = tokio::process::Command::new(if rustix::process::geteuid().is_root() { "setpriv" } else { "env" });
-    if rustix::process::geteuid().is_root() {
+/// `laelaps ARGUMENTS` in a site, by somebody whom permissions stop, which they do root only once it has given up overriding them.
+async fn answer_under_permissions(site: &Site, arguments: &[&str]) -> Answer {
+    let is_root = rustix::process::geteuid().is_root();
+    let mut command = tokio::process::Command::new(if is_root { "setpriv" } else { "env" });
+    if is_root {
         command.args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search", "--"]);
     }
-    command
-        .arg(laelaps())
-        .args(["-c", "laelaps.yml", "submit", "k", "echo", "{}"])
-        .current_dir(site.folder())
-        .env("NO_COLOR", "1");
-    let told = answer(&mut command).await;
-    set(0o644);
+    answer(command.arg(laelaps()).args(arguments).current_dir(site.folder()).env("NO_COLOR", "1")).await
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("our own file");
+}
+
+#[tokio::test]
+async fn a_read_only_database() {
+    let site = site_with_task().await;
+    set_mode(&site.path("queue.db"), 0o444);
+    set_mode(site.folder(), 0o555);
+    let told = answer_under_permissions(&site, &["-c", "laelaps.yml", "submit", "k", "echo", "{}"]).await;
+    set_mode(site.folder(), 0o755);
+    set_mode(&site.path("queue.db"), 0o644);
     insta::assert_snapshot!(transcript(&site, "laelaps submit", &told));
+    assert_nothing_lost(&site).await;
+}
+
+#[tokio::test]
+async fn a_plugin_folder_that_cannot_be_read() {
+    let site = site_with_task().await;
+    set_mode(&site.path("plugins"), 0o000);
+    let mut told = String::new();
+    for command in ["check", "run"] {
+        let answer = answer_under_permissions(&site, &["-c", "laelaps.yml", command]).await;
+        told.push_str(&transcript(&site, &format!("laelaps {command}"), &answer));
+    }
+    set_mode(&site.path("plugins"), 0o755);
+    insta::assert_snapshot!(told);
+    assert_nothing_lost(&site).await;
+}
+
+#[tokio::test]
+async fn a_damaged_database() {
+    let site = site_with_task().await;
+    let good = fs::read(site.path("queue.db")).expect("our own file");
+    let mut damaged = good.clone();
+    // The first page still says that it is a database of ours.
+    damaged[4_096..].fill(0x5a);
+    fs::write(site.path("queue.db"), &damaged).expect("our own file");
+    assert_told!(
+        &site,
+        ["-c", "laelaps.yml", "list"],
+        ["-c", "laelaps.yml", "submit", "k", "echo", "{}"],
+        ["-c", "laelaps.yml", "run"]
+    );
+    assert!(fs::read(site.path("queue.db")).expect("our own file")[4_096..] == damaged[4_096..], "it is left as it was found");
+    fs::write(site.path("queue.db"), good).expect("our own file");
     assert_nothing_lost(&site).await;
 }
 
@@ -472,8 +546,15 @@ async fn a_full_disk() {
     let told = answer(command.current_dir(site.folder()).env("NO_COLOR", "1")).await;
     if told.code == Some(99) || told.stderr.contains("unshare:") {
         // Some containers allow no file systems of one's own; then the queue's own test of a full database has to do.
+        assert!(!is_ci(), "CI has to let its tests mount a small disk: {}", told.stderr.trim());
         eprintln!("a_full_disk: this machine lets nobody mount a small disk: {}", told.stderr.trim());
         return;
     }
     insta::assert_snapshot!(transcript(&site, "laelaps submit big echo - < big.json; laelaps list", &told));
+}
+
+/// Whether what cannot be tested here has to fail (as in tests/run).
+#[expect(clippy::disallowed_methods, reason = "tests read what .ci/run sets")]
+fn is_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|ci| ci == "true")
 }

@@ -52,7 +52,7 @@ pub struct Config {
     pub log: Option<PathBuf>,
     /// What goes into it, in tracing's syntax: `info`, or `warn,laelaps=debug`. `LAELAPS_LOG` wins over the file.
     pub log_filter: String,
-    /// How this host is called in the database, the log and on the dashboard: `host_name`, else the machine's name.
+    /// How this host is called in the database and the log: `host_name`, else the machine's name.
     pub host_name: String,
     /// Tasks that run at once: 1 to 1,024.
     pub processors: u32,

@@ -496,7 +496,7 @@ fn cancellation(manner: Manner) -> Cancellation {
     }
 }
 
-/// Half to one and a half times the interval's length, evenly, so that hosts which started together do not poll together.
+/// Three quarters to five quarters of the interval's length, evenly, so that hosts which started together do not poll together.
 fn jittered(interval: Duration) -> Duration {
     interval.mul_f64(0.75 + fastrand::f64() * 0.5)
 }

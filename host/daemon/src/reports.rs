@@ -67,8 +67,10 @@ pub(crate) fn captured(task: &ClaimedTask, version: &Version, captured: &Capture
             Level::Error => tracing::error!(target: "guest", task = key, plugin, "{}", line.text),
         }
     }
-    if captured.dropped_bytes > 0 {
-        tracing::warn!(target: "guest", task = key, plugin, bytes = captured.dropped_bytes, "the handler wrote more than its log limit; the rest was dropped");
+    let (lines, bytes) = (captured.dropped_lines, captured.dropped_bytes);
+    // Blank lines are dropped without a byte, and long ones cut without a line.
+    if lines > 0 || bytes > 0 {
+        tracing::warn!(target: "guest", task = key, plugin, lines, bytes, "the handler wrote more than its log limit; the rest was dropped");
     }
 }
 

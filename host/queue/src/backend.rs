@@ -332,6 +332,10 @@ pub trait Backend: Debug + Send + Sync {
     /// Note which plugin versions (sha256, hexadecimal) a host serves, so that an attempt lost with it can be traced.
     async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()>;
 
+    /// The plugin versions that a host has served, in the order of [`Backend::note_plugins`]; empty if the back end has no place for them, or
+    /// does not know the host.
+    async fn host_plugins(&self, host: HostId) -> Result<Vec<String>>;
+
     /// One task with data and output, or None.
     async fn get(&self, key: &str) -> Result<Option<Task>>;
 

@@ -19,6 +19,7 @@ mod operate;
 mod read;
 mod rows;
 mod schema;
+mod served;
 mod session;
 mod settle;
 mod submit;
@@ -223,6 +224,10 @@ impl Backend for MySql {
 
     async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()> {
         self.note_versions(host, digests).await
+    }
+
+    async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
+        self.served_by(host).await
     }
 
     async fn get(&self, key: &str) -> Result<Option<Task>> {

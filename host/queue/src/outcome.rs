@@ -36,7 +36,7 @@ pub(crate) struct Counters {
 impl Outcome {
     pub(crate) fn of(settlement: &Settlement) -> Self {
         let event = settlement.event;
-        match &settlement.verdict {
+        match settlement.verdict() {
             Verdict::Finish { retention, .. } => Self {
                 state: State::Finished,
                 event,
@@ -90,7 +90,7 @@ pub(crate) fn entries(settlements: &[Settlement]) -> Result<Vec<Entry>> {
         Ok(Entry {
             lease_ref: settlement.lease_ref,
             row: Outcome::of(settlement),
-            output: match &settlement.verdict {
+            output: match settlement.verdict() {
                 Verdict::Finish { output, .. } => output.clone(),
                 _ => None,
             },

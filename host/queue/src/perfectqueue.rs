@@ -281,6 +281,10 @@ impl Backend for PerfectQueue {
         Ok(())
     }
 
+    async fn host_plugins(&self, _host: HostId) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     async fn get(&self, key: &str) -> Result<Option<Task>> {
         self.shared.perform(read::Get { key: key.to_owned() }).await
     }

@@ -20,6 +20,7 @@ mod mark;
 mod operate;
 mod read;
 mod schema;
+mod served;
 mod session;
 mod settle;
 mod submit;
@@ -179,6 +180,11 @@ impl Backend for Postgres {
             Box::pin(async move { hosts::note_plugins(session, host, &digests).await })
         });
         noted.await
+    }
+
+    async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
+        let doing = "reading the plugin versions of a host";
+        self.shared.run(doing, move |session| Box::pin(async move { served::served_by(session, host).await })).await
     }
 
     async fn get(&self, key: &str) -> Result<Option<Task>> {

@@ -225,13 +225,13 @@ pub enum Verdict {
     },
 }
 
-/// A settled attempt, ready to be written.
+/// A settled attempt, ready to be written. Made by [`Settlement::of`] alone, so that no other code can decide what follows.
 #[derive(Clone, Debug)]
 pub struct Settlement {
     /// The task and the lease under which it ran.
     pub lease_ref: LeaseRef,
-    /// What is to be done.
-    pub verdict: Verdict,
+    /// What is to be done, as [`decide`] says.
+    verdict: Verdict,
     /// The event's name for the attempt's record: see [`Event::name`].
     pub event: &'static str,
     /// The short name of the failure, if it was one.
@@ -286,6 +286,12 @@ impl Settlement {
             plugin_digest,
             follow_ups: if event.keeps_follow_ups() { follow_ups } else { Vec::new() },
         }
+    }
+
+    /// What is to be done.
+    #[must_use]
+    pub fn verdict(&self) -> &Verdict {
+        &self.verdict
     }
 }
 

@@ -14,6 +14,7 @@ mod keep;
 mod operate;
 mod read;
 mod schema;
+mod served;
 mod settle;
 mod submit;
 mod together;
@@ -261,6 +262,10 @@ impl Backend for Sqlite {
                 Box::pin(async move { hosts::note_plugins(session, host, &digests).await })
             })
             .await
+    }
+
+    async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
+        self.served_by(host).await
     }
 
     async fn get(&self, key: &str) -> Result<Option<Task>> {

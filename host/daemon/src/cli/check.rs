@@ -5,12 +5,13 @@ use std::time::SystemTime;
 use laelaps_queue::{Kind, SchemaStatus, Timestamp};
 use laelaps_watchdog::{Root, Session, WatchdogQueue, fleet};
 
-use super::output::{Output, counted, table};
+use super::output::{Output, counted, in_one_line, table};
 use super::plugin::{Found, survey};
 use super::{Complaint, Exit, Place, exit};
 use crate::config::Config;
 use crate::fleet::ZooKeeper;
 use crate::host;
+use crate::plugin::scan;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {}
@@ -45,7 +46,7 @@ impl Arguments {
         for (what, zookeeper, root) in roots(&config) {
             note(look_at_root(what, zookeeper, root).await, &mut output)?;
         }
-        match survey(&config.plugins.folder).await {
+        match survey(&config.plugins).await {
             Ok(found) => {
                 output.line(&format!(
                     "plugins        {}: {}",
@@ -128,7 +129,11 @@ fn write_plugins(output: &mut Output, found: &[Found]) -> std::io::Result<()> {
     }
     let mut table = table(&["  plugin", "sha256", "contract"]);
     for plugin in found {
-        table.add_row([format!("  {}", plugin.name), plugin.short_digest(), plugin.contract().unwrap_or("refused").to_owned()]);
+        table.add_row([
+            format!("  {}", in_one_line(&plugin.name, 150)),
+            plugin.short_digest(),
+            plugin.contract().unwrap_or("refused").to_owned(),
+        ]);
     }
     output.table(&table)
 }
@@ -137,6 +142,7 @@ fn refusal(found: &Found, config: &Config) -> Complaint {
     let routes: Vec<String> =
         config.routes.iter().filter(|route| route.plugin == found.name).map(|route| (route.index + 1).to_string()).collect();
     let hint = match routes.as_slice() {
+        [] if !scan::is_name(&found.name) => "rename the file, or remove it".to_owned(),
         [] => "no route names it; replace or remove the file".to_owned(),
         [one] => format!("route {one} needs it: its tasks wait until the file is replaced"),
         several => format!("routes {} need it: their tasks wait until the file is replaced", several.join(", ")),

@@ -8,10 +8,8 @@ use std::path::{Path, PathBuf};
 
 use super::output::{Output, in_one_line, table};
 use super::{Complaint, Exit, Place};
-use crate::plugin::{Digest, Engine, Error, Inspection};
-
-/// The largest file that is looked at, which is the largest that a host would read.
-const FILE_BYTES_MAX: u64 = 256 << 20;
+use crate::plugin::scan::{self, Content};
+use crate::plugin::{self, Digest, Error, Inspection};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -33,7 +31,7 @@ impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         match self.command {
             Command::List(arguments) => arguments.run(place).await,
-            Command::Inspect(arguments) => arguments.run().await,
+            Command::Inspect(arguments) => arguments.run(place).await,
             Command::Run(arguments) => arguments.run().await,
         }
     }
@@ -60,7 +58,7 @@ struct FoundJson<'a> {
 impl List {
     async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let config = place.load()?;
-        let found = survey(&config.plugins.folder).await?;
+        let found = survey(&config.plugins).await?;
         let routes_of = |name: &str| -> Vec<usize> {
             config.routes.iter().filter(|route| route.plugin == name).map(|route| route.index + 1).collect()
         };
@@ -77,7 +75,13 @@ impl List {
                 };
                 let routes: Vec<String> = routes.iter().map(usize::to_string).collect();
                 let size = plugin.inspection.as_ref().map(|inspection| inspection.size_bytes.to_string()).unwrap_or_default();
-                rows.add_row([plugin.name.clone(), plugin.short_digest(), size, routes.join(" "), in_one_line(&told, 300)]);
+                rows.add_row([
+                    in_one_line(&plugin.name, 150),
+                    plugin.short_digest(),
+                    size,
+                    routes.join(" "),
+                    in_one_line(&told, 300),
+                ]);
             }
         }
         if !self.json {
@@ -136,34 +140,32 @@ impl Found {
     }
 }
 
-/// Look at every plugin of a folder, by name.
-pub(super) async fn survey(folder: &Path) -> anyhow::Result<Vec<Found>> {
-    let unreadable = |source| Error::Folder { folder: folder.to_path_buf(), source };
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        if !hidden && path.extension().is_some_and(|extension| extension == "wasm") {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    let engine = if paths.is_empty() { None } else { Some(inspect::engine()?) };
-    let mut found = Vec::new();
-    for path in paths {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let inspection = match (&engine, read(&path)) {
-            (Some(engine), Ok(bytes)) => inspect_bytes(engine, &bytes).await,
-            (_, Err(error)) => Err(error.to_string()),
-            (None, _) => continue,
+/// Look at every file of the plugin folder that is a plugin, or looks like one by its name, as a host would.
+pub(super) async fn survey(config: &plugin::Config) -> anyhow::Result<Vec<Found>> {
+    let folder = &config.folder;
+    let listing = scan::list(folder).map_err(|source| Error::Folder { folder: folder.clone(), source })?;
+    let mut found: Vec<Found> = listing
+        .misnamed
+        .iter()
+        .map(|file| Found {
+            name: file.trim_end_matches(".wasm").to_owned(),
+            path: folder.join(file),
+            inspection: Err(scan::misnamed()),
+        })
+        .collect();
+    let engine = if listing.files.is_empty() { None } else { Some(inspect::engine(config.memory_bytes_max)?) };
+    for (name, signature) in listing.files {
+        let path = scan::path(folder, &name);
+        let inspection = match (&engine, scan::read(&path, signature)) {
+            (Some(engine), Content::Whole(bytes)) => engine.inspect(&bytes).await.map_err(|error| error.to_string()),
+            (_, Content::Unreadable(reason)) => Err(reason),
+            (_, Content::Unsettled) => Err("the file is being written; look again".to_owned()),
+            (None, Content::Whole(_)) => continue,
         };
         found.push(Found { name, path, inspection });
     }
+    found.sort_by(|one, other| one.name.cmp(&other.name));
     Ok(found)
-}
-
-async fn inspect_bytes(engine: &Engine, bytes: &[u8]) -> Result<Inspection, String> {
-    engine.inspect(bytes).await.map_err(|error| error.to_string())
 }
 
 /// A module's bytes.
@@ -173,9 +175,9 @@ fn read(path: &Path) -> Result<Vec<u8>, Complaint> {
     };
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if bytes.len() as u64 > FILE_BYTES_MAX {
-        let message = format!("{}: larger than {} MiB", path.display(), FILE_BYTES_MAX >> 20);
+    file.take(scan::MODULE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() as u64 > scan::MODULE_BYTES_MAX {
+        let message = format!("{}: larger than {} MiB", path.display(), scan::MODULE_BYTES_MAX >> 20);
         return Err(Complaint::new(Exit::Plugin, message, "strip the module: `wasm-tools strip`"));
     }
     Ok(bytes)

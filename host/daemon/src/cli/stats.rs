@@ -1,9 +1,12 @@
 //! `laelaps stats`.
 
-use laelaps_queue::Stats;
+use laelaps_queue::{HostRecord, Stats};
 
-use super::output::{Output, in_one_line, table};
+use super::output::{Output, exact_moment, in_one_line, table};
 use super::{Exit, Place};
+
+/// The plugin versions of a host that a table shows: the latest. JSON has them all.
+const PLUGINS_SHOWN: usize = 4;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -16,16 +19,84 @@ impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let (_, queue) = place.open().await?;
         let stats = queue.backend().stats().await?;
+        let mut hosts = Vec::new();
+        for host in queue.backend().hosts().await? {
+            let plugins = queue.backend().host_plugins(host.id).await?;
+            hosts.push((host, plugins));
+        }
         queue.backend().close().await;
         let mut output = Output::open();
         if self.json {
-            output.json(&stats)?;
+            output.json(&StatsJson { stats: &stats, hosts: hosts.iter().map(HostJson::new).collect() })?;
         } else {
             write(&mut output, &stats)?;
+            write_hosts(&mut output, &hosts)?;
         }
         output.close()?;
         Ok(Exit::Done)
     }
+}
+
+#[derive(serde::Serialize)]
+struct StatsJson<'a> {
+    #[serde(flatten)]
+    stats: &'a Stats,
+    hosts: Vec<HostJson<'a>>,
+}
+
+#[derive(serde::Serialize)]
+struct HostJson<'a> {
+    id: i64,
+    name: &'a str,
+    process_id: u32,
+    started_at: String,
+    running: u64,
+    /// Null if only its leases can tell.
+    alive: Option<bool>,
+    plugins: &'a [String],
+}
+
+impl<'a> HostJson<'a> {
+    fn new((host, plugins): &'a (HostRecord, Vec<String>)) -> Self {
+        Self {
+            id: host.id.0,
+            name: &host.name,
+            process_id: host.process_id,
+            started_at: exact_moment(host.started_at),
+            running: host.running,
+            alive: host.alive,
+            plugins,
+        }
+    }
+}
+
+fn write_hosts(output: &mut Output, hosts: &[(HostRecord, Vec<String>)]) -> std::io::Result<()> {
+    if hosts.is_empty() {
+        return Ok(());
+    }
+    output.line("")?;
+    let mut table = table(&["host", "name", "process", "running", "alive", "plugin versions"]);
+    for (host, plugins) in hosts {
+        let alive = match host.alive {
+            Some(true) => "yes",
+            Some(false) => "no",
+            None => "see leases",
+        };
+        let short = |digest: &String| digest.chars().take(12).collect::<String>();
+        let mut versions: Vec<String> = plugins.iter().rev().take(PLUGINS_SHOWN).rev().map(short).collect();
+        if plugins.len() > PLUGINS_SHOWN {
+            versions.insert(0, format!("{} before", plugins.len() - PLUGINS_SHOWN));
+        }
+        table.add_row([
+            host.id.0.to_string(),
+            in_one_line(&host.name, 100),
+            host.process_id.to_string(),
+            host.running.to_string(),
+            alive.to_owned(),
+            versions.join(", "),
+        ]);
+    }
+    output.table(&table)
 }
 
 fn write(output: &mut Output, stats: &Stats) -> std::io::Result<()> {

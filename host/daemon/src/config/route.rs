@@ -10,7 +10,7 @@ use serde_yaml::Value;
 use super::document::{Report, Step};
 use super::keys::{Keys, Unknown, mismatch, secret_of};
 use super::{Lookup, Matcher, Route, section};
-use crate::plugin::{FolderGrant, Grants, Limits};
+use crate::plugin::{FolderGrant, Grants, Limits, scan};
 
 /// The most routes of a section.
 const ROUTES_MAX: usize = 1_000;
@@ -152,10 +152,10 @@ fn plugin_name(keys: &mut Keys<'_>) -> Option<String> {
         return None;
     }
     let name = keys.text("plugin", "the name of a plugin")?;
-    let allowed = |character: char| character.is_ascii_alphanumeric() || "._-".contains(character);
-    if name.starts_with('.') || !name.chars().all(allowed) || name.len() > 200 {
+    if !scan::is_name(&name) {
+        let most = scan::NAME_BYTES_MAX;
         let message =
-            format!("found {name:?}, expected at most 200 letters, digits, dots, underscores and hyphens, no dot in front");
+            format!("found {name:?}, expected at most {most} letters, digits, dots, underscores and hyphens, no dot in front");
         keys.problem("plugin", message, Some("the name is that of a file in the plugin folder, without .wasm"));
         return None;
     }

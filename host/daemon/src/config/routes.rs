@@ -38,10 +38,4 @@ impl Routes {
         });
         place.map(|place| &self.routes[place])
     }
-
-    /// All routes, in order.
-    #[must_use]
-    pub fn all(&self) -> &[Arc<Route>] {
-        &self.routes
-    }
 }

@@ -72,7 +72,111 @@ fn the_example_of_the_documentation_is_valid() {
 }
 
 #[test]
-fn every_key_of_a_section_is_documented_with_its_bounds() {
+fn every_configuration_of_the_pages_is_valid() {
+    let mut examples = 0;
+    for page in [
+        include_str!("../../../../README.md"),
+        include_str!("../../../../docs/daemon.md"),
+        include_str!("../../../../docs/perfectqueue.md"),
+    ] {
+        for example in page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+            let section = example.split(':').next().expect("a section");
+            let config = load_in(example, Some(section), &[]).expect("valid");
+            assert_eq!(config.warnings, [] as [String; 0], "{example}");
+            assert!(!config.routes.is_empty(), "{example}");
+            examples += 1;
+        }
+    }
+    assert!(examples >= 3, "{examples}");
+}
+
+/// The rows of the tables of docs/configuration.md that tell of keys: each key with its default and what is allowed, and whether it is a route's.
+fn documented() -> Vec<(&'static str, &'static str, &'static str, bool)> {
+    let (section, route) = include_str!("../../../../docs/configuration.md").split_once("\n## Routes").expect("a part on routes");
+    let mut rows = Vec::new();
+    for (page, is_route) in [(section, false), (route, true)] {
+        for line in page.lines().filter(|line| line.starts_with("| `")) {
+            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+            let [key, default, allowed, ..] = cells[..] else { panic!("four cells: {line}") };
+            rows.push((key.trim_matches('`'), default, allowed, is_route));
+        }
+    }
+    rows
+}
+
+/// A quantity as the page writes it: seconds, bytes or a bare number.
+fn quantity(text: &str) -> Option<f64> {
+    let (number, unit) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
+    let number: f64 = number.replace(',', "").parse().ok()?;
+    let unit = match unit {
+        "" | "s" => 1.0,
+        "ms" => 0.001,
+        "h" => 3_600.0,
+        "day" | "days" => 86_400.0,
+        "years" => 365.0 * 86_400.0,
+        "KiB" => 1_024.0,
+        "MiB" => 1_048_576.0,
+        "GiB" => 1_073_741_824.0,
+        _ => return None,
+    };
+    Some(number * unit)
+}
+
+/// The configuration with this key (None: without it), without what differs from file to file.
+fn with_key(key: &str, value: Option<&str>, is_route: bool) -> Result<String, Error> {
+    // Keys that have an effect only there, and keys that bound one another and have to stand far enough apart.
+    let (base, other) = match key {
+        "connect_timeout" | "statement_timeout" | "max_connections" | "listen" => ("{type: rdb, url: 'postgres://joe@db/q'", ""),
+        "side_table" => ("{type: rdb_compat, url: 'mysql://joe@db/q', table: tasks", ""),
+        "task_heartbeat_interval" => ("{type: rdb, url: 'sqlite:queue.db'", ", alive_time: 604800"),
+        _ => ("{type: rdb, url: 'sqlite:queue.db'", ""),
+    };
+    let entry = value.map(|value| format!(", {key}: {value}")).unwrap_or_default();
+    let entry = if is_route { format!(", routes: [{{type: a, plugin: p{entry}}}]") } else { entry };
+    let mut config = load(&format!("development: {base}{other}{entry}}}"))?;
+    config.path = PathBuf::new();
+    config.warnings.clear();
+    Ok(format!("{config:?}"))
+}
+
+#[test]
+fn the_documented_bounds_are_those_that_are_kept() {
+    let mut compared = 0;
+    for (key, _, allowed, is_route) in documented() {
+        let Some((lowest, highest)) = allowed.split_once(" to ") else { continue };
+        let (Some(lowest), Some(highest)) = (quantity(lowest), quantity(highest)) else { continue };
+        for good in [lowest, highest] {
+            assert!(with_key(key, Some(&good.to_string()), is_route).is_ok(), "{key}: {good} is allowed: {allowed}");
+        }
+        for bad in [highest * 1.1 + 1.0, if lowest > 1.0 { lowest - 1.0 } else { lowest / 2.0 - 0.001 }] {
+            let bad = if lowest.fract() == 0.0 && highest.fract() == 0.0 { bad.floor() } else { bad };
+            assert!(with_key(key, Some(&bad.to_string()), is_route).is_err(), "{key}: {bad} is not allowed: {allowed}");
+        }
+        compared += 1;
+    }
+    assert!(compared >= 24, "{compared} keys have bounds");
+}
+
+#[test]
+fn the_documented_defaults_are_those_that_count() {
+    let mut compared = 0;
+    for (key, default, _, is_route) in documented() {
+        let default = default.split([',', ';']).next().expect("a first").trim_matches('`');
+        let value = match quantity(default) {
+            Some(number) => number.to_string(),
+            None if ["true", "false", "fixed", "never", "unlimited", "info", "plugins"].contains(&default) => default.to_owned(),
+            // In words: there is nothing to be written in its place.
+            None => continue,
+        };
+        let without = with_key(key, None, is_route).expect("valid");
+        assert_eq!(with_key(key, Some(&value), is_route).expect("a default is allowed"), without, "{key}: {default}");
+        compared += 1;
+    }
+    assert!(compared >= 24, "{compared} keys have defaults");
+}
+
+#[test]
+fn every_key_of_a_section_is_documented() {
     let page = include_str!("../../../../docs/configuration.md");
     // The message for a key without likeness to another names all that are known there.
     let known = |text: &str| -> Vec<String> {

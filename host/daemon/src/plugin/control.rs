@@ -35,6 +35,8 @@ pub struct Control {
     waiting: AtomicBool,
     /// The guest leaves its thread only to let others have a turn.
     yielding: AtomicBool,
+    /// How often the guest has got its thread.
+    turns: AtomicU64,
     /// Somebody set `ordered`, `timed_out` or `halt`.
     changed: Notify,
 }
@@ -86,6 +88,13 @@ impl Control {
         self.waiting.load(Ordering::Relaxed)
     }
 
+    /// How often the guest has got a thread so far: for its beginning, after a call that waited in the host, and after each turn that it
+    /// had to give to others.
+    #[must_use]
+    pub fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Acquire)
+    }
+
     fn beat(&self) {
         self.beat_ms.store(monotonic_ms(), Ordering::Relaxed);
     }
@@ -99,6 +108,8 @@ impl Control {
     pub(super) fn enter_thread(&self) {
         self.waiting.store(false, Ordering::Relaxed);
         self.beat();
+        // After the beat: whoever sees the turn sees no older beat.
+        self.turns.fetch_add(1, Ordering::Release);
     }
 
     pub(super) fn leave_thread(&self) {

@@ -49,6 +49,9 @@ impl Error {
             Self::Runtime { .. } => {
                 Some("lower `processors` or the routes' `memory`, or raise the limit on address space (ulimit -v)")
             }
+            Self::Folder { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                Some("let the user of the host read the folder and enter it (chmod u+rx), or name another one as `plugins`")
+            }
             Self::Folder { .. } => Some("create the folder, or name another one as `plugins` in the configuration"),
             Self::Cache { .. } => Some("name a folder of its own as `plugin_cache`: it must belong to this user, with mode 0700"),
             Self::Refused(_) => None,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::compile::Failure;
-use super::{Config, Digest, Engine, Error, fit};
+use super::{Digest, Engine, Error, fit};
 
 /// What a module is, and whether a host would serve it.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -16,7 +16,7 @@ pub struct Inspection {
     pub imports: Vec<Item>,
     /// What it provides. Empty if it is no component.
     pub exports: Vec<Item>,
-    /// The version of the contract that it fits (`laelaps:worker@0.1.0`). None: see `problems`.
+    /// The version of the contract that it fits (`laelaps:worker@0.1.0`), and starts under. None: see `problems`.
     pub fits: Option<String>,
     /// Exactly what is wrong with it, most important first. Empty if it fits.
     pub problems: Vec<String>,
@@ -34,11 +34,11 @@ pub struct Item {
 }
 
 impl Engine {
-    /// Look at a module: compile and link it, but do not run it.
+    /// Look at a module as a host does before it serves it: compile it, link it, and start it once without calling its handler.
     ///
     /// # Errors
-    /// If the machinery fails. A module that is no component, or one that does not fit, is an answer: [`Inspection::problems`].
-    pub async fn inspect(&self, bytes: &[u8]) -> Result<Inspection, Error> {
+    /// If the machinery fails. A module that is no component, that does not fit or does not start, is an answer: [`Inspection::problems`].
+    pub async fn inspect(self: &Arc<Self>, bytes: &[u8]) -> Result<Inspection, Error> {
         let digest = Digest::of(bytes);
         let mut inspection = Inspection {
             digest,
@@ -59,18 +59,12 @@ impl Engine {
         inspection.imports = fit::imports(&self.wasmtime, &component);
         inspection.exports = fit::exports(&self.wasmtime, &component);
         match self.link(&component) {
-            Ok(_) => inspection.fits = Some(fit::contract()),
+            Ok(pre) => match self.self_test(&pre).await {
+                Ok(()) => inspection.fits = Some(fit::contract()),
+                Err(Failure::Refused(reason) | Failure::Unable(reason)) => inspection.problems.push(reason),
+            },
             Err(problems) => inspection.problems = problems,
         }
         Ok(inspection)
     }
-}
-
-/// Look at a module with an engine of its own, which allows each instance as much memory as a route may at all.
-///
-/// # Errors
-/// See [`Engine::inspect`] and [`Engine::new`].
-pub async fn inspect(bytes: &[u8]) -> Result<Inspection, Error> {
-    let engine: Arc<Engine> = Engine::new(&Config { instances_max: 1, memory_bytes_max: 4 << 30, ..Config::default() })?;
-    engine.inspect(bytes).await
 }

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 
 /// The largest module that is read.
-pub(super) const MODULE_BYTES_MAX: u64 = 256 << 20;
+pub(crate) const MODULE_BYTES_MAX: u64 = 256 << 20;
 /// The longest name of a plugin.
-const NAME_BYTES_MAX: usize = 128;
+pub(crate) const NAME_BYTES_MAX: usize = 128;
 /// The most entries of the folder that are looked at.
 const ENTRIES_MAX: usize = 10_000;
 
 /// What tells one content of a file from another without reading it. A file that is replaced, or written to, gets another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Signature {
+pub(crate) struct Signature {
     device: u64,
     inode: u64,
     size: u64,
@@ -40,15 +40,15 @@ impl Signature {
 
 /// The plugins that a folder holds, and the names that look like plugins but cannot be.
 #[derive(Debug, Default)]
-pub(super) struct Listing {
-    pub(super) files: BTreeMap<String, Signature>,
-    pub(super) misnamed: Vec<String>,
+pub(crate) struct Listing {
+    pub(crate) files: BTreeMap<String, Signature>,
+    pub(crate) misnamed: Vec<String>,
     /// The folder itself, so that its replacement is noticed.
     pub(super) folder: Option<(u64, u64)>,
 }
 
 /// What reading a file came to.
-pub(super) enum Content {
+pub(crate) enum Content {
     /// It is whole, and has not changed since the folder was listed.
     Whole(Vec<u8>),
     /// It changed meanwhile, or is gone.
@@ -58,7 +58,7 @@ pub(super) enum Content {
 }
 
 /// List a folder. Symbolic links count as what they lead to; those that lead nowhere do not count.
-pub(super) fn list(folder: &Path) -> io::Result<Listing> {
+pub(crate) fn list(folder: &Path) -> io::Result<Listing> {
     let metadata = fs::metadata(folder)?;
     let mut listing = Listing { folder: Some((metadata.dev(), metadata.ino())), ..Listing::default() };
     for entry in fs::read_dir(folder)?.take(ENTRIES_MAX) {
@@ -77,23 +77,33 @@ pub(super) fn list(folder: &Path) -> io::Result<Listing> {
 }
 
 /// The plugin of a file's name: None if it is no module, an error if it is one with a name that no plugin can have.
-fn plugin_name(file: &str) -> Result<Option<&str>, ()> {
+pub(crate) fn plugin_name(file: &str) -> Result<Option<&str>, ()> {
     let Some(name) = file.strip_suffix(".wasm") else { return Ok(None) };
     if name.is_empty() || name.starts_with('.') {
         // Hidden: how editors and copying programs name what is not complete yet.
         return Ok(None);
     }
+    if is_name(name) { Ok(Some(name)) } else { Err(()) }
+}
+
+/// Whether a plugin can have this name.
+pub(crate) fn is_name(name: &str) -> bool {
     let is_sane = |character: char| character.is_ascii_alphanumeric() || "._-".contains(character);
-    if name.len() > NAME_BYTES_MAX || !name.chars().all(is_sane) { Err(()) } else { Ok(Some(name)) }
+    (1..=NAME_BYTES_MAX).contains(&name.len()) && !name.starts_with('.') && name.chars().all(is_sane)
+}
+
+/// Why a file that looks like a plugin by its name is none.
+pub(crate) fn misnamed() -> String {
+    format!("no plugin can have this name: it has letters, digits, dots, dashes and underscores, at most {NAME_BYTES_MAX}")
 }
 
 /// The file of a plugin.
-pub(super) fn path(folder: &Path, plugin: &str) -> PathBuf {
+pub(crate) fn path(folder: &Path, plugin: &str) -> PathBuf {
     folder.join(format!("{plugin}.wasm"))
 }
 
 /// Read a file whole, if it is still the one that was listed, and still that afterwards.
-pub(super) fn read(path: &Path, listed: Signature) -> Content {
+pub(crate) fn read(path: &Path, listed: Signature) -> Content {
     match read_as_listed(path, listed) {
         Ok(content) => content,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Content::Unsettled,

@@ -118,7 +118,7 @@ struct Known {
 }
 
 impl Store {
-    /// Read the folder once, and watch it from then on until the store is closed or dropped.
+    /// Read the folder once, and watch it from then on until the store is dropped.
     ///
     /// # Errors
     /// [`Error::Folder`] if the folder cannot be read. A module that is refused is no error.
@@ -184,11 +184,6 @@ impl Store {
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
-    }
-
-    /// Stop watching. What serves goes on serving, and [`Store::rescan`] still works.
-    pub fn close(&self) {
-        self.closing.cancel();
     }
 
     pub(super) fn closing(&self) -> &CancellationToken {
@@ -447,10 +442,7 @@ impl Scanner {
 /// Say once of each file that its name cannot be a plugin's.
 fn note_misnamed(scanner: &mut Scanner, listing: &Listing) {
     for file in listing.misnamed.iter().filter(|file| !scanner.misnamed.contains(file)) {
-        tracing::warn!(
-            ?file,
-            "this file is no plugin: a plugin's name has letters, digits, dots, dashes and underscores, at most 128"
-        );
+        tracing::warn!(?file, "this file is no plugin: {}", scan::misnamed());
     }
     scanner.misnamed.clone_from(&listing.misnamed);
 }

@@ -281,7 +281,7 @@ async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<Reclaim
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
-    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict, Verdict::Fail { .. })).collect();
+    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict(), Verdict::Fail { .. })).collect();
     let answers = if settlements.is_empty() {
         Vec::new()
     } else {

@@ -69,8 +69,8 @@ fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option
     side.record(record.with(None, settlement.error_code.clone(), settlement.error_message.clone()));
     side.lost_owner = ready.owner;
     side.progress = None;
-    (side.error_code, side.error_message) = (settlement.error_code, settlement.error_message);
-    match settlement.verdict {
+    (side.error_code, side.error_message) = (settlement.error_code.clone(), settlement.error_message.clone());
+    match *settlement.verdict() {
         Verdict::Fail { retention, lost, lost_alone, .. } => {
             (side.lost, side.lost_alone) = (lost, lost_alone);
             let kept = seconds(retention);

@@ -109,7 +109,7 @@ pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
-    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict, Verdict::Fail { .. })).collect();
+    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict(), Verdict::Fail { .. })).collect();
     let answers = if settlements.is_empty() { Vec::new() } else { Group::of_lost(&settlements)?.write_in(session).await? };
     sweep(session, &claims).await?;
     let dead_hosts = strike_off(session).await?;

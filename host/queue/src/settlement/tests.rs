@@ -243,7 +243,7 @@ proptest! {
         prop_assert_eq!(settlement.event, name);
         prop_assert!(settlement.error_message.is_none_or(|message| message.len() <= Settlement::ERROR_MESSAGE_BYTES_MAX));
         prop_assert!(settlement.error_code.is_none_or(|code| code.len() <= Settlement::ERROR_CODE_BYTES_MAX));
-        if let Verdict::Fail { .. } = settlement.verdict {
+        if let Verdict::Fail { .. } = settlement.verdict() {
             prop_assert!(settlement.event != "release" && settlement.event != "stop" && settlement.event != "unrouted");
         }
     }

@@ -212,7 +212,7 @@ async fn take_back(session: &mut Session, dead: Vec<HostId>, policy: &Policy) ->
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
-    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict, Verdict::Fail { .. })).collect();
+    let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict(), Verdict::Fail { .. })).collect();
     let answers = if settlements.is_empty() { Vec::new() } else { Group::of_lost(&settlements)?.write(session).await? };
     let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
     let lost =

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use laelaps_queue::{AttemptRecord, Error, Event, FailureKind, LeaseAnswer, NewTask, Settlement, State, Submitted};
 
-use crate::fixture::{Fixture, finish, keys, settled, task, task_of};
+use crate::fixture::{Fixture, finish, keys, settled, task, task_of, with_follow_ups};
 use crate::promises;
 
 const AT_ONCE: Event = Event::Finish { output: None, retention: Some(Duration::ZERO) };
@@ -19,7 +19,8 @@ promises! {
         fixture.submit(&[task("a")]).await;
         let claimed = fixture.claim(host, 1).await.remove(0);
         let event = Event::Finish { output: Some(b"\x00\xff out".to_vec()), retention: Some(Duration::from_secs(9)) };
-        let settlement = Settlement { plugin_digest: Some("d1".to_owned()), ..settled(&claimed, event) };
+        let mut settlement = settled(&claimed, event);
+        settlement.plugin_digest = Some("d1".to_owned());
         assert_eq!(fixture.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
         let finished = fixture.get("a").await;
         assert_eq!(finished.output.as_deref(), Some(&b"\x00\xff out"[..]));
@@ -119,9 +120,9 @@ promises! {
         let host = fixture.host().await;
         fixture.submit(&[task("a"), task("b"), task("c"), task("taken")]).await;
         let claimed = fixture.claim(host, 4).await;
-        let with = |place: usize, event: Event, names: &[&str]| Settlement {
-            follow_ups: names.iter().map(|name| NewTask { task_type: "next".to_owned(), ..task(name) }).collect(),
-            ..settled(&claimed[place], event)
+        let with = |place: usize, event: Event, names: &[&str]| {
+            let follow_ups = names.iter().map(|name| NewTask { task_type: "next".to_owned(), ..task(name) }).collect();
+            with_follow_ups(follow_ups, settled(&claimed[place], event))
         };
         let group = [
             with(0, finish(), &["a1", "taken", "a2", "a1"]),
@@ -140,7 +141,7 @@ promises! {
         fixture.submit(&[task("a"), task("b")]).await;
         let claimed = fixture.claim(host, 2).await;
         fixture.queue.cancel("a").await.unwrap();
-        let with = |place: usize, name: &str| Settlement { follow_ups: vec![task(name)], ..settled(&claimed[place], finish()) };
+        let with = |place: usize, name: &str| with_follow_ups(vec![task(name)], settled(&claimed[place], finish()));
         let answers = fixture.backend().settle(&[with(0, "a1"), with(1, "b1")]).await.unwrap();
         assert_eq!(answers, [LeaseAnswer::Lost, LeaseAnswer::Held]);
         assert!(!fixture.queue.exists("a1").await.unwrap());
@@ -151,7 +152,7 @@ promises! {
         let host = fixture.host().await;
         fixture.submit(&[task("a"), task("b")]).await;
         let claimed = fixture.claim(host, 2).await;
-        let bad = Settlement { follow_ups: vec![task("good"), task("bad\n")], ..settled(&claimed[0], finish()) };
+        let bad = with_follow_ups(vec![task("good"), task("bad\n")], settled(&claimed[0], finish()));
         let refused = fixture.backend().settle(&[bad, settled(&claimed[1], finish())]).await;
         assert!(matches!(refused, Err(Error::InvalidTask { .. })));
         assert_eq!((fixture.state("a").await, fixture.state("b").await), (State::Running, State::Running));

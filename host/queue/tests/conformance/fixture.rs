@@ -202,6 +202,13 @@ pub(crate) fn settled(task: &ClaimedTask, event: Event) -> Settlement {
     Settlement::of(task.lease_ref, event, Attempt::of(task), &policy, 0.5, None, Vec::new())
 }
 
+/// The same with other follow-ups.
+pub(crate) fn with_follow_ups(follow_ups: Vec<NewTask>, settlement: Settlement) -> Settlement {
+    let mut settlement = settlement;
+    settlement.follow_ups = follow_ups;
+    settlement
+}
+
 pub(crate) fn finish() -> Event {
     Event::Finish { output: None, retention: None }
 }

@@ -97,6 +97,8 @@ promises! {
         fixture.backend().note_plugins(host, &digests(&["d1", "d2"])).await.unwrap();
         fixture.backend().note_plugins(host, &digests(&["d2", "d3"])).await.unwrap();
         fixture.backend().note_plugins(host, &[]).await.unwrap();
+        assert_eq!(fixture.backend().host_plugins(host).await.unwrap(), digests(&["d1", "d2", "d3"]));
+        assert_eq!(fixture.backend().host_plugins(HostId(999)).await.unwrap(), digests(&[]));
     }
 
     async fn two_hosts_settle_each_of_many_tasks_once(fixture: &Fixture) {

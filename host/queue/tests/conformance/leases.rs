@@ -5,7 +5,7 @@ use std::time::Duration;
 use laelaps_queue::{Beat, ClaimedTask, Event, FailureKind, LeaseAnswer, NewTask, Progress, Settlement, State, Task};
 use laelaps_test_databases::eventually;
 
-use crate::fixture::{Fixture, LONG, PATIENCE, finish, settled, task};
+use crate::fixture::{Fixture, LONG, PATIENCE, finish, settled, task, with_follow_ups};
 use crate::promises;
 
 fn beat(task: &ClaimedTask, alive_time: Duration) -> Beat {
@@ -35,7 +35,7 @@ async fn changes_nothing(fixture: &Fixture, stale: &ClaimedTask) {
         Event::Lost,
     ];
     for event in events {
-        let settlement = Settlement { follow_ups: vec![task("stale follow-up")], ..settled(stale, event.clone()) };
+        let settlement = with_follow_ups(vec![task("stale follow-up")], settled(stale, event.clone()));
         assert_eq!(backend.settle(&[settlement]).await.unwrap(), [LeaseAnswer::Lost], "{event:?}");
         same(fixture.get(&stale.key).await);
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use laelaps_queue::{ClaimedTask, Event, LeaseAnswer, NewTask, Settlement, State};
 
-use crate::fixture::{Database, Fixture, LONG, finish, settled, task};
+use crate::fixture::{Database, Fixture, LONG, finish, settled, task, with_follow_ups};
 
 /// What happens to one task of the batch. The step is the task's key.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,7 +26,7 @@ impl Step {
         let task = batch.iter().find(|task| task.key == self.key()).expect("each step has its task");
         match self {
             Self::Settle => {
-                let settlement = Settlement { follow_ups: vec![crate::fixture::task("follow-up")], ..settled(task, finish()) };
+                let settlement = with_follow_ups(vec![crate::fixture::task("follow-up")], settled(task, finish()));
                 assert_eq!(fixture.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
             }
             Self::Cancel => fixture.queue.cancel(&task.key).await.unwrap(),

@@ -6,7 +6,7 @@ use laelaps_queue::{
     Beat, Claim, ClaimedTask, Compression, Event, FailureKind, Filter, HostId, LeaseAnswer, NewTask, Settlement, State, Timestamp,
 };
 
-use crate::fixture::{Database, Fixture, LONG, finish, settled, task};
+use crate::fixture::{Database, Fixture, LONG, finish, settled, task, with_follow_ups};
 
 /// Steps of one storm, with an audit after every few.
 const STEPS: usize = 300;
@@ -104,7 +104,7 @@ impl Storm {
             let event = self.event();
             let follow_ups =
                 if event.keeps_follow_ups() && self.random.u32(..3) == 0 { vec![self.new_task()] } else { Vec::new() };
-            group.push(Settlement { follow_ups, ..settled(&task, event) });
+            group.push(with_follow_ups(follow_ups, settled(&task, event)));
             if self.claimed.is_empty() {
                 break;
             }

@@ -2,7 +2,7 @@
 
 use laelaps_queue::{Compression, Event, LeaseAnswer, NewTask, Submitted};
 
-use crate::fixture::{Site, settled, task};
+use crate::fixture::{Site, settled, task, with_follow_ups};
 
 #[tokio::test]
 async fn data_comes_back_byte_by_byte() {
@@ -117,7 +117,7 @@ async fn follow_ups_come_with_their_settlement() {
         let claimed = site.claim(host, 1).await.remove(0);
         let far = site.backend().now().await.unwrap().plus(std::time::Duration::from_secs(3600));
         let follow_ups = vec![task("next"), task("there"), NewTask { run_at: Some(far), ..task("later") }];
-        let settlement = laelaps_queue::Settlement { follow_ups, ..settled(&claimed, crate::fixture::finish()) };
+        let settlement = with_follow_ups(follow_ups, settled(&claimed, crate::fixture::finish()));
         assert_eq!(site.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
         let claimed = site.claim(host, 9).await;
         assert_eq!(crate::fixture::keys(&claimed), ["next", "there"]);

@@ -20,7 +20,8 @@ async fn a_finished_task_is_finished_to_ruby_and_keeps_its_output_beside() {
     let claimed = site.claim(host, 2).await;
     let now = ruby.now().await;
     let with = Event::Finish { output: Some(b"\x00\xff out".to_vec()), retention: Some(Duration::from_secs(9)) };
-    let settlement = Settlement { plugin_digest: Some("d1".to_owned()), ..settled(&claimed[0], with) };
+    let mut settlement = settled(&claimed[0], with);
+    settlement.plugin_digest = Some("d1".to_owned());
     let empty = Event::Finish { output: Some(Vec::new()), retention: None };
     let answers = site.backend().settle(&[settlement, settled(&claimed[1], empty)]).await.unwrap();
     assert_eq!(answers, [LeaseAnswer::Held, LeaseAnswer::Held]);

@@ -144,7 +144,7 @@ impl Site {
         assert_eq!(self.beat(stale).await, LeaseAnswer::Lost);
         assert_eq!(self.backend().update_data(stale.lease_ref, br#"{"stale":1}"#).await.unwrap(), LeaseAnswer::Lost);
         for event in [finish(), Event::Retry { delay: None }, Event::Release { delay: None }, Event::Stopped] {
-            let settlement = Settlement { follow_ups: vec![task("stale follow-up")], ..settled(stale, event) };
+            let settlement = with_follow_ups(vec![task("stale follow-up")], settled(stale, event));
             assert_eq!(self.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Lost]);
         }
         assert_eq!(ruby.row(&stale.key).await, before);
@@ -167,6 +167,13 @@ pub(crate) fn task_of(user: &str, key: &str, max_running: Option<u32>) -> NewTas
 pub(crate) fn settled(task: &ClaimedTask, event: Event) -> Settlement {
     let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), retry_wait: Duration::ZERO, ..Policy::default() };
     Settlement::of(task.lease_ref, event, Attempt::of(task), &policy, 0.5, None, Vec::new())
+}
+
+/// The same with other follow-ups.
+pub(crate) fn with_follow_ups(follow_ups: Vec<NewTask>, settlement: Settlement) -> Settlement {
+    let mut settlement = settlement;
+    settlement.follow_ups = follow_ups;
+    settlement
 }
 
 pub(crate) fn finish() -> Event {

@@ -32,6 +32,7 @@ pub(crate) fn visit(task: &Task, data: &Value) -> Option<Answer> {
         },
         "stdout-flood" => flood(&mut std::io::stdout()),
         "stderr-flood" => flood(&mut std::io::stderr()),
+        "blank-lines" => blank_lines(data),
         "heartbeat-flood" => loop {
             context::heartbeat(None, None);
         },
@@ -94,6 +95,13 @@ fn flood(stream: &mut dyn Write) -> Answer {
         // A host may close the stream; the flood goes on all the same.
         let _ = stream.write_all(&block);
     }
+}
+
+/// Writes `count` lines of nothing, then finishes.
+fn blank_lines(data: &Value) -> Answer {
+    let count: usize = parameter(data, "count")?.unwrap_or(100_000);
+    let _ = std::io::stdout().write_all(&b"\n".repeat(count));
+    finish(&json!({ "lines": count }))
 }
 
 fn submit_flood(task: &Task) -> Answer {

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::super::output::{Output, printable};
-use super::{Complaint, Exit, read};
-use crate::plugin::{Config, Engine, Error, Inspection, Item};
+use super::{Complaint, Exit, Place, read};
+use crate::config;
+use crate::plugin::{Config, Engine, Error, Inspection, Item, Limits, scan};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -17,9 +18,15 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    pub(super) async fn run(self) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
+        let memory_bytes_max = memory_bytes_max(place)?;
         let bytes = read(&self.file)?;
-        let inspection = engine()?.inspect(&bytes).await?;
+        let mut inspection = engine(memory_bytes_max)?.inspect(&bytes).await?;
+        let name = self.file.file_name().unwrap_or_default().to_string_lossy();
+        if scan::plugin_name(&name).is_err() {
+            inspection.problems.insert(0, scan::misnamed());
+            inspection.fits = None;
+        }
         let mut output = Output::open();
         if self.json {
             output.json(&inspection)?;
@@ -35,9 +42,19 @@ impl Arguments {
     }
 }
 
-/// Something to look at modules with: it allows as much memory as a route may at all.
-pub(super) fn engine() -> Result<Arc<Engine>, Error> {
-    Engine::new(&Config { instances_max: 1, memory_bytes_max: 4 << 30, ..Config::default() })
+/// The most memory that a host would allow it: by the routes of the configuration; by the default of a route where there is none, since a
+/// module can be looked at anywhere.
+fn memory_bytes_max(place: &Place) -> anyhow::Result<u64> {
+    match config::Config::load(&place.source()) {
+        Ok(config) => Ok(config.plugins.memory_bytes_max),
+        Err(config::Error::NoFile { .. }) => Ok(Limits::default().memory_bytes),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Something to look at modules with, which starts them under the limits of a host.
+pub(super) fn engine(memory_bytes_max: u64) -> Result<Arc<Engine>, Error> {
+    Engine::new(&Config { instances_max: 1, memory_bytes_max, ..Config::default() })
 }
 
 fn write(output: &mut Output, inspection: &Inspection) -> std::io::Result<()> {

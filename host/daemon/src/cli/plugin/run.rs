@@ -57,7 +57,7 @@ pub(super) struct Arguments {
     writable_folders: Vec<(String, String)>,
     /// A variable of the environment, given away with its value (may be given several times)
     #[arg(long = "env", value_name = "NAME")]
-    environment: Vec<String>,
+    variables: Vec<String>,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -141,7 +141,7 @@ impl Arguments {
                 return Err(Complaint::new(Exit::Usage, message, "name an existing folder: --folder FOLDER=/GUEST").into());
             }
         }
-        for name in &self.environment {
+        for name in &self.variables {
             let value = config::environment_variable(name).ok_or_else(|| {
                 Complaint::new(Exit::Usage, format!("the environment variable {name} is not set"), "set it, or leave --env out")
             })?;

@@ -34,7 +34,11 @@ pub(super) fn parse(line: &[u8], defaults: &Options) -> Result<NewTask, String> 
     let mut task = defaults.task(line.key, line.task_type, line.data.get().as_bytes().to_vec());
     task.user = line.user.or(task.user);
     task.run_at = line.run_at.or(task.run_at);
-    task.max_running = line.max_running.or(task.max_running);
+    if line.max_running.is_some() && task.user.is_none() {
+        return Err(format!("task {:?}: max_running without user; it limits the tasks of a user", task.key));
+    }
+    // The option is for the lines that have a user.
+    task.max_running = line.max_running.or(task.max_running.filter(|_| task.user.is_some()));
     task.max_attempts = line.max_attempts.or(task.max_attempts);
     if let Some(gzip) = line.gzip {
         task.compression = if gzip { Compression::Gzip } else { Compression::None };
@@ -104,6 +108,16 @@ mod tests {
     fn a_line_keeps_its_data_as_the_producer_wrote_it() {
         let task = task(r#"{"key":"k","type":"t","data":{"z":1.0,"a" : 12345678901234567890123,"z":2}}"#).expect("valid");
         assert_eq!(task.data, br#"{"z":1.0,"a" : 12345678901234567890123,"z":2}"#);
+    }
+
+    #[test]
+    fn a_limit_of_a_user_needs_one() {
+        let limit = |line: &str, defaults: &Options| parse(line.as_bytes(), defaults).map(|task| task.max_running);
+        let (with, without) = (r#"{"key":"k","type":"t","data":{},"user":"ann"}"#, r#"{"key":"k","type":"t","data":{}}"#);
+        let refused = limit(r#"{"key":"k","type":"t","data":{},"max_running":2}"#, &Options::default());
+        assert_eq!(refused, Err("task \"k\": max_running without user; it limits the tasks of a user".to_owned()));
+        let defaults = Options { max_running: Some(3), ..Options::default() };
+        assert_eq!((limit(with, &defaults), limit(without, &defaults)), (Ok(Some(3)), Ok(None)));
     }
 
     #[test]
