@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sqlx::mysql::MySqlDatabaseError;
 
+use crate::error::is_about_encryption;
 use crate::{Error, HostId, State};
 
 /// What an operation ends with when it does not succeed: an error of the database, not yet put into words, or one of the queue.
@@ -88,7 +89,7 @@ impl Place {
     /// The error of a connection that did not come about.
     pub(crate) fn connecting(&self, source: sqlx::Error) -> Error {
         let hint = match &source {
-            sqlx::Error::Tls(_) => {
+            source if is_about_encryption(source) => {
                 "the server does not offer the encryption that is asked for, or its certificate is not trusted; look at ssl_mode and sslca"
             }
             sqlx::Error::Io(_) => "the server cannot be reached; look at host, port and firewall, and whether it runs",

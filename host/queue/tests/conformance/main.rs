@@ -5,6 +5,7 @@
 mod fixture;
 
 mod ends;
+mod errors;
 mod fair;
 mod files;
 mod hosts;
