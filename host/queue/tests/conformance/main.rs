@@ -4,6 +4,7 @@
 
 mod fixture;
 
+mod shares;
 mod ends;
 mod errors;
 mod fair;
