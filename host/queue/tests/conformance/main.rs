@@ -5,6 +5,9 @@
 mod fixture;
 
 mod shares;
+mod lost;
+mod behind;
+mod contention;
 mod ends;
 mod errors;
 mod fair;
