@@ -4,10 +4,9 @@
 
 mod fixture;
 
-mod shares;
-mod lost;
 mod behind;
 mod contention;
+mod encryption;
 mod ends;
 mod errors;
 mod fair;
@@ -16,11 +15,13 @@ mod hosts;
 mod leases;
 mod lists;
 mod losses;
+mod lost;
 mod mariadb;
 mod orders;
 mod postgres;
 mod program;
 mod schema;
+mod shares;
 mod storm;
 mod submits;
 
