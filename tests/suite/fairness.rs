@@ -85,7 +85,13 @@ laelaps_tests::on_every_database! {
         let site = Site::new().await;
         site.plug_guest("zoo");
         // A dead host is known by its leases, except on SQLite.
-        site.configure(json!({ "processors": 8, "task_prefetch": 24, "alive_time": 3, "task_heartbeat_interval": 0.5 }));
+        site.configure(json!({
+            "processors": 8,
+            "task_prefetch": 24,
+            "alive_time": 3,
+            "task_heartbeat_interval": 0.5,
+            "retention_time": 3_600,
+        }));
         let queue = site.queue().await;
         record(&site).await;
         let tasks: Vec<NewTask> = (0..count)

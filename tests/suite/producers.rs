@@ -1,4 +1,4 @@
-//! The examples of producers in other languages, run against real servers.
+//! The examples of producers in other languages, run against real databases.
 
 use std::fs;
 use std::path::PathBuf;
@@ -23,7 +23,11 @@ async fn a_task_is_there_if_and_only_if_its_transaction_was_committed(mut progra
 }
 
 fn name(database: Database) -> &'static str {
-    if database == Database::Postgres { "postgres" } else { "mysql" }
+    match database {
+        Database::Sqlite => "sqlite",
+        Database::Postgres => "postgres",
+        Database::MariaDb => "mysql",
+    }
 }
 
 fn example(name: &str) -> PathBuf {
@@ -80,3 +84,9 @@ macro_rules! in_every_language {
     };
 }
 in_every_language!(Postgres: on_postgres, MariaDb: on_mariadb);
+
+mod on_sqlite {
+    use laelaps_tests::{Database, on};
+
+    in_every_language!(@ Sqlite python);
+}

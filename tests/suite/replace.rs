@@ -44,25 +44,6 @@ fn damaged(component: &[u8]) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn an_attempt_keeps_its_version_and_the_next_one_gets_the_new() {
-    let (site, queue, host) = zoo().await;
-    submit(&queue, &[task("old", "edition", json!({ "mark": "/marks/begun", "gate": "/marks/gate" }))]).await;
-    eventually(PATIENCE, "the attempt runs", async || if site.marks("begun").is_empty() { Err(String::new()) } else { Ok(()) })
-        .await;
-    let second = guest("zoo-2");
-    site.plug("zoo", &second);
-    serves(&queue, &second).await;
-    submit(&queue, &[task("new", "edition", json!({}))]).await;
-    let new = wait_for_state(&queue, "new", State::Finished, PATIENCE).await;
-    assert_eq!(output(&new)["edition"], 2);
-    site.open_gate("gate");
-    let old = wait_for_state(&queue, "old", State::Finished, PATIENCE).await;
-    assert_eq!(output(&old)["edition"], 1, "the version it began with is still there");
-    assert_eq!(old.plugin_digest, Some(digest(&guest("zoo"))), "and is the one stored with it");
-    host.stop().await;
-}
-
-#[tokio::test]
 async fn every_way_of_replacing_a_file_is_noticed() {
     let (site, queue, host) = zoo().await;
     let edition = |number| with_edition(&guest("zoo"), number);
@@ -131,81 +112,6 @@ async fn a_half_written_file_never_serves_and_the_whole_one_does() {
     host.stop().await;
 }
 
-#[tokio::test]
-async fn a_new_file_name_is_a_new_plugin_without_a_restart() {
-    let site = Site::new().await;
-    site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "pattern": ".", "plugin": "late" }))] }));
-    let queue = site.queue().await;
-    let host = site.start().await;
-    submit(&queue, &[task("early", "silent", json!({}))]).await;
-    let line = host.logged("wait for a plugin", PATIENCE).await;
-    assert!(line.contains("WARN") && line.contains("silent") && line.contains("late"), "{line}");
-    let early = queue.backend().get("early").await.unwrap().unwrap();
-    assert_eq!((early.state.is_terminal(), early.attempts), (false, 0), "waiting for a plugin counts for nothing");
-    site.plug("late", &guest("zoo"));
-    let early = wait_for_state(&queue, "early", State::Finished, PATIENCE).await;
-    assert_eq!(early.attempts, 1);
-    host.stop().await;
-}
-
-#[tokio::test]
-async fn a_deleted_file_takes_its_plugin_out_of_service_until_it_is_back() {
-    let site = Site::new().await;
-    site.plug_guest("zoo");
-    site.configure(json!({ "retry_wait": 0.3 }));
-    let queue = site.queue().await;
-    let host = site.start().await;
-    submit(&queue, &[task("running", "silent", json!({ "mark": "/marks/begun", "gate": "/marks/gate" }))]).await;
-    eventually(PATIENCE, "the attempt runs", async || if site.marks("begun").is_empty() { Err(String::new()) } else { Ok(()) })
-        .await;
-    fs::remove_file(site.plugin_path("zoo")).unwrap();
-    host.signal(Signal::CONT); // look now
-    host.logged("the plugin's file was deleted", PATIENCE).await;
-    submit(&queue, &[task("waits", "echo", json!({}))]).await;
-    host.logged("wait for a plugin", PATIENCE).await;
-    site.open_gate("gate");
-    wait_for_state(&queue, "running", State::Finished, PATIENCE).await;
-    site.plug_guest("zoo");
-    wait_for_state(&queue, "waits", State::Finished, PATIENCE).await;
-    host.stop().await;
-}
-
-#[tokio::test]
-async fn a_file_that_does_not_fit_is_refused_with_the_reason_and_changes_nothing() {
-    let (site, queue, host) = zoo().await;
-    let component_of_nothing = b"\0asm\x0d\0\x01\0".to_vec();
-    // Each with words that its refusal has to contain.
-    let refused: [(&str, Vec<u8>, &[&str]); 7] = [
-        ("empty", Vec::new(), &["empty"]),
-        ("text", b"#!/bin/sh\necho hello\n".to_vec(), &["not WebAssembly"]),
-        ("core", b"\0asm\x01\0\0\0".to_vec(), &["core WebAssembly module", "component"]),
-        ("other-world", component_of_nothing.clone(), &["laelaps:worker/handler"]),
-        ("needs-more", importing(&component_of_nothing, "acme:cloud/storage@1.2.3"), &["acme:cloud/storage"]),
-        ("damaged", damaged(&guest("zoo")), &[]),
-        ("cut", guest("zoo")[..guest("zoo").len() / 2].to_vec(), &[]),
-    ];
-    for (name, bytes, words) in &refused {
-        site.plug("zoo", bytes);
-        let line = host.logged(&digest(bytes)[..12], LONG).await;
-        assert!(line.contains("refused"), "{name}: {line}");
-        for word in *words {
-            assert!(line.contains(word), "{name}: {word:?} is missing in: {line}");
-        }
-        let key = format!("after-{name}");
-        submit(&queue, &[task(&key, "silent", json!({}))]).await;
-        let after = wait_for_state(&queue, &key, State::Finished, PATIENCE).await;
-        assert_eq!(after.plugin_digest, Some(digest(&guest("zoo"))), "{name}: the version before goes on serving");
-    }
-    // Said once each, not at every look.
-    host.signal(Signal::CONT);
-    host.signal(Signal::WINCH);
-    serves(&queue, &guest("zoo")).await;
-    for (name, bytes, _) in &refused {
-        assert_eq!(host.lines_with(&digest(bytes)[..12]).len(), 1, "{name} is refused once");
-    }
-    host.stop().await;
-}
-
 /// A component that imports an empty interface of this name.
 fn importing(component: &[u8], interface: &str) -> Vec<u8> {
     let mut bytes = component.to_vec();
@@ -218,6 +124,96 @@ fn importing(component: &[u8], interface: &str) -> Vec<u8> {
 }
 
 laelaps_tests::on_every_database! {
+    async fn an_attempt_keeps_its_version_and_the_next_one_gets_the_new() {
+        let (site, queue, host) = zoo().await;
+        submit(&queue, &[task("old", "edition", json!({ "mark": "/marks/begun", "gate": "/marks/gate" }))]).await;
+        eventually(PATIENCE, "the attempt runs", async || if site.marks("begun").is_empty() { Err(String::new()) } else { Ok(()) })
+            .await;
+        let second = guest("zoo-2");
+        site.plug("zoo", &second);
+        serves(&queue, &second).await;
+        submit(&queue, &[task("new", "edition", json!({}))]).await;
+        let new = wait_for_state(&queue, "new", State::Finished, PATIENCE).await;
+        assert_eq!(output(&new)["edition"], 2);
+        site.open_gate("gate");
+        let old = wait_for_state(&queue, "old", State::Finished, PATIENCE).await;
+        assert_eq!(output(&old)["edition"], 1, "the version it began with is still there");
+        assert_eq!(old.plugin_digest, Some(digest(&guest("zoo"))), "and is the one stored with it");
+        host.stop().await;
+    }
+
+    async fn a_new_file_name_is_a_new_plugin_without_a_restart() {
+        let site = Site::new().await;
+        site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "pattern": ".", "plugin": "late" }))] }));
+        let queue = site.queue().await;
+        let host = site.start().await;
+        submit(&queue, &[task("early", "silent", json!({}))]).await;
+        let line = host.logged("wait for a plugin", PATIENCE).await;
+        assert!(line.contains("WARN") && line.contains("silent") && line.contains("late"), "{line}");
+        let early = queue.backend().get("early").await.unwrap().unwrap();
+        assert_eq!((early.state.is_terminal(), early.attempts), (false, 0), "waiting for a plugin counts for nothing");
+        site.plug("late", &guest("zoo"));
+        let early = wait_for_state(&queue, "early", State::Finished, PATIENCE).await;
+        assert_eq!(early.attempts, 1);
+        host.stop().await;
+    }
+
+    async fn a_deleted_file_takes_its_plugin_out_of_service_until_it_is_back() {
+        let site = Site::new().await;
+        site.plug_guest("zoo");
+        site.configure(json!({ "retry_wait": 0.3 }));
+        let queue = site.queue().await;
+        let host = site.start().await;
+        submit(&queue, &[task("running", "silent", json!({ "mark": "/marks/begun", "gate": "/marks/gate" }))]).await;
+        eventually(PATIENCE, "the attempt runs", async || if site.marks("begun").is_empty() { Err(String::new()) } else { Ok(()) })
+            .await;
+        fs::remove_file(site.plugin_path("zoo")).unwrap();
+        host.signal(Signal::CONT); // look now
+        host.logged("the plugin's file was deleted", PATIENCE).await;
+        submit(&queue, &[task("waits", "echo", json!({}))]).await;
+        host.logged("wait for a plugin", PATIENCE).await;
+        site.open_gate("gate");
+        wait_for_state(&queue, "running", State::Finished, PATIENCE).await;
+        site.plug_guest("zoo");
+        wait_for_state(&queue, "waits", State::Finished, PATIENCE).await;
+        host.stop().await;
+    }
+
+    async fn a_file_that_does_not_fit_is_refused_with_the_reason_and_changes_nothing() {
+        let (site, queue, host) = zoo().await;
+        let component_of_nothing = b"\0asm\x0d\0\x01\0".to_vec();
+        // Each with words that its refusal has to contain.
+        let refused: [(&str, Vec<u8>, &[&str]); 7] = [
+            ("empty", Vec::new(), &["empty"]),
+            ("text", b"#!/bin/sh\necho hello\n".to_vec(), &["not WebAssembly"]),
+            ("core", b"\0asm\x01\0\0\0".to_vec(), &["core WebAssembly module", "component"]),
+            ("other-world", component_of_nothing.clone(), &["laelaps:worker/handler"]),
+            ("needs-more", importing(&component_of_nothing, "acme:cloud/storage@1.2.3"), &["acme:cloud/storage"]),
+            ("damaged", damaged(&guest("zoo")), &[]),
+            ("cut", guest("zoo")[..guest("zoo").len() / 2].to_vec(), &[]),
+        ];
+        for (name, bytes, words) in &refused {
+            site.plug("zoo", bytes);
+            let line = host.logged(&digest(bytes)[..12], LONG).await;
+            assert!(line.contains("refused"), "{name}: {line}");
+            for word in *words {
+                assert!(line.contains(word), "{name}: {word:?} is missing in: {line}");
+            }
+            let key = format!("after-{name}");
+            submit(&queue, &[task(&key, "silent", json!({}))]).await;
+            let after = wait_for_state(&queue, &key, State::Finished, PATIENCE).await;
+            assert_eq!(after.plugin_digest, Some(digest(&guest("zoo"))), "{name}: the version before goes on serving");
+        }
+        // Said once each, not at every look.
+        host.signal(Signal::CONT);
+        host.signal(Signal::WINCH);
+        serves(&queue, &guest("zoo")).await;
+        for (name, bytes, _) in &refused {
+            assert_eq!(host.lines_with(&digest(bytes)[..12]).len(), 1, "{name} is refused once");
+        }
+        host.stop().await;
+    }
+
     async fn swaps_under_load_fail_no_task_and_lose_none() {
         let swaps = scaled(100).max(20);
         let site = Site::new().await;

@@ -1,12 +1,11 @@
-//! A database server that dies, and connections that are cut, while hosts work.
+//! A database server that dies or takes no writes, and connections that are cut, while hosts work.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
-use laelaps_queue::{Config, Queue};
+use laelaps_queue::{Config, Queue, State};
 use laelaps_test_databases::{Durability, mariadb, postgres};
-use laelaps_tests::{Host, LONG, Site, all_tasks, eventually, scaled, submit, task};
-use serde_json::json;
+use laelaps_tests::{Database, Host, LONG, PATIENCE, Site, all_tasks, eventually, scaled, submit, task, wait_for_state};
+use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection, PgConnection};
 
 /// A server that only this test uses.
@@ -28,6 +27,42 @@ impl Server {
         match self {
             Self::Postgres(server) => server.create_database().await,
             Self::MariaDb(server) => server.create_database().await,
+        }
+    }
+
+    /// The same database for a user who may do everything in it, and nothing to the server: an administrator is not held to `read_only`.
+    async fn as_mere_user(&self, url: &str) -> String {
+        match self {
+            Self::Postgres(_) => url.to_owned(),
+            Self::MariaDb(server) => {
+                let (_, database) = url.rsplit_once('/').unwrap();
+                let mut root = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
+                let user = format!("CREATE USER mere@'127.0.0.1'; GRANT ALL ON {database}.* TO mere@'127.0.0.1'");
+                sqlx::raw_sql(AssertSqlSafe(user)).execute(&mut root).await.unwrap();
+                url.replace("root@", "mere@")
+            }
+        }
+    }
+
+    /// Takes no writes any more, as after a failover; or takes them again.
+    async fn takes_writes(&self, writes: bool) {
+        match self {
+            Self::Postgres(server) => {
+                let word = if writes { "off" } else { "on" };
+                let mut admin = PgConnection::connect(&server.url("postgres")).await.unwrap();
+                for sql in [
+                    "SET default_transaction_read_only = off".to_owned(),
+                    format!("ALTER SYSTEM SET default_transaction_read_only = {word}"),
+                    "SELECT pg_reload_conf()".to_owned(),
+                ] {
+                    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut admin).await.unwrap();
+                }
+            }
+            Self::MariaDb(server) => {
+                let mut root = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
+                let sql = format!("SET GLOBAL read_only = {}", i32::from(!writes));
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut root).await.unwrap();
+            }
         }
     }
 
@@ -80,12 +115,20 @@ struct Fleet {
 
 impl Fleet {
     async fn start(server: Server) -> Self {
+        // A claim whose answer was lost with its connection comes back when its leases end.
+        Self::start_with(server, json!({ "alive_time": 5 })).await
+    }
+
+    async fn start_with(server: Server, changes: Value) -> Self {
         let count = scaled(20_000);
         let site = Site::new().await;
         let url = server.create_database().await;
+        let url = server.as_mere_user(&url).await;
         site.plug_guest("zoo");
-        // A claim whose answer was lost with its connection comes back when its leases end.
-        site.configure(json!({ "url": url, "processors": 4, "task_prefetch": 16, "alive_time": 5 }));
+        // What is finished is counted at the end.
+        let mut section = json!({ "url": url, "processors": 4, "task_prefetch": 16, "retention_time": 3_600 });
+        section.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        site.configure(section);
         let queue = Queue::open(&Config::new(&url)).await.unwrap();
         queue.init().await.unwrap();
         let tasks: Vec<_> = (0..count)
@@ -136,21 +179,91 @@ async fn a_server_that_is_killed_and_started_again_loses_nothing(server: Server)
 
 async fn connections_that_are_cut_lose_nothing(server: Server) {
     let fleet = Fleet::start(server).await;
-    let mut cuts = tokio::time::interval(Duration::from_millis(200));
-    let mut cut = 0;
-    while cut < 40 {
-        cuts.tick().await;
-        cut += fleet.server.cut(&fleet.url).await;
-        if fleet.queue.stats().await.is_ok_and(|stats| stats.finished == fleet.count as u64) {
-            break;
-        }
+    for tenth in 1..10 {
+        fleet.finished(fleet.count * tenth / 10).await;
+        let cut = fleet.server.cut(&fleet.url).await;
+        assert!(cut >= fleet.hosts.len(), "{cut} connections were cut after {tenth} tenths: every host had at least one");
     }
-    assert!(cut > 4, "{cut} connections were cut while the hosts worked");
     fleet.everything_finishes().await;
 }
 
+async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome(server: Server) {
+    let fleet = Fleet::start_with(server, json!({ "alive_time": 60 })).await;
+    fleet.finished(fleet.count / 4).await;
+    fleet.server.takes_writes(false).await;
+    // Attempts that have finished cannot be settled, not even when it is tried again.
+    eventually(PATIENCE, "a host has outcomes that it cannot store, and tries on", async || {
+        let tries: Vec<usize> = fleet.hosts.iter().map(|host| host.lines_with("cannot settle; trying again").len()).collect();
+        if tries.iter().any(|tries| *tries >= 5) { Ok(()) } else { Err(format!("{tries:?}")) }
+    })
+    .await;
+    assert!(fleet.queue.stats().await.unwrap().finished < fleet.count as u64, "it happened in the middle");
+    fleet.server.takes_writes(true).await;
+    fleet.finished(fleet.count).await;
+    let tasks = all_tasks(&fleet.queue).await;
+    let spoilt = tasks.iter().find(|task| task.attempts != 1 || task.lost != 0 || task.error_code.is_some());
+    assert!(spoilt.is_none(), "each task was finished by its first attempt: {spoilt:?}");
+    assert_eq!(fleet.site.marks("all").len(), fleet.count, "and ran once");
+    for host in &fleet.hosts {
+        assert_eq!(host.lines_with("malformed"), [] as [&str; 0]);
+    }
+    fleet.everything_finishes().await;
+}
+
+/// Keeps every statement about waiting tasks from coming to its end, until dropped.
+enum Hang {
+    Postgres(PgConnection),
+    MariaDb(MySqlConnection),
+}
+
+impl Hang {
+    async fn begin(site: &Site) -> Self {
+        if site.database() == Database::Postgres {
+            let mut connection = PgConnection::connect(site.url()).await.unwrap();
+            let lock = "BEGIN; LOCK TABLE laelaps.ready IN ACCESS EXCLUSIVE MODE";
+            sqlx::raw_sql(lock).execute(&mut connection).await.unwrap();
+            Self::Postgres(connection)
+        } else {
+            let mut connection = MySqlConnection::connect(site.url()).await.unwrap();
+            sqlx::raw_sql("LOCK TABLES laelaps_ready WRITE").execute(&mut connection).await.unwrap();
+            Self::MariaDb(connection)
+        }
+    }
+
+    async fn end(self) {
+        match self {
+            Self::Postgres(connection) => connection.close().await.unwrap(),
+            Self::MariaDb(connection) => connection.close().await.unwrap(),
+        }
+    }
+}
+
+async fn a_statement_that_hangs_is_given_up_and_the_host_goes_on() {
+    let site = Site::new().await;
+    site.plug_guest("zoo");
+    site.configure(json!({ "statement_timeout": 0.5, "pq_connect_timeout": 1, "listen": false }));
+    let queue = site.queue().await;
+    let mut host = site.start().await;
+    let hang = Hang::begin(&site).await;
+    let line = host.logged("cannot claim tasks; trying on", PATIENCE).await;
+    assert!(line.contains("statement timeout") || line.contains("max_statement_time"), "{line}");
+    hang.end().await;
+    host.logged("tasks can be claimed again", PATIENCE).await;
+    submit(&queue, &[task("after", "silent", json!({}))]).await;
+    wait_for_state(&queue, "after", State::Finished, PATIENCE).await;
+    assert!(host.is_running());
+    host.stop().await;
+}
+
 mod on_postgres {
+    use laelaps_tests::{Database, on};
+
     use super::Server;
+
+    #[tokio::test]
+    async fn a_statement_that_hangs_is_given_up_and_the_host_goes_on() {
+        Box::pin(on(Database::Postgres, super::a_statement_that_hangs_is_given_up_and_the_host_goes_on())).await;
+    }
 
     #[tokio::test]
     async fn a_server_that_is_killed_and_started_again_loses_nothing() {
@@ -161,10 +274,22 @@ mod on_postgres {
     async fn connections_that_are_cut_lose_nothing() {
         Box::pin(super::connections_that_are_cut_lose_nothing(Server::postgres().await)).await;
     }
+
+    #[tokio::test]
+    async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
+        Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::postgres().await)).await;
+    }
 }
 
 mod on_mariadb {
+    use laelaps_tests::{Database, on};
+
     use super::Server;
+
+    #[tokio::test]
+    async fn a_statement_that_hangs_is_given_up_and_the_host_goes_on() {
+        Box::pin(on(Database::MariaDb, super::a_statement_that_hangs_is_given_up_and_the_host_goes_on())).await;
+    }
 
     #[tokio::test]
     async fn a_server_that_is_killed_and_started_again_loses_nothing() {
@@ -174,5 +299,10 @@ mod on_mariadb {
     #[tokio::test]
     async fn connections_that_are_cut_lose_nothing() {
         Box::pin(super::connections_that_are_cut_lose_nothing(Server::mariadb().await)).await;
+    }
+
+    #[tokio::test]
+    async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
+        Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::mariadb().await)).await;
     }
 }

@@ -117,10 +117,11 @@ impl Writer {
         }
     }
 
-    /// Repeat until the database took the group, or every lease of it is lost.
+    /// Repeat until the database took the group, or every lease of it is lost: whatever the server, the network or an administrator does to all
+    /// alike ends one day, and the leases are renewed as long as that is possible.
     ///
     /// # Errors
-    /// An error that repeating cannot mend, with what is not written.
+    /// An error of the settlements themselves, which repeating cannot mend, with what is not written.
     async fn write_with_patience(&self, mut group: Vec<Settled>) -> Result<(), (Error, Vec<Settled>)> {
         let mut wait = RETRY_FIRST;
         loop {
@@ -132,9 +133,11 @@ impl Writer {
                     }
                     return Ok(());
                 }
-                Err(error) if error.is_retryable() => {
+                Err(error) if error.is_about_the_request() => return Err((error, group)),
+                Err(error) => {
                     tracing::warn!(
                         error = crate::log::chain(&error),
+                        hint = error.hint().unwrap_or_default(),
                         settlements = group.len(),
                         "cannot settle; trying again in {wait:?}"
                     );
@@ -150,7 +153,6 @@ impl Writer {
                     }
                     group = held;
                 }
-                Err(error) => return Err((error, group)),
             }
         }
     }

@@ -56,8 +56,16 @@ pub struct Connections {
     pub listen: bool,
     /// Encryption, if it is not as the URL says (or as the driver does by default: encrypted where the server can).
     pub tls: Option<Tls>,
-    /// The file of the authority that signed the server's certificate; None: those of the machine.
+    /// The file of the authority that signed the server's certificate; None: those of the machine. Without `tls` it means
+    /// [`Tls::VerifyAuthority`].
     pub certificate_authority: Option<PathBuf>,
+}
+
+impl Connections {
+    /// How much encryption is wanted, if that is not left to the URL: an authority is not named for nothing.
+    pub(crate) fn encryption(&self) -> Option<Tls> {
+        self.tls.or(self.certificate_authority.as_ref().map(|_| Tls::VerifyAuthority))
+    }
 }
 
 /// How much encryption is wanted. PostgreSQL's `sslmode` and MySQL's `ssl_mode` have the same five.

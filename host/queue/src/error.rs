@@ -163,6 +163,9 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Locked { .. } | Self::Full { .. } => true,
+            Self::Connect { source: Some(source), .. } if is_about_encryption(source) => false,
+            // The connection is no more in step with the server; the next one will be.
+            Self::Database { source: sqlx::Error::Protocol(_), .. } => true,
             Self::Connect { source: Some(source), .. } | Self::Database { source, .. } => {
                 // A driver's error stands for a transaction that failed with others in it; alone the operation may fare better.
                 matches!(
@@ -170,6 +173,24 @@ impl Error {
                     sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::WorkerCrashed | sqlx::Error::AnyDriverError(_)
                 ) || source.as_database_error().is_some_and(is_passing)
             }
+            _ => false,
+        }
+    }
+
+    /// Whether it is this very request that cannot be done: it breaks a bound, or the database refuses its values or cannot read what is stored
+    /// for it. The same request fails again, and another need not. False for what a server, a network or an administrator does to all requests
+    /// alike (out of reach, read-only, without privileges, without tables), which ends when somebody ends it.
+    #[must_use]
+    pub fn is_about_the_request(&self) -> bool {
+        use sqlx::Error::{ColumnDecode, Decode, Encode, RowNotFound};
+        match self {
+            Self::InvalidTask { .. }
+            | Self::NotFound(_)
+            | Self::AlreadyEnded { .. }
+            | Self::WrongState { .. }
+            | Self::NotSupported { .. } => true,
+            Self::Database { source: Encode(_) | Decode(_) | ColumnDecode { .. } | RowNotFound, .. } => true,
+            Self::Database { source, .. } => source.as_database_error().is_some_and(is_about_values),
             _ => false,
         }
     }
@@ -195,6 +216,15 @@ impl Error {
     }
 }
 
+/// Whether a connection did not come about because of encryption. The driver tells a certificate that is not trusted as data that is not valid.
+pub(crate) fn is_about_encryption(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Tls(_) => true,
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::InvalidData,
+        _ => false,
+    }
+}
+
 /// Whether a database's complaint passes by itself.
 fn is_passing(error: &dyn DatabaseError) -> bool {
     if let Some(error) = error.try_downcast_ref::<MySqlDatabaseError>() {
@@ -212,4 +242,20 @@ fn is_passing(error: &dyn DatabaseError) -> bool {
     }
     // SQLite: busy, locked, out of memory, interrupted, I/O error, full.
     code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 7 | 9 | 10 | 13))
+}
+
+/// Whether a database's complaint is about the values of a statement, or about the rows that it names.
+fn is_about_values(error: &dyn DatabaseError) -> bool {
+    let Some(code) = error.code() else { return false };
+    if let Some(error) = error.try_downcast_ref::<MySqlDatabaseError>() {
+        // Packet or result too large, truncated, not of its column's type, against a CHECK; most others have classes as PostgreSQL's.
+        return matches!(error.number(), 1153 | 1265 | 1301 | 1366 | 3819)
+            || ["21", "22", "23", "45"].iter().any(|class| code.starts_with(class));
+    }
+    if error.try_downcast_ref::<PgDatabaseError>().is_some() {
+        // Cardinality, data, integrity, program limits; a trigger's refusal; a damaged row.
+        return ["21", "22", "23", "54"].iter().any(|class| code.starts_with(class)) || code == "P0001" || code == "XX001";
+    }
+    // SQLite: too big, constraint, mismatch, out of range.
+    code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 18 | 19 | 20 | 25))
 }

@@ -9,7 +9,7 @@ use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
 use crate::server::{self, Durability, PORT_TRIES};
-use crate::{LONG, eventually};
+use crate::{Certificates, LONG, eventually};
 
 /// The server that all tests of this process share; each makes a database of its own.
 pub async fn shared() -> &'static Server {
@@ -23,6 +23,7 @@ pub struct Server {
     folder: TempDir,
     port: u16,
     durability: Durability,
+    certificates: Option<Certificates>,
     process: Option<Guarded>,
 }
 
@@ -32,6 +33,18 @@ impl Server {
     /// # Panics
     /// If it does not; MariaDB may be missing.
     pub async fn start(durability: Durability) -> Self {
+        Self::start_with(durability, None).await
+    }
+
+    /// Starts a server that also speaks encrypted, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not; MariaDB or `openssl` may be missing.
+    pub async fn start_encrypted() -> Self {
+        Self::start_with(Durability::Process, Some(Certificates::make())).await
+    }
+
+    async fn start_with(durability: Durability, certificates: Option<Certificates>) -> Self {
         let folder = server::folder();
         let mut install = Command::new("mariadb-install-db");
         install.arg("--no-defaults").arg(format!("--datadir={}", folder.path().join("data").display()));
@@ -39,7 +52,7 @@ impl Server {
         install.args(["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]);
         install.current_dir(folder.path());
         server::prepare(install);
-        let mut server = Self { folder, port: 0, durability, process: None };
+        let mut server = Self { folder, port: 0, durability, certificates, process: None };
         for _ in 0..PORT_TRIES {
             server.port = server::free_port();
             server.launch();
@@ -58,6 +71,14 @@ impl Server {
     /// The port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// What clients need to know of a server that speaks encrypted.
+    ///
+    /// # Panics
+    /// If this one does not.
+    pub fn certificates(&self) -> &Certificates {
+        self.certificates.as_ref().expect("an encrypted server")
     }
 
     /// Makes an empty database; answers its URL.
@@ -117,6 +138,11 @@ impl Server {
             Durability::Process => command.extend(["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=2"]),
             Durability::Disk => command.push("--innodb-buffer-pool-size=1G"),
         }
+        let encryption = self.certificates.as_ref().map(|certificates| {
+            let (certificate, key) = (certificates.certificate(), certificates.key());
+            [format!("--ssl-cert={}", certificate.display()), format!("--ssl-key={}", key.display())]
+        });
+        command.extend(encryption.iter().flatten().map(String::as_str));
         self.process = Some(Guarded::start(self.folder.path(), &command, server::user()));
     }
 

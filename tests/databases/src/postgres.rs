@@ -10,7 +10,7 @@ use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
 use crate::server::{self, Durability, PORT_TRIES};
-use crate::{LONG, eventually};
+use crate::{Certificates, LONG, eventually};
 
 /// The server that all tests of this process share; each makes a database of its own.
 pub async fn shared() -> &'static Server {
@@ -24,6 +24,7 @@ pub struct Server {
     folder: TempDir,
     port: u16,
     durability: Durability,
+    certificates: Option<Certificates>,
     process: Option<Guarded>,
 }
 
@@ -33,6 +34,18 @@ impl Server {
     /// # Panics
     /// If it does not; PostgreSQL may be missing.
     pub async fn start(durability: Durability) -> Self {
+        Self::start_with(durability, None).await
+    }
+
+    /// Starts a server that also speaks encrypted, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not; PostgreSQL or `openssl` may be missing.
+    pub async fn start_encrypted() -> Self {
+        Self::start_with(Durability::Process, Some(Certificates::make())).await
+    }
+
+    async fn start_with(durability: Durability, certificates: Option<Certificates>) -> Self {
         let folder = server::folder();
         let mut initdb = Command::new(program("initdb"));
         initdb.arg("-D").arg(folder.path().join("data")).args([
@@ -47,7 +60,7 @@ impl Server {
         ]);
         initdb.current_dir(folder.path());
         server::prepare(initdb);
-        let mut server = Self { folder, port: 0, durability, process: None };
+        let mut server = Self { folder, port: 0, durability, certificates, process: None };
         for _ in 0..PORT_TRIES {
             server.port = server::free_port();
             server.launch();
@@ -66,6 +79,14 @@ impl Server {
     /// The port on 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// What clients need to know of a server that speaks encrypted.
+    ///
+    /// # Panics
+    /// If this one does not.
+    pub fn certificates(&self) -> &Certificates {
+        self.certificates.as_ref().expect("an encrypted server")
     }
 
     /// Makes an empty database; answers its URL.
@@ -121,6 +142,13 @@ impl Server {
         command.extend(["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=300", "-c", "shared_buffers=128MB"]);
         if self.durability == Durability::Process {
             command.extend(["-c", "fsync=off", "-c", "max_wal_size=256MB"]);
+        }
+        let encryption = self.certificates.as_ref().map(|certificates| {
+            let (certificate, key) = (certificates.certificate(), certificates.key());
+            [format!("ssl_cert_file={}", certificate.display()), format!("ssl_key_file={}", key.display())]
+        });
+        for setting in encryption.iter().flatten() {
+            command.extend(["-c", "ssl=on", "-c", setting]);
         }
         self.process = Some(Guarded::start(self.folder.path(), &command, server::user()));
     }

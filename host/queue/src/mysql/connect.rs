@@ -147,7 +147,7 @@ fn options(url: &str, connections: &Connections) -> Result<MySqlConnectOptions> 
     if options.get_database().is_none_or(str::is_empty) {
         return Err(problem(format!("names no database; write {scheme}://USER:PASSWORD@HOST:PORT/DATABASE")));
     }
-    if let Some(tls) = connections.tls {
+    if let Some(tls) = connections.encryption() {
         options = options.ssl_mode(match tls {
             Tls::Disabled => MySqlSslMode::Disabled,
             Tls::Preferred => MySqlSslMode::Preferred,

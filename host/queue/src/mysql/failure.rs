@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sqlx::mysql::MySqlDatabaseError;
 
+use crate::error::is_about_encryption;
 use crate::{Error, HostId, State};
 
 /// What an operation ends with when it does not succeed: an error of the database, not yet put into words, or one of the queue.
@@ -88,21 +89,23 @@ impl Place {
     /// The error of a connection that did not come about.
     pub(crate) fn connecting(&self, source: sqlx::Error) -> Error {
         let hint = match &source {
-            sqlx::Error::Tls(_) => {
+            source if is_about_encryption(source) => {
                 "the server does not offer the encryption that is asked for, or its certificate is not trusted; look at ssl_mode and sslca"
             }
             sqlx::Error::Io(_) => "the server cannot be reached; look at host, port and firewall, and whether it runs",
-            sqlx::Error::PoolTimedOut => "no connection became free in time; the server may be down, or `connections` too few",
+            sqlx::Error::PoolTimedOut => {
+                "no connection became free in time; the server may be down, or `max_connections` too few"
+            }
             _ => match number(&source) {
                 Some(1045 | 1698) => "user or password is wrong; look at the URL (special characters are written as %40)",
-                Some(1044) => "the user may not use this database; let an administrator GRANT it (docs/databases.md)",
+                Some(1044) => "the user may not use this database; let an administrator GRANT it (docs/databases-mysql.md)",
                 Some(1049) => "there is no such database; make it with CREATE DATABASE, or look at the URL",
                 Some(1130) => "the server lets nobody in from this machine; let an administrator allow the user from here",
                 Some(1129) => {
                     "the server has blocked this machine after too many failures; FLUSH HOSTS on the server lets it in again"
                 }
                 Some(1040 | 1203 | 1226) => {
-                    "too many connections; lower `connections` of the hosts or raise max_connections of the server"
+                    "too many connections; lower `max_connections` of the hosts, or raise that of the server"
                 }
                 Some(3159 | 4151) => "the server wants encrypted connections only; set ssl_mode to required",
                 _ => "look at the URL and at the server's error log",
@@ -132,7 +135,7 @@ impl Place {
             Some(1146) => Error::NotInitialised,
             Some(1044 | 1045 | 1049 | 1129 | 1130 | 1203 | 1226 | 1698 | 3159 | 4151) => self.connecting(source),
             Some(1142 | 1143 | 1227 | 1370 | 1410 | 1419) => {
-                let hint = "the user lacks a privilege; docs/databases.md lists which are needed, for `init` and for work";
+                let hint = "the user lacks a privilege; docs/databases-mysql.md lists which are needed, for `init` and for work";
                 Error::Denied { place: self.place.clone(), doing, hint, source }
             }
             Some(1290 | 1836) => {

@@ -176,7 +176,7 @@ fn options(config: &Config) -> Result<PgConnectOptions> {
     for (name, value) in SETTINGS.into_iter().chain(timeouts).filter(|(name, _)| !said.contains(name)) {
         options = options.options([(name, value)]);
     }
-    if let Some(tls) = config.connections.tls {
+    if let Some(tls) = config.connections.encryption() {
         options = options.ssl_mode(match tls {
             Tls::Disabled => PgSslMode::Disable,
             Tls::Preferred => PgSslMode::Prefer,

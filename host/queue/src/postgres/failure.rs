@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use crate::error::is_about_encryption;
 use crate::{Error, HostId, State};
 
 /// What an operation ends with when it does not succeed: an error of the database, not yet put into words, or one of the queue.
@@ -34,7 +35,7 @@ impl Failure {
     /// The connection is of no use any more, and a new one may do. What was sent last may have been done or not.
     pub(super) fn is_lost(&self) -> bool {
         match self {
-            Self::Sql(sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed) => true,
+            Self::Sql(sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed) => true,
             // 57P: the server shuts down, crashed, starts up, dropped the database. 26000: a pooler mixed up prepared statements.
             Self::Sql(error) => {
                 code(error)
@@ -103,7 +104,7 @@ pub(super) fn unconnected(source: sqlx::Error, place: &str) -> Error {
         Some("53300") => "let the server take more connections (max_connections), or let this program use fewer",
         Some("57P03") => "the server starts or stops; try again in a moment",
         Some("08P01") => "a pooler in between does not pass our settings on; see docs/databases.md about pgbouncer",
-        _ if matches!(source, sqlx::Error::Tls(_)) => {
+        _ if is_about_encryption(&source) => {
             "the encryption that was asked for is not to be had; check sslmode and certificates on both sides"
         }
         _ => "check host and port in the URL, and whether the server runs and listens there",

@@ -4,18 +4,24 @@
 
 mod fixture;
 
+mod behind;
+mod contention;
+mod encryption;
 mod ends;
+mod errors;
 mod fair;
 mod files;
 mod hosts;
 mod leases;
 mod lists;
 mod losses;
+mod lost;
 mod mariadb;
 mod orders;
 mod postgres;
 mod program;
 mod schema;
+mod shares;
 mod storm;
 mod submits;
 

@@ -11,6 +11,7 @@ use laelaps_test_databases::{LONG as PATIENCE, eventually, mariadb};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 
 use crate::fixture::{Database, Fixture, LONG, finish, keys, settled, task, task_of};
+use crate::{behind, lost};
 
 /// Tasks of a storm, and the hosts that work in it.
 const STORM_TASKS: usize = 2_000;
@@ -121,6 +122,29 @@ async fn a_server_that_is_killed_and_started_again_in_the_middle_of_a_storm_lose
             server.kill();
             server.restart().await;
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_done_although_the_answer_was_lost_is_told_as_done() {
+    lost::what_was_done_although_the_answer_was_lost_is_told_as_done(Database::MariaDb, b"COMMIT").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_enters_before_the_mark_is_claimed_within_the_bound() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    // An old snapshot: what is claimed from now on stays in the server's way.
+    let mut old = producer(&fixture).await;
+    sqlx::raw_sql("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; START TRANSACTION WITH CONSISTENT SNAPSHOT")
+        .execute(&mut old)
+        .await
+        .unwrap();
+    let mut slow = producer(&fixture).await;
+    let submit = "START TRANSACTION; CALL laelaps_submit('slow', 'type', NULL, NULL, NULL, NULL, NULL)";
+    sqlx::raw_sql(submit).execute(&mut slow).await.unwrap();
+    behind::what_enters_before_the_mark_is_claimed_within_the_bound(&fixture, async || {
+        sqlx::raw_sql("COMMIT").execute(&mut slow).await.unwrap();
     })
     .await;
 }

@@ -5,16 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use laelaps_queue::{
-    Claim, Config, Connections, Error, Event, HostDescription, LeaseAnswer, NewTask, Queue, Settlement, State, Submitted, Tls,
+    Claim, Config, Connections, Error, HostDescription, LeaseAnswer, NewTask, Queue, Settlement, State, Submitted, Tls,
 };
 use laelaps_test_databases::postgres::{Server, shared};
 use laelaps_test_databases::{Durability, LONG as PATIENT, PATIENCE, eventually};
+use sqlx::postgres::PgListener;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 
 use crate::fixture::postgres::raw;
 use crate::fixture::{Database, Fixture, LONG, finish, keys, settled, task, task_of};
+use crate::{behind, lost};
 
 async fn fixture() -> Fixture {
     Fixture::new(Database::Postgres).await
@@ -114,78 +114,10 @@ async fn a_server_that_is_killed_and_comes_back_loses_nothing() {
     queue.close().await;
 }
 
-/// Stands between the queue and the server, and can swallow the server's next answer and cut the connection instead.
-struct Swallower {
-    url: String,
-    armed: Arc<AtomicBool>,
-}
-
-impl Swallower {
-    async fn before(url: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (before, database) = url.rsplit_once('/').unwrap();
-        let (_, address) = before.rsplit_once('@').unwrap();
-        let (address, armed) = (address.to_owned(), Arc::new(AtomicBool::new(false)));
-        let port = listener.local_addr().unwrap().port();
-        let swallowing = Arc::clone(&armed);
-        tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                let server = TcpStream::connect(&address).await.unwrap();
-                tokio::spawn(pass_on(client, server, Arc::clone(&swallowing)));
-            }
-        });
-        Self { url: format!("postgres://postgres@127.0.0.1:{port}/{database}"), armed }
-    }
-}
-
-async fn pass_on(mut client: TcpStream, mut server: TcpStream, armed: Arc<AtomicBool>) {
-    let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
-    loop {
-        tokio::select! {
-            read = client.read(&mut asked) => match read {
-                Ok(bytes @ 1..) => server.write_all(&asked[..bytes]).await.unwrap(),
-                _ => return,
-            },
-            read = server.read(&mut answered) => match read {
-                Ok(1..) if armed.swap(false, Ordering::AcqRel) => return,
-                Ok(bytes @ 1..) => client.write_all(&answered[..bytes]).await.unwrap(),
-                _ => return,
-            },
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_done_although_the_answer_was_lost_is_told_as_done() {
-    let fixture = fixture().await;
-    let swallower = Swallower::before(&fixture.config.url).await;
-    let connections = Connections { listen: false, ..Connections::default() };
-    let queue = Queue::open(&Config { connections, ..Config::new(&swallower.url) }).await.unwrap();
-    let lose_the_next_answer = || swallower.armed.store(true, Ordering::Release);
-    let backend = queue.backend();
-    let host = backend.register_host(&HostDescription { name: "far".to_owned(), process_id: 1, identity: None }).await.unwrap();
-    let claim = Claim { host, limit: 4, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
-    // Each statement is prepared first, in an exchange of its own.
-    fixture.submit_some("warm", 3).await;
-    let warm = backend.claim(&claim).await.unwrap().tasks;
-    for (task, event) in warm.iter().zip([finish(), Event::Retry { delay: Some(LONG) }, finish()]) {
-        assert_eq!(backend.settle(&[settled(task, event)]).await.unwrap(), [LeaseAnswer::Held]);
-    }
-    fixture.submit_some("a", 3).await;
-    lose_the_next_answer();
-    let claimed = backend.claim(&claim).await.unwrap().tasks;
-    assert_eq!(keys(&claimed), ["a0", "a1", "a2"]);
-    for (task, event) in claimed.iter().zip([finish(), Event::Retry { delay: Some(LONG) }, Event::Stopped]) {
-        lose_the_next_answer();
-        assert_eq!(backend.settle(&[settled(task, event)]).await.unwrap(), [LeaseAnswer::Held], "{}", task.key);
-        assert_eq!(backend.settle(&[settled(task, finish())]).await.unwrap(), [LeaseAnswer::Lost], "{}", task.key);
-    }
-    assert_eq!((fixture.state("a0").await, fixture.get("a1").await.attempts), (State::Finished, 1));
-    lose_the_next_answer();
-    queue.cancel("a2").await.unwrap();
-    assert_eq!(fixture.state("a2").await, State::Cancelled);
-    queue.close().await;
-    fixture.audit().await;
+    // One statement is an operation of its own.
+    lost::what_was_done_although_the_answer_was_lost_is_told_as_done(Database::Postgres, b"").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -231,21 +163,66 @@ async fn a_submit_elsewhere_wakes_who_waits_also_after_the_listeners_connection_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_enters_before_the_mark_is_claimed_all_the_same() {
+async fn who_does_not_listen_finds_what_comes_by_polling_alone() {
     let fixture = fixture().await;
-    let host = fixture.host().await;
+    let connections = Connections { listen: false, ..Connections::default() };
+    let deaf = Queue::open(&Config { connections, ..fixture.config.clone() }).await.unwrap();
+    let host =
+        deaf.backend().register_host(&HostDescription { name: "deaf".to_owned(), process_id: 1, identity: None }).await.unwrap();
+    let claim = Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
+    assert!(deaf.backend().claim(&claim).await.unwrap().tasks.is_empty());
+    let mut heard = PgListener::connect(&fixture.config.url).await.unwrap();
+    heard.listen("laelaps").await.unwrap();
+    fixture.submit_some("a", 3).await;
+    // Whoever listens has heard of it ...
+    tokio::time::timeout(PATIENCE, heard.recv()).await.expect("a notice").unwrap();
+    assert!(tokio::time::timeout(Duration::from_millis(300), deaf.wakeup()).await.is_err(), "... and nobody told this one");
+    const LISTENERS: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'LISTEN%'
+        AND application_name = 'laelaps'";
+    let listeners: i64 = sqlx::query_scalar(LISTENERS).fetch_one(&mut raw(&fixture.config).await).await.unwrap();
+    assert_eq!(listeners, 0);
+    assert_eq!(deaf.backend().claim(&claim).await.unwrap().tasks.len(), 3);
+    deaf.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_submits_share_a_notice() {
+    const SUBMITS: usize = 200;
+    let fixture = fixture().await;
+    let mut heard = PgListener::connect(&fixture.config.url).await.unwrap();
+    heard.listen("laelaps").await.unwrap();
+    let begun = std::time::Instant::now();
+    for number in 0..SUBMITS {
+        fixture.queue.submit(task(&number.to_string())).await.unwrap();
+    }
+    let took = begun.elapsed();
+    let mut notices = 0_u128;
+    let mut quiet = PATIENCE;
+    while let Ok(notice) = tokio::time::timeout(quiet, heard.recv()).await {
+        notice.unwrap();
+        notices += 1;
+        quiet = Duration::from_secs(1);
+    }
+    // One at the beginning, one in 20 ms, and the last.
+    let most = took.as_millis() / 20 + 2;
+    assert!((1..=most).contains(&notices), "{notices} notices of {SUBMITS} submits in {took:?}, at most {most}");
+    let mut producer = raw(&fixture.config).await;
+    let submit = "SELECT laelaps.submit('b' || n, 'type') FROM generate_series(1, 50) AS n";
+    sqlx::query(submit).execute(&mut producer).await.unwrap();
+    tokio::time::timeout(PATIENCE, heard.recv()).await.expect("a notice").unwrap();
+    assert!(tokio::time::timeout(Duration::from_secs(1), heard.recv()).await.is_err(), "one for each transaction");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_enters_before_the_mark_is_claimed_within_the_bound() {
+    let fixture = fixture().await;
+    // An old snapshot: what is claimed from now on stays in the server's way.
+    let mut old = raw(&fixture.config).await;
+    sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1").execute(&mut old).await.unwrap();
     let mut slow = raw(&fixture.config).await;
     let mut transaction = slow.begin().await.unwrap();
     sqlx::query("SELECT laelaps.submit('slow', 'type', wake => false)").execute(&mut *transaction).await.unwrap();
-    fixture.submit_some("quick", 50).await;
-    assert_eq!(fixture.claim(host, 20).await.len(), 20);
-    transaction.commit().await.unwrap();
-    let mut claimed = Vec::new();
-    eventually(PATIENCE, "the slow producer's task is claimed", async || {
-        claimed.extend(fixture.claim(host, 1).await);
-        if keys(&claimed).contains(&"slow") { Ok(()) } else { Err(format!("{:?}", keys(&claimed))) }
-    })
-    .await;
+    behind::what_enters_before_the_mark_is_claimed_within_the_bound(&fixture, async || transaction.commit().await.unwrap()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -251,3 +251,8 @@ async fn storms_at_once(database: Database) {
 async fn whatever_several_hosts_do_at_once_nothing_drifts_and_everything_ends_on_postgres() {
     storms_at_once(Database::Postgres).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_several_hosts_do_at_once_nothing_drifts_and_everything_ends_on_mariadb() {
+    storms_at_once(Database::MariaDb).await;
+}
