@@ -1,0 +1,48 @@
+//! Many tasks at once, written by SQL as the crate would leave them: five million submits would take an hour. That they are the same is a
+//! test (`tests/scale`).
+
+mod mariadb;
+mod postgres;
+mod sqlite;
+
+use std::ops::Range;
+
+/// 100 bytes, as in the measurements that chose the layout.
+pub(crate) const DATA: &str =
+    r#"{"payload":"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"}"#;
+
+/// Tasks of one transaction.
+const CHUNK: i64 = 100_000;
+/// Ended tasks that share a row of `retention`, as after settlements in groups of so many.
+const ENDED_TOGETHER: i64 = 500;
+
+/// Waiting tasks `task-N` for each number. N modulo `users` is the user's number; without users they are nobody's, and with as many users as
+/// there are numbers each is another one's.
+pub(crate) async fn waiting(url: &str, numbers: Range<usize>, users: usize) {
+    for (first, last) in chunks(numbers) {
+        let users = i64::try_from(users).unwrap_or(i64::MAX);
+        match url.split(':').next() {
+            Some("sqlite") => sqlite::waiting(url, first, last, users).await,
+            Some("postgres") => postgres::waiting(url, first, last, users).await,
+            _ => mariadb::waiting(url, first, last, users).await,
+        }
+    }
+}
+
+/// Finished tasks `ended-N` whose retention is over.
+pub(crate) async fn finished(url: &str, count: usize) {
+    for (first, last) in chunks(0..count) {
+        match url.split(':').next() {
+            Some("sqlite") => sqlite::finished(url, first, last).await,
+            Some("postgres") => postgres::finished(url, first, last).await,
+            _ => mariadb::finished(url, first, last).await,
+        }
+    }
+}
+
+/// First and last number of each transaction.
+fn chunks(numbers: Range<usize>) -> impl Iterator<Item = (i64, i64)> {
+    let (begin, end) = (i64::try_from(numbers.start).expect("few enough"), i64::try_from(numbers.end).expect("few enough"));
+    let size = usize::try_from(CHUNK).expect("a small number");
+    (begin..end).step_by(size).map(move |first| (first, end.min(first + CHUNK) - 1))
+}
