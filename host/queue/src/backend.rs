@@ -119,6 +119,24 @@ pub struct HostDescription {
     pub identity: Option<String>,
 }
 
+impl HostDescription {
+    /// The most bytes of an identity.
+    pub const IDENTITY_BYTES_MAX: usize = 255;
+
+    /// Check the bound that the identity has.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if it breaks it.
+    pub(crate) fn check(&self) -> Result<()> {
+        let bytes = self.identity.as_deref().map_or(0, str::len);
+        if bytes > Self::IDENTITY_BYTES_MAX {
+            let problem = format!("has {bytes} bytes; at most {} are allowed", Self::IDENTITY_BYTES_MAX);
+            return Err(crate::Error::Config { setting: "the host's identity", problem });
+        }
+        Ok(())
+    }
+}
+
 /// A host as the database knows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct HostRecord {
@@ -355,7 +373,7 @@ pub trait Backend: Debug + Send + Sync {
     async fn cancel(&self, key: &str, retention: Duration) -> Result<()>;
 
     /// Make a waiting task due now, or give a failed or cancelled one a new life (its counters start again). Running and finished tasks
-    /// are refused with [`crate::Error::WrongState`].
+    /// are refused with [`crate::Error::WrongState`], and so are held ones, which only their holder releases.
     async fn retry(&self, key: &str) -> Result<()>;
 
     /// Remove at most `limit` tasks whose retention has ended; answers how many.

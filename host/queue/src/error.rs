@@ -157,6 +157,10 @@ pub enum Error {
     Closed,
 }
 
+/// Why a held task is refused where an operator wants it to run.
+pub(crate) const HELD: &str =
+    "it is held until who submitted it releases it; another host may still have it, so cancel it if it is not to run";
+
 impl Error {
     /// Whether the same call may succeed later without anybody changing its arguments: the database was busy, full or out of reach.
     #[must_use]

@@ -218,6 +218,26 @@ impl Backend for MySql {
         self.leave(vec![host]).await
     }
 
+    async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
+        self.hand_hosts_on(identities, policy).await
+    }
+
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        self.release(key).await
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        self.drop_from_hold(key).await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        self.held_keys(prefix).await
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        self.any_unsettled(prefix).await
+    }
+
     async fn hosts(&self) -> Result<Vec<HostRecord>> {
         self.known_hosts().await
     }

@@ -169,6 +169,52 @@ impl Backend for Postgres {
         self.shared.run("striking off a host", move |session| Box::pin(async move { hosts::leave(session, &[host]).await })).await
     }
 
+    async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
+        let asked =
+            Arc::new((identities.iter().map(|identity| settle::clean(identity)).collect::<Vec<String>>(), policy.clone()));
+        let handed_on = self.shared.run("handing tasks on", move |session| {
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { hosts::hand_on(session, &asked.0, &asked.1).await })
+        });
+        handed_on.await
+    }
+
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        let released = self.shared.run("releasing a held task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { operate::release_held(session, &key).await })
+        });
+        released.await
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        let dropped = self.shared.run("dropping a held task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { operate::drop_held(session, &key).await })
+        });
+        dropped.await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        let prefix = prefix.to_owned();
+        let read = self.shared.run("reading held tasks", move |session| {
+            let prefix = prefix.clone();
+            Box::pin(async move { read::held(session, &prefix).await })
+        });
+        read.await
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        let prefix = prefix.to_owned();
+        let read = self.shared.run("looking for tasks that are not settled", move |session| {
+            let prefix = prefix.clone();
+            Box::pin(async move { read::has_unsettled(session, &prefix).await })
+        });
+        read.await
+    }
+
     async fn hosts(&self) -> Result<Vec<HostRecord>> {
         self.shared.run("reading hosts", |session| Box::pin(hosts::hosts(session))).await
     }

@@ -251,6 +251,28 @@ impl Backend for Sqlite {
         self.strike_off(host).await
     }
 
+    async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
+        self.hand_hosts_on(identities, policy).await
+    }
+
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        self.writer.run("releasing a held task", move |session| Box::pin(operate::release_held(session, key))).await
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        self.writer.run("dropping a held task", move |session| Box::pin(operate::drop_held(session, key))).await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        read::held(&self.readers, prefix).await.map_err(self.reading("reading held tasks"))
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        read::has_unsettled(&self.readers, prefix).await.map_err(self.reading("looking for tasks that are not settled"))
+    }
+
     async fn hosts(&self) -> Result<Vec<HostRecord>> {
         self.known_hosts().await
     }

@@ -6,7 +6,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use laelaps_queue::{Filter, State, Task, TaskId};
 
 use super::json::TaskJson;
-use super::output::{Output, in_one_line, moment, table};
+use super::output::{Output, in_one_line, moment, run_at, table};
 use super::{Exit, Place};
 
 /// Tasks fetched at a time.
@@ -129,9 +129,9 @@ impl Listing {
 fn row(task: &Task, with_data: bool) -> Vec<String> {
     // PerfectQueue's one time column: when the task may run, when its lease ends, when it is removed.
     let timeout = match task.state {
-        State::Waiting => Some(task.run_at),
-        State::Running => task.until,
-        State::Finished | State::Failed | State::Cancelled => task.retained_until,
+        State::Waiting => Some(run_at(task)),
+        State::Running => task.until.map(moment),
+        State::Finished | State::Failed | State::Cancelled => task.retained_until.map(moment),
     };
     let mut row = vec![
         in_one_line(&task.key, 255),
@@ -139,7 +139,7 @@ fn row(task: &Task, with_data: bool) -> Vec<String> {
         in_one_line(task.user.as_deref().unwrap_or(""), 255),
         task.state.as_str().to_owned(),
         moment(task.created_at),
-        timeout.map(moment).unwrap_or_default(),
+        timeout.unwrap_or_default(),
         task.attempts.to_string(),
     ];
     if with_data {

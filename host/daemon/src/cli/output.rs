@@ -3,7 +3,7 @@
 use std::io::{self, BufWriter, IsTerminal as _, StdoutLock, Write as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
-use laelaps_queue::Timestamp;
+use laelaps_queue::{Task, Timestamp};
 
 /// Standard output, written in large pieces. A reader that goes away is an error of kind `BrokenPipe`, which ends the program in silence.
 pub(super) struct Output {
@@ -76,6 +76,11 @@ pub(super) fn moment(timestamp: Timestamp) -> String {
         Ok(timestamp) => timestamp.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
         Err(_) => format!("{} ms", timestamp.0),
     }
+}
+
+/// When a task may run, in UTC to the second; in a word if that is up to somebody.
+pub(super) fn run_at(task: &Task) -> String {
+    if task.is_held() { "held".to_owned() } else { moment(task.run_at) }
 }
 
 /// A moment to the millisecond, in UTC, as JSON carries it.

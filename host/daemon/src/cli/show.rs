@@ -3,7 +3,7 @@
 use laelaps_queue::{AttemptRecord, Error, Task};
 
 use super::json::TaskJson;
-use super::output::{Output, in_one_line, moment, printable, table};
+use super::output::{Output, in_one_line, moment, printable, run_at, table};
 use super::{Complaint, Exit, Key, Place};
 
 #[derive(Debug, clap::Args)]
@@ -79,7 +79,7 @@ fn facts(task: &Task) -> Vec<(&'static str, String)> {
         ("state", task.state.as_str().to_owned()),
         ("attempts", format!("{}{}", task.attempts, limit(task.max_attempts))),
         ("created_at", moment(task.created_at)),
-        ("run_at", moment(task.run_at)),
+        ("run_at", run_at(task)),
     ];
     let mut add = |name, value: Option<String>| facts.extend(value.map(|value| (name, value)));
     add("user", task.user.clone());

@@ -70,7 +70,8 @@ CREATE TABLE IF NOT EXISTS laelaps_ready_of_user (
     KEY in_time (run_at, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- What is not due yet. Moves to where it is ready, or to suspect, in batches when it is.
+-- What is not due yet. Moves to where it is ready, or to suspect, in batches when it is. A held task is here with a run_at that never comes,
+-- 253402300800000.
 CREATE TABLE IF NOT EXISTS laelaps_scheduled (
     run_at BIGINT NOT NULL,
     task   BIGINT NOT NULL,
@@ -134,15 +135,16 @@ CREATE TABLE IF NOT EXISTS laelaps_claim (
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served. A host that has left is
--- struck off, which is its end, once it has no task any more.
+-- struck off, which is its end, once it has no task any more. The identity is what a watchdog knows it by.
 CREATE TABLE IF NOT EXISTS laelaps_host (
-    id         BIGINT       NOT NULL AUTO_INCREMENT,
-    name       VARCHAR(255) NOT NULL,
-    process_id INT UNSIGNED NOT NULL,
-    started_at BIGINT       NOT NULL,
-    seen_at    BIGINT       NOT NULL,
-    left_at    BIGINT       NOT NULL DEFAULT 0,
-    ended_at   BIGINT       NOT NULL DEFAULT 0,
+    id         BIGINT         NOT NULL AUTO_INCREMENT,
+    name       VARCHAR(255)   NOT NULL,
+    process_id INT UNSIGNED   NOT NULL,
+    started_at BIGINT         NOT NULL,
+    seen_at    BIGINT         NOT NULL,
+    identity   VARBINARY(255),
+    left_at    BIGINT         NOT NULL DEFAULT 0,
+    ended_at   BIGINT         NOT NULL DEFAULT 0,
     PRIMARY KEY (id),
     KEY by_end (ended_at)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;

@@ -67,7 +67,7 @@ CREATE TABLE laelaps.ready (
 
 CREATE INDEX ready_in_time ON laelaps.ready (run_at, task) WHERE user_name <> '';
 
--- What is not due yet. Moves to ready or suspect in batches when it is.
+-- What is not due yet. Moves to ready or suspect in batches when it is. A held task is here with a run_at that never comes, 253402300800000.
 CREATE TABLE laelaps.scheduled (
     run_at int8 NOT NULL,
     task   int8 NOT NULL,
@@ -121,13 +121,14 @@ CREATE TABLE laelaps.account_change (
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
 -- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served. A host that has left
--- claims nothing more; it has ended when it holds nothing more.
+-- claims nothing more; it has ended when it holds nothing more. The identity is what a watchdog knows it by.
 CREATE TABLE laelaps.host (
     id         int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name       text NOT NULL,
     process_id int8 NOT NULL,
     started_at int8 NOT NULL,
     seen_at    int8 NOT NULL,
+    identity   text COLLATE "C",
     left_at    int8,
     ended_at   int8
 );

@@ -58,7 +58,7 @@ CREATE TABLE ready (
 
 CREATE INDEX ready_in_time ON ready (run_at, task) WHERE user <> '';
 
--- What is not due yet. Moves to ready or suspect in batches when it is.
+-- What is not due yet. Moves to ready or suspect in batches when it is. A held task is here with a run_at that never comes, 253402300800000.
 CREATE TABLE scheduled (
     run_at INTEGER NOT NULL,
     task   INTEGER NOT NULL,
@@ -101,12 +101,15 @@ CREATE TABLE counter (
 
 INSERT INTO counter (id, lease, pick) VALUES (1, 0, 0);
 
--- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served.
+-- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served. A host that has left
+-- claims nothing more; it has ended when it holds nothing more. The identity is what a watchdog knows it by.
 CREATE TABLE host (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     name       TEXT    NOT NULL,
     process_id INTEGER NOT NULL,
     started_at INTEGER NOT NULL,
+    identity   TEXT,
+    left_at    INTEGER,
     ended_at   INTEGER
 ) STRICT;
 

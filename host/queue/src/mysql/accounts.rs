@@ -67,6 +67,11 @@ impl Changes {
         *self.types.entry(task_type.to_owned()).or_default() += 1;
     }
 
+    /// A task of this type left the queue without coming to an end.
+    pub(super) fn dropped(&mut self, task_type: &str) {
+        *self.types.entry(task_type.to_owned()).or_default() -= 1;
+    }
+
     /// A task of this type came to its end.
     pub(super) fn ended(&mut self, task_type: &str, state: State) {
         *self.types.entry(task_type.to_owned()).or_default() -= 1;

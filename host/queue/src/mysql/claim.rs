@@ -1,7 +1,8 @@
 //! Claims: a constant number of statements, whatever the size of the batch and of the backlog.
 //!
 //! A claim is entered as one row whose number makes the leases of its tasks. A look without locks comes first, so that a queue without work
-//! is only read.
+//! is only read. Whoever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims
+//! under way, and claims that come later find it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,8 @@ use super::session::{Session, now};
 use super::{MySql, locked};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Event, HostId, Lease, LeaseRef, Policy, Result, Settlement, TaskId, Timestamp, data,
+    Attempt, Claim, Claimed, ClaimedTask, Event, HostId, Lease, LeaseRef, NewTask, Policy, Result, Settlement, TaskId, Timestamp,
+    data,
 };
 
 /// The most tasks of one claim.
@@ -147,7 +149,8 @@ impl MySql {
             self.move_due().await?;
             outlook = self.look_out(claim.host).await?;
         }
-        let next_due_in = outlook.next_due.map(|due| Timestamp(due).since(Timestamp(outlook.now)));
+        let next_due_in =
+            outlook.next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(outlook.now)));
         let way = if claim.alone && outlook.suspects > 0 {
             Some(Way::Alone { ignore_users: claim.ignore_users })
         } else if claim.ignore_users {
@@ -294,6 +297,7 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
     if choice.chosen.is_empty() {
         return Ok((Vec::new(), looks));
     }
+    hold_host(session, claim.host).await?;
     take_out(session, &choice).await?;
     let tasks = lease(session, claim, &choice.chosen).await?;
     let mut changes = Changes::default();
@@ -310,6 +314,17 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
     }
     changes.write(session).await?;
     Ok((tasks, looks))
+}
+
+/// Hold the row of a host that is about to be given tasks.
+///
+/// # Errors
+/// [`crate::Error::UnknownHost`] if it is not there, or has left.
+async fn hold_host(session: &mut Session<'_>, host: HostId) -> Result<(), Failure> {
+    // MariaDB does not know FOR SHARE.
+    const HOLD: &str = "SELECT id FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0 LOCK IN SHARE MODE";
+    let held: Option<i64> = sqlx::query_scalar(HOLD).bind(host.0).fetch_optional(session.db()).await?;
+    held.map(drop).ok_or_else(|| failure::unknown_host(host))
 }
 
 /// What the chosen mean for their users.

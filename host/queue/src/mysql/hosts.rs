@@ -6,6 +6,7 @@
 //! Running tasks are found through the claims that took them, a row for each claim, looked at when the first of its leases can have ended.
 
 use std::collections::{BTreeSet, HashMap};
+use std::iter::Peekable;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use super::accounts::{FOLDED_MAX, fold, fold_tally, tally_is_long};
 use super::claim::Broken;
 use super::connect::text;
 use super::failure::{self, Failure};
-use super::rows::{ids, json};
+use super::rows::{ids, json, names};
 use super::session::{Session, moment, now};
 use super::settle::Group;
 use super::{MySql, locked};
@@ -41,14 +42,16 @@ const FOLDS_MAX: usize = 20;
 
 impl MySql {
     pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
-        const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at) VALUES (?, ?, ?, ?)";
-        let HostDescription { name, process_id, .. } = description.clone();
+        const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at, identity) VALUES (?, ?, ?, ?, ?)";
+        description.check()?;
+        let HostDescription { name, process_id, identity } = description.clone();
+        let identity = identity.map(String::into_bytes);
         let host = self
             .run("registering a host", move |session| {
-                let name = name.clone();
+                let (name, identity) = (name.clone(), identity.clone());
                 Box::pin(async move {
                     let now = session.now;
-                    let query = sqlx::query(ENTER).bind(name).bind(process_id).bind(now).bind(now);
+                    let query = sqlx::query(ENTER).bind(name).bind(process_id).bind(now).bind(now).bind(identity);
                     let entered = query.execute(session.db()).await?.last_insert_id();
                     Ok(HostId(i64::try_from(entered).unwrap_or(i64::MAX)))
                 })
@@ -60,11 +63,6 @@ impl MySql {
 
     /// A host that still has tasks keeps its row until they are taken back.
     pub(super) async fn leave(&self, hosts: Vec<HostId>) -> Result<()> {
-        const LEAVE: &str = concat!(
-            "UPDATE ",
-            ids!(),
-            " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.left_at = ? WHERE h.left_at = 0 AND h.ended_at = 0"
-        );
         if hosts.is_empty() {
             return Ok(());
         }
@@ -77,10 +75,10 @@ impl MySql {
                 let now = session.now;
                 sqlx::query(LEAVE).bind(hosts.clone()).bind(now).execute(session.db()).await?;
                 let found: Vec<(i64, i64, String)> = sqlx::query_as(CLAIMS_OF).bind(hosts).fetch_all(session.db()).await?;
-                let claims = found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false }).collect();
+                let claims = found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false });
                 // Lets go of claims whose tasks have all ended; what runs is left to who takes it back.
-                look_at(session, claims, false).await?;
-                strike_off(session).await.map(drop)
+                look_at(session, &mut claims.peekable(), false).await?;
+                strike_off(session, None).await.map(drop)
             })
         })
         .await
@@ -116,6 +114,45 @@ impl MySql {
         self.run("taking back lost tasks", move |session| {
             let policy = Arc::clone(&policy);
             Box::pin(async move { take_back(session, &policy).await })
+        })
+        .await
+    }
+
+    /// Take back what the hosts with these identities hold, at most a batch, and strike them off once they hold nothing any more.
+    ///
+    /// That they have left is a transaction of its own: it waits for their claims under way, and those that come later are refused. So what
+    /// they hold is all there when it is looked for.
+    pub(super) async fn hand_hosts_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
+        const NAMED: &str = concat!(
+            "SELECT DISTINCT h.id FROM ",
+            names!(),
+            " STRAIGHT_JOIN laelaps_host AS h ON h.identity = s.name WHERE h.ended_at = 0 ORDER BY h.id"
+        );
+        // What is longer is nobody's.
+        let names = json(identities.iter().filter(|identity| identity.len() <= HostDescription::IDENTITY_BYTES_MAX));
+        let hosts: Vec<i64> = self
+            .run("marking hosts as gone", move |session| {
+                let names = names.clone();
+                Box::pin(async move {
+                    let hosts: Vec<i64> = sqlx::query_scalar(NAMED).bind(names).fetch_all(session.db()).await?;
+                    if !hosts.is_empty() {
+                        let now = session.now;
+                        sqlx::query(LEAVE).bind(json(&hosts)).bind(now).execute(session.db()).await?;
+                    }
+                    Ok(hosts)
+                })
+            })
+            .await?;
+        if hosts.is_empty() {
+            return Ok(Reclaimed::default());
+        }
+        for host in &hosts {
+            locked(&self.hosts).remove(&HostId(*host));
+        }
+        let asked = Arc::new((hosts, policy.clone()));
+        self.run("handing tasks on", move |session| {
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { hand_on(session, &asked.0, &asked.1).await })
         })
         .await
     }
@@ -226,7 +263,7 @@ async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error
     const HOSTS: &str = "SELECT h.id, h.name, h.process_id, h.started_at,
             (SELECT COUNT(*) FROM laelaps_claim AS c STRAIGHT_JOIN JSON_TABLE(c.tasks, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
                 STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
-                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1024 = c.id)
+                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1024 = c.id), h.left_at <> 0, h.identity
         FROM laelaps_host AS h WHERE h.ended_at = 0 ORDER BY h.id";
     let record = |row: &MySqlRow| {
         Ok(HostRecord {
@@ -235,11 +272,16 @@ async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error
             process_id: row.try_get(2)?,
             started_at: Timestamp(row.try_get(3)?),
             running: row.try_get::<i64, _>(4)?.unsigned_abs(),
-            alive: None,
-            identity: None,
+            alive: row.try_get::<bool, _>(5)?.then_some(false),
+            identity: identity(row, 6)?,
         })
     };
     sqlx::query(HOSTS).fetch_all(session.db()).await?.iter().map(record).collect()
+}
+
+fn identity(row: &MySqlRow, place: usize) -> Result<Option<String>, sqlx::Error> {
+    let bytes: Option<Vec<u8>> = row.try_get(place)?;
+    Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
 }
 
 /// A claim that is looked at.
@@ -259,6 +301,13 @@ struct Stray {
     attempt: Attempt,
 }
 
+/// From now on these hosts claim nothing.
+const LEAVE: &str = concat!(
+    "UPDATE ",
+    ids!(),
+    " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.left_at = ? WHERE h.left_at = 0 AND h.ended_at = 0"
+);
+
 /// The claims of some hosts.
 const CLAIMS_OF: &str =
     concat!("SELECT c.id, c.host, c.tasks FROM ", ids!(), " STRAIGHT_JOIN laelaps_claim AS c ON c.host = s.id FOR UPDATE");
@@ -277,7 +326,29 @@ async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<Reclaim
     let due: Vec<(i64, i64, String)> = sqlx::query_as(DUE).bind(now).bind(CLAIMS_MAX).fetch_all(session.db()).await?;
     let due = due.into_iter().filter(|(_, host, _)| !left.contains(host));
     claims.extend(due.map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false }));
-    let strays = look_at(session, claims, true).await?;
+    let strays = look_at(session, &mut claims.into_iter().peekable(), true).await?;
+    let tasks = lose(session, strays, policy).await?;
+    let dead_hosts = strike_off(session, None).await?;
+    Ok(Reclaimed { tasks, dead_hosts })
+}
+
+/// Take back what hosts that have left hold, at most a batch.
+async fn hand_on(session: &mut Session<'_>, hosts: &[i64], policy: &Policy) -> Result<Reclaimed, Failure> {
+    let found: Vec<(i64, i64, String)> = sqlx::query_as(CLAIMS_OF).bind(json(hosts)).fetch_all(session.db()).await?;
+    let claims = found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: true });
+    let mut claims = claims.peekable();
+    let mut strays = Vec::new();
+    // Of many claims everything may be settled already, and only nothing at all may be answered as the end.
+    while strays.is_empty() && claims.peek().is_some() {
+        strays = look_at(session, &mut claims, true).await?;
+    }
+    let tasks = lose(session, strays, policy).await?;
+    let dead_hosts = strike_off(session, Some(hosts)).await?;
+    Ok(Reclaimed { tasks, dead_hosts })
+}
+
+/// Settle what is lost; answers what was.
+async fn lose(session: &mut Session<'_>, strays: Vec<Stray>, policy: &Policy) -> Result<Vec<Lost>, Failure> {
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
@@ -288,15 +359,17 @@ async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<Reclaim
         Group::new(&settlements, HashMap::new(), true)?.write(session, &Default::default()).await?
     };
     let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
-    let tasks =
-        lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed }).collect();
-    let dead_hosts = strike_off(session).await?;
-    Ok(Reclaimed { tasks, dead_hosts })
+    Ok(lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed }).collect())
 }
 
 /// Find what is lost among the tasks of claims, and hold it; let go of claims of which nothing runs, and set the next look at the others.
-/// At most [`RECLAIMED_MAX`] and one claim more; the claims after that are left as they are. If `taking` is false, nothing counts as lost.
-async fn look_at(session: &mut Session<'_>, claims: Vec<ClaimRow>, taking: bool) -> Result<Vec<Stray>, Failure> {
+/// At most [`RECLAIMED_MAX`] tasks; the claims after that are left as they are, and to the caller. If `taking` is false, nothing counts as
+/// lost.
+async fn look_at(
+    session: &mut Session<'_>,
+    claims: &mut Peekable<impl Iterator<Item = ClaimRow>>,
+    taking: bool,
+) -> Result<Vec<Stray>, Failure> {
     const RUNNING: &str = concat!(
         "SELECT t.id, t.lease, t.`key`, t.host, t.attempts, t.max_attempts, t.releases, t.lost, t.lost_alone, t.alone, t.until, ",
         moment!(),
@@ -309,15 +382,16 @@ async fn look_at(session: &mut Session<'_>, claims: Vec<ClaimRow>, taking: bool)
             tasks VARCHAR(30000) CHARACTER SET ascii PATH '$[2]')) AS s
         STRAIGHT_JOIN laelaps_claim AS c ON c.id = s.id SET c.look_at = s.look_at, c.tasks = s.tasks";
     let mut tasks: Vec<i64> = Vec::new();
-    let mut looked: HashMap<i64, bool> = HashMap::with_capacity(claims.len());
-    for claim in claims {
-        if tasks.len() >= RECLAIMED_MAX {
+    let mut looked: HashMap<i64, bool> = HashMap::new();
+    while let Some(claim) = claims.peek() {
+        let of_claim: Vec<i64> = serde_json::from_str(&claim.tasks).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        if !looked.is_empty() && tasks.len() + of_claim.len() > RECLAIMED_MAX {
             break;
         }
-        let of_claim: Vec<i64> = serde_json::from_str(&claim.tasks).map_err(|error| sqlx::Error::Decode(error.into()))?;
         tasks.extend(of_claim);
         tracing::trace!(claim = claim.id, host = claim.host, "looking at a claim");
         looked.insert(claim.id, claim.left);
+        claims.next();
     }
     if looked.is_empty() {
         return Ok(Vec::new());
@@ -365,11 +439,12 @@ fn stray(row: &MySqlRow) -> Result<Stray, sqlx::Error> {
     })
 }
 
-/// Strike off those that have left or were not seen for long, if they hold no task. Hosts gone long ago are forgotten.
-async fn strike_off(session: &mut Session<'_>) -> Result<Vec<HostRecord>, Failure> {
-    const GONE: &str = "SELECT h.id, h.name, h.process_id, h.started_at FROM laelaps_host AS h
+/// Strike off those that have left or were not seen for long, if they hold no task; if `only` is given, only of these. One whose claim is
+/// under way is not gone. Hosts gone long ago are forgotten.
+async fn strike_off(session: &mut Session<'_>, only: Option<&[i64]>) -> Result<Vec<HostRecord>, Failure> {
+    const GONE: &str = "SELECT h.id, h.name, h.process_id, h.started_at, h.identity FROM laelaps_host AS h
         WHERE h.ended_at = 0 AND (h.left_at <> 0 OR h.seen_at < ?) AND NOT EXISTS (SELECT 1 FROM laelaps_claim AS c WHERE c.host = h.id)
-        FOR UPDATE";
+        FOR UPDATE SKIP LOCKED";
     const OFF: &str = concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.ended_at = ?");
     const FORGET: &str = "DELETE FROM laelaps_host WHERE ended_at <> 0 AND id <= ?";
     const FORGET_PLUGINS: &str = "DELETE FROM laelaps_host_plugin WHERE host <= ? AND host NOT IN (SELECT id FROM laelaps_host)";
@@ -382,11 +457,12 @@ async fn strike_off(session: &mut Session<'_>) -> Result<Vec<HostRecord>, Failur
             process_id: row.try_get(2)?,
             started_at: Timestamp(row.try_get(3)?),
             running: 0,
-            alive: None,
-            identity: None,
+            alive: Some(false),
+            identity: identity(row, 4)?,
         })
     };
-    let gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
+    let mut gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
+    gone.retain(|host| only.is_none_or(|only| only.contains(&host.id.0)));
     let Some(last) = gone.iter().map(|host| host.id.0).max() else { return Ok(gone) };
     sqlx::query(OFF).bind(json(gone.iter().map(|host| host.id.0))).bind(now).execute(session.db()).await?;
     let forgotten = last - GONE_HOSTS_KEPT;

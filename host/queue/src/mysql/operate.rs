@@ -12,7 +12,7 @@ use super::rows::{count, ids, json};
 use super::session::{Session, now};
 use super::settle::{record_attempts, retain, set_aside};
 use crate::outcome::ms;
-use crate::{Error, Result, State};
+use crate::{Error, NewTask, Result, State, error};
 
 /// How a task is ended by hand.
 #[derive(Clone, Copy, Debug)]
@@ -60,14 +60,23 @@ struct Found {
     event: String,
 }
 
+impl Found {
+    fn is_held(&self) -> bool {
+        self.state == State::Waiting && self.run_at == NewTask::HELD_AT.0
+    }
+}
+
 /// Find a task, and hold its row.
 async fn find(session: &mut Session<'_>, key: &str) -> Result<Found, Failure> {
+    look_up(session, key).await?.ok_or_else(|| Failure::from(Error::NotFound(key.to_owned())))
+}
+
+/// As [`find`], where there may be none.
+async fn look_up(session: &mut Session<'_>, key: &str) -> Result<Option<Found>, Failure> {
     const FIND: &str = "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
         CAST(event AS CHAR) FROM laelaps_task WHERE `key` = ? FOR UPDATE";
-    let Some(row) = sqlx::query(FIND).bind(key.as_bytes().to_vec()).fetch_optional(session.db()).await? else {
-        return Err(Failure::from(Error::NotFound(key.to_owned())));
-    };
-    Ok(Found {
+    let Some(row) = sqlx::query(FIND).bind(key.as_bytes().to_vec()).fetch_optional(session.db()).await? else { return Ok(None) };
+    Ok(Some(Found {
         task: row.try_get(0)?,
         key: text(&row, 1)?,
         task_type: text(&row, 2)?,
@@ -80,7 +89,7 @@ async fn find(session: &mut Session<'_>, key: &str) -> Result<Found, Failure> {
         attempts: row.try_get(9)?,
         alone: row.try_get(10)?,
         event: text(&row, 11)?,
-    })
+    }))
 }
 
 /// Take a waiting task from where it waits.
@@ -135,9 +144,10 @@ async fn end(session: &mut Session<'_>, key: &str, by: ByHand, retention: Durati
     changes.write(session).await
 }
 
+const DUE: &str = "UPDATE laelaps_task SET run_at = ? WHERE id = ?";
+
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
 async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
-    const DUE: &str = "UPDATE laelaps_task SET run_at = ? WHERE id = ?";
     const REVIVE: &str =
         "UPDATE laelaps_task SET state = 'waiting', run_at = ?, attempts = 0, releases = 0, lost = 0, lost_alone = 0,
         alone = 0, finished_at = 0, retained_until = 0 WHERE id = ?";
@@ -148,6 +158,7 @@ async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
     // What is ready already keeps its place in the order.
     let run_at = if found.state == State::Waiting { found.run_at.min(now) } else { now };
     let alone = match found.state {
+        State::Waiting if found.is_held() => return Err(refused(found, error::HELD)),
         State::Waiting => {
             unqueue(session, &found, &mut changes).await?;
             sqlx::query(DUE).bind(run_at).bind(found.task).execute(session.db()).await?;
@@ -167,6 +178,30 @@ async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
     let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await
+}
+
+/// Make a held task due now. Answers whether there was one; an earlier try that was committed after all counts as somebody else's.
+async fn release_held(session: &mut Session<'_>, key: &str) -> Result<bool, Failure> {
+    let Some(found) = look_up(session, key).await?.filter(Found::is_held) else { return Ok(false) };
+    let mut changes = Changes::default();
+    let now = session.now;
+    unqueue(session, &found, &mut changes).await?;
+    sqlx::query(DUE).bind(now).bind(found.task).execute(session.db()).await?;
+    let waiting = Waiting { task: found.task, run_at: now, user: found.user, max_running: found.max_running, alone: false };
+    changes.enqueue(session, &[waiting]).await?;
+    changes.write(session).await?;
+    Ok(true)
+}
+
+/// Remove a held task. Answers as [`release_held`].
+async fn drop_held(session: &mut Session<'_>, key: &str) -> Result<bool, Failure> {
+    let Some(found) = look_up(session, key).await?.filter(Found::is_held) else { return Ok(false) };
+    let mut changes = Changes::default();
+    unqueue(session, &found, &mut changes).await?;
+    remove(session, &[found.task]).await?;
+    changes.dropped(&found.task_type);
+    changes.write(session).await?;
+    Ok(true)
 }
 
 fn refused(found: Found, problem: &'static str) -> Failure {
@@ -189,6 +224,24 @@ impl MySql {
         self.run("retrying a task", move |session| {
             let key = key.clone();
             Box::pin(async move { retry(session, &key).await })
+        })
+        .await
+    }
+
+    pub(super) async fn release(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        self.run("releasing a held task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { release_held(session, &key).await })
+        })
+        .await
+    }
+
+    pub(super) async fn drop_from_hold(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        self.run("dropping a held task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { drop_held(session, &key).await })
         })
         .await
     }

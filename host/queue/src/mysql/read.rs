@@ -10,7 +10,7 @@ use super::connect::text;
 use super::failure::{self, Failure};
 use super::rows::{Joined, ids, json};
 use super::session::Session;
-use crate::{AttemptRecord, Filter, HostId, Lease, Page, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
 const PAGE_MAX: u32 = 10_000;
@@ -154,11 +154,18 @@ async fn matching(session: &mut Session<'_>, filter: &Filter, limit: u32) -> Res
 /// The least bytes that are greater than all that start with `prefix`: text never has the greatest byte.
 fn successor(prefix: &str) -> Vec<u8> {
     let mut bytes = prefix.as_bytes().to_vec();
-    if let Some(last) = bytes.last_mut() {
-        *last = last.saturating_add(1);
+    match bytes.last_mut() {
+        Some(last) => *last = last.saturating_add(1),
+        None => bytes.push(u8::MAX),
     }
     bytes
 }
+
+pub(super) const HELD: &str = "SELECT t.`key` FROM laelaps_scheduled AS s STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
+    WHERE s.run_at = ? AND t.`key` >= ? AND t.`key` < ? ORDER BY t.`key` LIMIT ?";
+
+pub(super) const UNSETTLED: &str = "SELECT EXISTS (SELECT 1 FROM laelaps_task FORCE INDEX (by_key)
+    WHERE `key` >= ? AND `key` < ? AND state IN ('waiting', 'running'))";
 
 async fn page(session: &mut Session<'_>, filter: &Filter) -> Result<Page, Failure> {
     const TASKS: &str =
@@ -308,6 +315,29 @@ impl MySql {
                 Box::pin(async move { page(session, &filter).await })
             })
             .await
+    }
+
+    /// The keys of held tasks with this prefix.
+    pub(super) async fn held_keys(&self, prefix: &str) -> Result<Vec<String>> {
+        let prefix = prefix.to_owned();
+        self.runner
+            .read_together("reading held tasks", move |session| {
+                let (first, end) = (prefix.as_bytes().to_vec(), successor(&prefix));
+                Box::pin(async move {
+                    let query = sqlx::query(HELD).bind(NewTask::HELD_AT.0).bind(first).bind(end).bind(PAGE_MAX);
+                    let rows = query.fetch_all(session.db()).await?;
+                    Ok(rows.iter().map(|row| text(row, 0)).collect::<Result<_, sqlx::Error>>()?)
+                })
+            })
+            .await
+    }
+
+    /// Whether a task with this prefix waits or runs.
+    pub(super) async fn any_unsettled(&self, prefix: &str) -> Result<bool> {
+        let doing = "looking for tasks that are not settled";
+        let query = || sqlx::query(UNSETTLED).bind(prefix.as_bytes().to_vec()).bind(successor(prefix));
+        let found = self.read(doing, query).await?;
+        found.try_get(0).map_err(|error| self.runner.place.worded(error, doing))
     }
 
     pub(super) async fn count_all(&self) -> Result<Stats> {

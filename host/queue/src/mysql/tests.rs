@@ -79,7 +79,7 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else.
-const LOOKED_UP: [(&str, &str); 13] = [
+const LOOKED_UP: [(&str, &str); 15] = [
     ("oldest", choose::OLDEST),
     ("oldest of users", choose::OLDEST_OF_USERS),
     ("open accounts", choose::OPEN_ACCOUNTS),
@@ -93,6 +93,8 @@ const LOOKED_UP: [(&str, &str); 13] = [
     ("settle", settle::SETTLE),
     ("renew", keep::RENEW),
     ("renewed", keep::RENEWED),
+    ("held keys", read::HELD),
+    ("unsettled", read::UNSETTLED),
 ];
 
 #[tokio::test]

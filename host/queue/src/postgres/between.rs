@@ -11,7 +11,7 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::accounts;
-use super::claim::{Asked, count, in_order, taken_columns};
+use super::claim::{Asked, count, hold_host, in_order, taken_columns};
 use super::failure::Failure;
 use super::mark::{From, Place};
 use super::session::Session;
@@ -331,6 +331,7 @@ async fn take_tasks(
     picked: &HashMap<&str, i64>,
     picks: usize,
 ) -> Result<Vec<(Place, ClaimedTask)>, Failure> {
+    hold_host(session, asked.claim.host).await?;
     let (users, running): (Vec<&str>, Vec<i64>) = taken.iter().map(|(user, taken)| (*user, *taken)).unzip();
     let rows = sqlx::query(TAKE)
         .bind(asked.claim.host.0)

@@ -2,6 +2,9 @@
 //!
 //! Where no user has work there is one statement ([`CLAIM`]), which is its own transaction. It looks first: if something has become due, has
 //! to run alone or belongs to users, it takes nothing and says so, and that is seen to.
+//!
+//! Whatever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims under way, and
+//! claims that come later find it. What a host may have is then seen by whoever takes it back.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +19,8 @@ use super::settle::Group;
 use super::{accounts, between};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Event, FailureKind, Lease, LeaseRef, Policy, Result, Settlement, TaskId, Timestamp,
-    data,
+    Attempt, Claim, Claimed, ClaimedTask, Event, FailureKind, HostId, Lease, LeaseRef, NewTask, Policy, Result, Settlement,
+    TaskId, Timestamp, data,
 };
 
 /// The most tasks of one claim.
@@ -36,7 +39,7 @@ macro_rules! taken_columns {
 pub(super) use taken_columns;
 
 /// Look, and take the oldest tasks without user if nothing else is to be done before. 67108864: the most data of one claim, unless one task
-/// alone has more.
+/// alone has more. The host is noted as seen after its row is held (hence the count), and not if another claim of it holds the row as well.
 pub(super) const CLAIM: &str = concat!(
     "WITH look AS MATERIALIZED (
         SELECT clock.now, EXISTS (SELECT FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL) AS here,
@@ -46,16 +49,22 @@ pub(super) const CLAIM: &str = concat!(
                 ELSE EXISTS (SELECT FROM laelaps.account_change WHERE id >= $7) END AS changed,
             NOT $8 AND EXISTS (SELECT FROM laelaps.account WHERE open) AS open
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock),
-    seen AS (UPDATE laelaps.host SET seen_at = look.now FROM look WHERE host.id = $1 AND host.seen_at < look.now - 10000),
     locked AS MATERIALIZED (
         SELECT ctid AS place, run_at, task, bytes FROM laelaps.ready
         WHERE user_name = '' AND (run_at, task) >= ($3, $4) ORDER BY run_at, task
         LIMIT (SELECT CASE WHEN here AND NOT changed AND NOT open AND NOT ($11 AND coalesce(next_due <= now, false))
             AND NOT ($12 AND suspects > 0) THEN $2 ELSE 0 END FROM look)
         FOR UPDATE SKIP LOCKED),
+    staying AS MATERIALIZED (
+        SELECT id FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL
+        LIMIT (SELECT CASE WHEN EXISTS (SELECT FROM locked) THEN 1 ELSE 0 END) FOR SHARE),
+    seen AS (
+        UPDATE laelaps.host SET seen_at = (SELECT now FROM look) WHERE id = ANY(ARRAY(
+            SELECT id FROM laelaps.host WHERE id = $1 AND seen_at < (SELECT now FROM look) - 10000
+            LIMIT (SELECT 1 + 0 * count(*) FROM staying) FOR NO KEY UPDATE SKIP LOCKED))),
     chosen AS MATERIALIZED (
         SELECT place, task FROM (SELECT place, task, bytes, sum(bytes) OVER (ORDER BY run_at, task) AS sum FROM locked) AS summed
-        WHERE sum <= 67108864 OR sum = bytes),
+        WHERE (sum <= 67108864 OR sum = bytes) AND EXISTS (SELECT FROM staying)),
     gone AS (DELETE FROM laelaps.ready WHERE ctid = ANY(ARRAY(SELECT place FROM chosen))),
     taken AS (
         UPDATE laelaps.task SET state = 'running', lease = nextval('laelaps.lease_number'), host = $1, until = (SELECT now FROM look) + $5
@@ -65,7 +74,7 @@ pub(super) const CLAIM: &str = concat!(
     together AS (
         INSERT INTO laelaps.claim (id, host, check_at, tasks)
         SELECT $13, $1, (SELECT now FROM look) + $5, array_agg(task) FROM chosen HAVING count(*) > 0)
-    SELECT look.now, look.here, look.next_due, look.suspects, look.changed, look.open, taken.* FROM look LEFT JOIN taken ON true"
+    SELECT look.now, look.here AND (EXISTS (SELECT FROM staying) OR NOT EXISTS (SELECT FROM locked)) AS here, look.next_due, look.suspects, look.changed, look.open, taken.* FROM look LEFT JOIN taken ON true"
 );
 
 /// The columns of the look.
@@ -212,7 +221,7 @@ async fn claim_from(session: &mut Session, asked: &Asked, mut from: From) -> Res
 }
 
 fn answer(look: &Look, tasks: Vec<ClaimedTask>) -> Taken {
-    let next_due_in = look.next_due.map(|due| Timestamp(due).since(Timestamp(look.now)));
+    let next_due_in = look.next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(look.now)));
     let alone_waiting = look.suspects > i64::from(tasks.iter().any(|task| task.alone));
     Taken { tasks, alone_waiting, next_due_in }
 }
@@ -321,6 +330,16 @@ async fn move_due(session: &mut Session, from: From) -> Result<From, Failure> {
     shared.marks.moved_due(from, run_at);
     shared.marks.lower((run_at, task));
     Ok(from.lowered((run_at, task)))
+}
+
+/// Hold the row of a host that is about to be given tasks.
+///
+/// # Errors
+/// [`crate::Error::UnknownHost`] if it is not there, or has left.
+pub(super) async fn hold_host(session: &mut Session, host: HostId) -> Result<(), Failure> {
+    const HOLD: &str = "SELECT id FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL FOR SHARE";
+    let held: Option<i64> = sqlx::query_scalar(HOLD).bind(host.0).fetch_optional(session.db()?).await?;
+    held.map(drop).ok_or_else(|| failure::unknown_host(host))
 }
 
 /// What an earlier try of this claim took, if it took anything.

@@ -28,14 +28,17 @@ const UNSEEN_MS_MAX: i64 = 600_000;
 const GONE_HOSTS_KEPT: i64 = 1_000;
 
 pub(super) async fn register(shared: &Arc<Shared>, description: &HostDescription) -> Result<HostId> {
-    const ENTER: &str = "INSERT INTO laelaps.host (name, process_id, started_at, seen_at)
-        SELECT $1, $2, now, now FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock RETURNING id";
+    const ENTER: &str = "INSERT INTO laelaps.host (name, process_id, started_at, seen_at, identity)
+        SELECT $1, $2, now, now, $3 FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock RETURNING id";
+    description.check()?;
     let description = description.clone();
     let id = shared
         .run("registering a host", move |session| {
             let (name, process_id) = (clean(&description.name), i64::from(description.process_id));
+            let identity = description.identity.as_deref().map(clean);
             Box::pin(async move {
-                let id: i64 = sqlx::query_scalar(ENTER).bind(name).bind(process_id).fetch_one(session.db()?).await?;
+                let query = sqlx::query_scalar(ENTER).bind(name).bind(process_id).bind(identity);
+                let id: i64 = query.fetch_one(session.db()?).await?;
                 session.shared.hosts().insert(HostId(id));
                 Ok(HostId(id))
             })
@@ -55,7 +58,7 @@ pub(super) async fn leave(session: &mut Session, hosts: &[HostId]) -> Result<(),
     sqlx::query(LEAVE).bind(&numbers).execute(session.db()?).await?;
     let claims: Vec<i64> = sqlx::query_scalar(CLAIMS).bind(&numbers).fetch_all(session.db()?).await?;
     sweep(session, &claims).await?;
-    strike_off(session).await?;
+    strike_off(session, None).await?;
     session.commit().await?;
     let mut ours = session.shared.hosts();
     for host in hosts {
@@ -73,7 +76,7 @@ fn record(row: &PgRow) -> Result<HostRecord, sqlx::Error> {
         started_at: Timestamp(row.try_get(3)?),
         running: row.try_get::<i64, _>(4)?.unsigned_abs(),
         alive: left.map(|_| false),
-        identity: None,
+        identity: row.try_get(6)?,
     })
 }
 
@@ -81,7 +84,7 @@ pub(super) async fn hosts(session: &mut Session) -> Result<Vec<HostRecord>, Fail
     const HOSTS: &str = "SELECT id, name, process_id, started_at,
             (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND task.host = host.id
                 AND task.id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim WHERE claim.host = host.id))),
-            left_at
+            left_at, identity
         FROM laelaps.host WHERE ended_at IS NULL ORDER BY id";
     let rows = sqlx::query(HOSTS).fetch_all(session.db()?).await?;
     Ok(rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?)
@@ -106,17 +109,51 @@ pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<
     }
     session.begin().await?;
     let (claims, strays) = strays(session).await?;
+    let tasks = lose(session, strays, policy).await?;
+    sweep(session, &claims).await?;
+    let dead_hosts = strike_off(session, None).await?;
+    session.commit().await?;
+    Ok(Reclaimed { tasks, dead_hosts })
+}
+
+/// Take back what the hosts with these identities hold, at most a batch, and strike them off once they hold nothing any more.
+///
+/// That they have left is a statement, and a transaction, of its own: it waits for their claims under way, and those that come later are
+/// refused. So what they hold is all there when it is looked for.
+pub(super) async fn hand_on(session: &mut Session, identities: &[String], policy: &Policy) -> Result<Reclaimed, Failure> {
+    const LEAVE: &str = "WITH named AS MATERIALIZED (
+            SELECT id FROM laelaps.host WHERE identity = ANY($1) AND ended_at IS NULL ORDER BY id FOR NO KEY UPDATE),
+        marked AS (
+            UPDATE laelaps.host SET left_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
+            WHERE id = ANY(ARRAY(SELECT id FROM named)) AND left_at IS NULL)
+        SELECT id FROM named";
+    let hosts: Vec<i64> = sqlx::query_scalar(LEAVE).bind(identities).fetch_all(session.db()?).await?;
+    if hosts.is_empty() {
+        return Ok(Reclaimed::default());
+    }
+    session.begin().await?;
+    let (claims, strays) = strays_of(session, &hosts).await?;
+    let tasks = lose(session, strays, policy).await?;
+    sweep(session, &claims).await?;
+    let dead_hosts = strike_off(session, Some(&hosts)).await?;
+    session.commit().await?;
+    let mut ours = session.shared.hosts();
+    for host in hosts {
+        ours.remove(&HostId(host));
+    }
+    Ok(Reclaimed { tasks, dead_hosts })
+}
+
+/// Settle what is lost; answers what was.
+async fn lose(session: &mut Session, strays: Vec<Stray>, policy: &Policy) -> Result<Vec<Lost>, Failure> {
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
     let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict(), Verdict::Fail { .. })).collect();
     let answers = if settlements.is_empty() { Vec::new() } else { Group::of_lost(&settlements)?.write_in(session).await? };
-    sweep(session, &claims).await?;
-    let dead_hosts = strike_off(session).await?;
-    session.commit().await?;
     let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
     let lost = lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed });
-    Ok(Reclaimed { tasks: lost.collect(), dead_hosts })
+    Ok(lost.collect())
 }
 
 /// Claims that are to be looked at: their time has come, or their host has left.
@@ -128,38 +165,68 @@ pub(super) const CLAIMS: &str = "SELECT id, host, tasks FROM laelaps.claim WHERE
             WHERE host.ended_at IS NULL AND host.left_at IS NOT NULL LIMIT $1) AS left_over))
     FOR UPDATE SKIP LOCKED";
 
+macro_rules! stray_columns {
+    () => {
+        "id, lease, key, host, attempts, max_attempts, coalesce(releases, 0), coalesce(lost, 0), coalesce(lost_alone, 0), alone"
+    };
+}
+
 /// Tasks of these claims that still run, although their lease has ended or their host has left; locked, so that no heartbeat comes between.
-pub(super) const STRAYS: &str = "SELECT id, lease, key, host, attempts, max_attempts, coalesce(releases, 0), coalesce(lost, 0),
-        coalesce(lost_alone, 0), alone
-    FROM laelaps.task WHERE id = ANY($1) AND state = 'running'
+pub(super) const STRAYS: &str = concat!(
+    "SELECT ",
+    stray_columns!(),
+    " FROM laelaps.task WHERE id = ANY($1) AND state = 'running'
         AND (until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
             OR host = ANY(ARRAY(SELECT id FROM laelaps.host WHERE ended_at IS NULL AND left_at IS NOT NULL)))
-    ORDER BY id LIMIT $2 FOR UPDATE";
+    ORDER BY id LIMIT $2 FOR UPDATE"
+);
 
+/// The claims of some hosts. Waited for: whoever looks at one now may find that something still runs.
+pub(super) const CLAIMS_OF: &str = "SELECT id, tasks FROM laelaps.claim WHERE host = ANY($1) ORDER BY id FOR UPDATE";
+
+/// Tasks of these claims that still run on these hosts.
+pub(super) const STRAYS_OF: &str = concat!(
+    "SELECT ",
+    stray_columns!(),
+    " FROM laelaps.task WHERE id = ANY($1) AND state = 'running' AND host = ANY($3) ORDER BY id LIMIT $2 FOR UPDATE"
+);
+
+/// What these hosts hold, at most a batch, and all of their claims.
+async fn strays_of(session: &mut Session, hosts: &[i64]) -> Result<(Vec<i64>, Vec<Stray>), Failure> {
+    let rows: Vec<(i64, Vec<i64>)> = sqlx::query_as(CLAIMS_OF).bind(hosts).fetch_all(session.db()?).await?;
+    let claims: Vec<i64> = rows.iter().map(|(claim, _)| *claim).collect();
+    let tasks: HashSet<i64> = rows.into_iter().flat_map(|(_, tasks)| tasks).collect();
+    let tasks: Vec<i64> = tasks.into_iter().collect();
+    let rows = sqlx::query(STRAYS_OF).bind(tasks).bind(RECLAIMED_MAX).bind(hosts).fetch_all(session.db()?).await?;
+    Ok((claims, rows.iter().map(stray).collect::<Result<_, sqlx::Error>>()?))
+}
+
+/// What is lost, at most a batch, and the claims that were looked at.
 async fn strays(session: &mut Session) -> Result<(Vec<i64>, Vec<Stray>), Failure> {
     let rows: Vec<(i64, i64, Vec<i64>)> = sqlx::query_as(CLAIMS).bind(CLAIMS_MAX).fetch_all(session.db()?).await?;
     let claims: Vec<i64> = rows.iter().map(|(claim, ..)| *claim).collect();
     let tasks: HashSet<i64> = rows.into_iter().flat_map(|(.., tasks)| tasks).collect();
     let tasks: Vec<i64> = tasks.into_iter().collect();
     let rows = sqlx::query(STRAYS).bind(tasks).bind(RECLAIMED_MAX).fetch_all(session.db()?).await?;
-    let number = |row: &PgRow, place: usize| row.try_get::<i32, _>(place).map(i32::unsigned_abs);
-    let stray = |row: &PgRow| -> Result<Stray, sqlx::Error> {
-        let most: Option<i64> = row.try_get(5)?;
-        Ok(Stray {
-            lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
-            key: row.try_get(2)?,
-            host: HostId(row.try_get(3)?),
-            attempt: Attempt {
-                attempt: number(row, 4)?.saturating_add(1),
-                max_attempts: most.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
-                releases: number(row, 6)?,
-                lost: number(row, 7)?,
-                lost_alone: number(row, 8)?,
-                alone: row.try_get(9)?,
-            },
-        })
-    };
     Ok((claims, rows.iter().map(stray).collect::<Result<_, sqlx::Error>>()?))
+}
+
+fn stray(row: &PgRow) -> Result<Stray, sqlx::Error> {
+    let number = |place: usize| row.try_get::<i32, _>(place).map(i32::unsigned_abs);
+    let most: Option<i64> = row.try_get(5)?;
+    Ok(Stray {
+        lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
+        key: row.try_get(2)?,
+        host: HostId(row.try_get(3)?),
+        attempt: Attempt {
+            attempt: number(4)?.saturating_add(1),
+            max_attempts: most.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+            releases: number(6)?,
+            lost: number(7)?,
+            lost_alone: number(8)?,
+            alone: row.try_get(9)?,
+        },
+    })
 }
 
 /// Claims whose rows are locked: those of which nothing runs any more go, the others are looked at again when the next of their leases ends.
@@ -177,18 +244,18 @@ async fn sweep(session: &mut Session, claims: &[i64]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Strike off the hosts that have left, or were not seen for long, and hold nothing. Answers which are gone. Hosts gone long ago are
-/// forgotten.
-async fn strike_off(session: &mut Session) -> Result<Vec<HostRecord>, Failure> {
+/// Strike off the hosts that have left, or were not seen for long, and hold nothing; if `only` is given, only of these. Answers which are
+/// gone. Hosts gone long ago are forgotten.
+async fn strike_off(session: &mut Session, only: Option<&[i64]>) -> Result<Vec<HostRecord>, Failure> {
     const OFF: &str = "UPDATE laelaps.host SET ended_at = now, left_at = coalesce(left_at, now)
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock
-        WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1)
+        WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1) AND ($2::int8[] IS NULL OR id = ANY($2))
             AND NOT EXISTS (SELECT FROM laelaps.claim WHERE claim.host = host.id)
-        RETURNING id, name, process_id, started_at, 0::int8, left_at";
+        RETURNING id, name, process_id, started_at, 0::int8, left_at, identity";
     const FORGET: &str = "WITH old AS (
             DELETE FROM laelaps.host WHERE ended_at IS NOT NULL AND id <= (SELECT max(id) FROM laelaps.host) - $1 RETURNING id)
         DELETE FROM laelaps.host_plugin WHERE host = ANY(ARRAY(SELECT id FROM old))";
-    let rows = sqlx::query(OFF).bind(UNSEEN_MS_MAX).fetch_all(session.db()?).await?;
+    let rows = sqlx::query(OFF).bind(UNSEEN_MS_MAX).bind(only).fetch_all(session.db()?).await?;
     if !rows.is_empty() {
         sqlx::query(FORGET).bind(GONE_HOSTS_KEPT).execute(session.db()?).await?;
     }

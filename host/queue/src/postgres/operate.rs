@@ -11,7 +11,7 @@ use super::accounts;
 use super::failure::{self, Failure};
 use super::session::Session;
 use crate::outcome::ms;
-use crate::{Error, State};
+use crate::{Error, NewTask, State, error};
 
 /// How often a task is looked up that others keep moving.
 const TRIES_MAX: usize = 100;
@@ -169,6 +169,7 @@ pub(super) async fn retry(session: &mut Session, key: &str) -> Result<(), Failur
         let found = find(session, key).await?;
         session.begin().await?;
         let done = match found.state {
+            State::Waiting if found.run_at == NewTask::HELD_AT.0 => return Err(refused(found, error::HELD)),
             State::Waiting => make_due(session, &found).await?,
             State::Failed | State::Cancelled => revive(session, &found).await?,
             State::Running => return Err(refused(found, "it has an attempt under way")),
@@ -185,6 +186,58 @@ pub(super) async fn retry(session: &mut Session, key: &str) -> Result<(), Failur
         session.roll_back().await?;
     }
     Err(Failure::from(Error::Database { doing: "retrying a task that others keep moving", source: sqlx::Error::RowNotFound }))
+}
+
+/// $1 key, $2 when held tasks run: never. Of two that do this or [`DROP`] at once, the one that takes the task from its place does it.
+pub(super) const RELEASE: &str = "WITH unscheduled AS (
+        DELETE FROM laelaps.scheduled WHERE run_at = $2
+            AND task = (SELECT id FROM laelaps.task WHERE key = $1 AND state = 'waiting' AND run_at = $2)
+        RETURNING task),
+    due AS (
+        UPDATE laelaps.task SET run_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
+        WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, bytes, max_running, user_name, type),
+    ready AS (
+        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
+        SELECT run_at, id, bytes, max_running, user_name FROM due),
+    changed AS (
+        INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
+        SELECT user_name, run_at, id, max_running FROM due WHERE user_name <> ''),
+    counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
+    SELECT count(*) FROM due";
+
+/// Make a held task due now. Answers whether there was one; an earlier try whose answer was lost counts as somebody else's.
+pub(super) async fn release_held(session: &mut Session, key: &str) -> Result<bool, Failure> {
+    if !take_held(session, RELEASE, key).await? {
+        return Ok(false);
+    }
+    session.afterwards(|shared| {
+        shared.marks.hint();
+        shared.wake();
+    });
+    Ok(true)
+}
+
+/// As [`RELEASE`]. Nobody ever had a held task: beside it there is at most its data.
+pub(super) const DROP: &str = "WITH unscheduled AS (
+        DELETE FROM laelaps.scheduled WHERE run_at = $2
+            AND task = (SELECT id FROM laelaps.task WHERE key = $1 AND state = 'waiting' AND run_at = $2)
+        RETURNING task),
+    gone AS (DELETE FROM laelaps.task WHERE id = (SELECT task FROM unscheduled) RETURNING id, type),
+    data AS (DELETE FROM laelaps.task_data WHERE task = (SELECT id FROM gone)),
+    counted AS (INSERT INTO laelaps.tally (type, live, scheduled) SELECT type, -1, -1 FROM gone)
+    SELECT count(*) FROM gone";
+
+/// Remove a held task. Answers as [`release_held`].
+pub(super) async fn drop_held(session: &mut Session, key: &str) -> Result<bool, Failure> {
+    take_held(session, DROP, key).await
+}
+
+async fn take_held(session: &mut Session, sql: &'static str, key: &str) -> Result<bool, Failure> {
+    if key.contains('\0') {
+        return Ok(false);
+    }
+    let taken: i64 = sqlx::query_scalar(sql).bind(key).bind(NewTask::HELD_AT.0).fetch_one(session.db()?).await?;
+    Ok(taken == 1)
 }
 
 fn refused(found: Found, problem: &'static str) -> Failure {

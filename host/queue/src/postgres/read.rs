@@ -5,7 +5,7 @@ use sqlx::postgres::PgRow;
 
 use super::failure::{self, Failure};
 use super::session::Session;
-use crate::{AttemptRecord, Filter, HostId, Lease, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
 const PAGE_MAX: u32 = 10_000;
@@ -237,6 +237,36 @@ async fn matching(session: &mut Session, filter: &Filter, limit: u32) -> Result<
         .fetch_all(session.db()?)
         .await?;
     Ok(ids)
+}
+
+/// $1 when held tasks run: never; $2 and $3 the keys' bounds.
+pub(super) const HELD: &str = "SELECT task.key FROM laelaps.scheduled
+    CROSS JOIN LATERAL (SELECT key FROM laelaps.task WHERE task.id = scheduled.task OFFSET 0) AS task
+    WHERE scheduled.run_at = $1 AND task.key >= $2 AND task.key < $3 ORDER BY task.key LIMIT $4";
+
+/// The keys of held tasks with this prefix.
+pub(super) async fn held(session: &mut Session, prefix: &str) -> Result<Vec<String>, Failure> {
+    if prefix.contains('\0') {
+        return Ok(Vec::new());
+    }
+    let query = sqlx::query_scalar(HELD).bind(NewTask::HELD_AT.0).bind(prefix).bind(end_of(prefix)).bind(i64::from(PAGE_MAX));
+    Ok(query.fetch_all(session.db()?).await?)
+}
+
+pub(super) const UNSETTLED: &str =
+    "SELECT EXISTS (SELECT FROM laelaps.task WHERE key >= $1 AND key < $2 AND state IN ('waiting', 'running'))";
+
+/// Whether a task with this prefix waits or runs.
+pub(super) async fn has_unsettled(session: &mut Session, prefix: &str) -> Result<bool, Failure> {
+    if prefix.contains('\0') {
+        return Ok(false);
+    }
+    Ok(sqlx::query_scalar(UNSETTLED).bind(prefix).bind(end_of(prefix)).fetch_one(session.db()?).await?)
+}
+
+/// As [`successor`]; if there is none, a text that is greater than any key. A bound that may be missing is none for an index.
+fn end_of(prefix: &str) -> String {
+    successor(prefix).unwrap_or_else(|| String::from(char::MAX).repeat(NewTask::NAME_BYTES_MAX / 4 + 1))
 }
 
 /// The least text that is greater than all that start with `prefix`; None if there is none.

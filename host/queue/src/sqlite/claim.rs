@@ -13,7 +13,9 @@ use super::settle::Group;
 use super::writer::{Job, Session, unasked};
 use crate::fair::{self, Account, Candidate, Rest};
 use crate::outcome::ms;
-use crate::{Attempt, Claim, Claimed, ClaimedTask, Event, HostId, Lease, LeaseRef, Policy, Settlement, TaskId, Timestamp, data};
+use crate::{
+    Attempt, Claim, Claimed, ClaimedTask, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId, Timestamp, data,
+};
 
 /// The most tasks of one claim.
 const CLAIMED_MAX: u32 = 1_000;
@@ -79,7 +81,7 @@ impl Taken {
 
 /// Take waiting tasks under new leases.
 pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken, Failure> {
-    const LOOK: &str = "SELECT (SELECT count(*) FROM host WHERE id = ?1 AND ended_at IS NULL),
+    const LOOK: &str = "SELECT (SELECT count(*) FROM host WHERE id = ?1 AND left_at IS NULL AND ended_at IS NULL),
         (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2)), lease, pick FROM counter";
     let look = sqlx::query_as(LOOK).bind(claim.host.0).fetch_one(session.db()).await?;
     let (registered, mut next_due, mut suspects, lease, pick): (bool, Option<i64>, i64, i64, i64) = look;
@@ -102,7 +104,7 @@ pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken,
     let tasks = take(session, claim, chosen, Counter { lease, pick }, &mut changes).await?;
     changes.write(session).await?;
     let alone_waiting = suspects > i64::from(tasks.iter().any(|task| task.alone));
-    let next_due_in = next_due.map(|due| Timestamp(due).since(Timestamp(now)));
+    let next_due_in = next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(now)));
     Ok(Taken { tasks, alone_waiting, next_due_in })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Authority: the operating system. A host holds an exclusive lock on `DATABASE-hosts/ID.lock`; the lock goes with its process, however that
 //! ends. The file is made and locked before the host's row can be seen, and removed after the row is struck off, so that a host without file
-//! or with a free lock is dead. Numbers are never used twice. If somebody removes the folder under living hosts, they count as dead: their
+//! or with a free lock is dead. So is one that has left, whatever its process does: a watchdog knows better. Numbers are never used twice. If somebody removes the folder under living hosts, they count as dead: their
 //! tasks are taken back, their late writes fail at the fence, and they have to register again.
 
 use std::collections::HashMap;
@@ -71,6 +71,13 @@ impl Locks {
         }
     }
 
+    /// Remove the file of a host that was struck off, whosever it is. A process that is stuck keeps its lock on what is no file any more, to
+    /// no effect: nobody asks for the life of a host whose row has ended.
+    fn clear(&self, host: HostId) {
+        self.held().remove(&host);
+        self.remove(host);
+    }
+
     pub(super) fn release_all(&self) {
         // Files stay: the hosts' rows do, and with free locks they are dead.
         self.held().clear();
@@ -106,15 +113,16 @@ impl Locks {
 
 impl Sqlite {
     pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
-        const ENTER: &str = "INSERT INTO host (name, process_id, started_at) VALUES (?1, ?2, ?3) RETURNING id";
-        let HostDescription { name, process_id, .. } = description.clone();
+        const ENTER: &str = "INSERT INTO host (name, process_id, started_at, identity) VALUES (?1, ?2, ?3, ?4) RETURNING id";
+        description.check()?;
+        let HostDescription { name, process_id, identity } = description.clone();
         let locks = self.hosts.clone();
         let taken = Arc::new(OnceLock::new());
         let host = Arc::clone(&taken);
         let entered = self.writer.run("registering a host", move |session| {
             Box::pin(async move {
                 let now = session.now;
-                let query = sqlx::query_scalar(ENTER).bind(name).bind(process_id).bind(now);
+                let query = sqlx::query_scalar(ENTER).bind(name).bind(process_id).bind(now).bind(identity);
                 let id = HostId(query.fetch_one(session.db()).await?);
                 locks.take(id)?;
                 host.get_or_init(|| id);
@@ -138,7 +146,7 @@ impl Sqlite {
 
     pub(super) async fn known_hosts(&self) -> Result<Vec<HostRecord>> {
         const HOSTS: &str = "SELECT id, name, process_id, started_at,
-                (SELECT count(*) FROM task WHERE task.host = host.id AND task.state = 'running')
+                (SELECT count(*) FROM task WHERE task.host = host.id AND task.state = 'running'), identity, left_at
             FROM host INDEXED BY host_here WHERE ended_at IS NULL ORDER BY id";
         let rows = sqlx::query(HOSTS).fetch_all(&self.readers).await.map_err(self.reading("reading hosts"))?;
         let locks = self.hosts.clone();
@@ -150,8 +158,8 @@ impl Sqlite {
                 process_id: row.try_get(2)?,
                 started_at: Timestamp(row.try_get(3)?),
                 running: row.try_get::<i64, _>(4)?.unsigned_abs(),
-                alive: locks.is_alive(id),
-                identity: None,
+                alive: if row.try_get::<Option<i64>, _>(6)?.is_some() { Some(false) } else { locks.is_alive(id) },
+                identity: row.try_get(5)?,
             })
         };
         rows.iter().map(record).collect::<Result<_, sqlx::Error>>().map_err(self.reading("reading hosts"))
@@ -172,12 +180,36 @@ impl Sqlite {
         let (dead, policy) = (dead_hosts.iter().map(|host| host.id).collect::<Vec<_>>(), policy.clone());
         let (tasks, gone) = self
             .writer
-            .run("taking back lost tasks", move |session| Box::pin(async move { take_back(session, dead, &policy).await }))
+            .run("taking back lost tasks", move |session| {
+                Box::pin(async move { take_back(session, dead, Leases::OfHostsAndEnded, &policy).await })
+            })
             .await?;
-        for host in &gone {
-            self.hosts.remove(*host);
+        Ok(Reclaimed { tasks, dead_hosts: self.cleared(dead_hosts, &gone) })
+    }
+
+    /// Take back what the hosts with these identities hold, at most a batch, and strike them off once they hold nothing any more. They have
+    /// left with the first batch, and the database lets one write at a time: no claim comes in between.
+    pub(super) async fn hand_hosts_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
+        let named = |host: &HostRecord| host.identity.as_ref().is_some_and(|identity| identities.contains(identity));
+        let named: Vec<HostRecord> = self.known_hosts().await?.into_iter().filter(named).collect();
+        if named.is_empty() {
+            return Ok(Reclaimed::default());
         }
-        Ok(Reclaimed { tasks, dead_hosts: dead_hosts.into_iter().filter(|host| gone.contains(&host.id)).collect() })
+        let (hosts, policy) = (named.iter().map(|host| host.id).collect::<Vec<_>>(), policy.clone());
+        let (tasks, gone) = self
+            .writer
+            .run("handing tasks on", move |session| Box::pin(async move { hand_on(session, hosts, &policy).await }))
+            .await?;
+        Ok(Reclaimed { tasks, dead_hosts: self.cleared(named, &gone) })
+    }
+
+    /// Those of the hosts that are gone. Their lock files go as well.
+    fn cleared(&self, hosts: Vec<HostRecord>, gone: &[HostId]) -> Vec<HostRecord> {
+        for host in gone {
+            self.hosts.clear(*host);
+        }
+        let gone = hosts.into_iter().filter(|host| gone.contains(&host.id));
+        gone.map(|host| HostRecord { running: 0, alive: Some(false), ..host }).collect()
     }
 
     /// Fail claimed tasks that nobody can read, so that they stop nobody.
@@ -207,8 +239,28 @@ struct Stray {
     attempt: Attempt,
 }
 
-async fn take_back(session: &mut Session, dead: Vec<HostId>, policy: &Policy) -> Result<(Vec<Lost>, Vec<HostId>), Failure> {
-    let strays = strays(session, &dead).await?;
+/// Which leases count as lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leases {
+    OfHosts,
+    OfHostsAndEnded,
+}
+
+async fn hand_on(session: &mut Session, hosts: Vec<HostId>, policy: &Policy) -> Result<(Vec<Lost>, Vec<HostId>), Failure> {
+    const LEAVE: &str =
+        "UPDATE host SET left_at = ?2 WHERE id IN (SELECT value FROM json_each(?1)) AND left_at IS NULL AND ended_at IS NULL";
+    let now = session.now;
+    sqlx::query(LEAVE).bind(json(&hosts)).bind(now).execute(session.db()).await?;
+    take_back(session, hosts, Leases::OfHosts, policy).await
+}
+
+async fn take_back(
+    session: &mut Session,
+    dead: Vec<HostId>,
+    leases: Leases,
+    policy: &Policy,
+) -> Result<(Vec<Lost>, Vec<HostId>), Failure> {
+    let strays = strays(session, &dead, leases).await?;
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
@@ -232,10 +284,11 @@ pub(super) const STRAYS: &str =
             LIMIT ?3) AS stray
         CROSS JOIN task ON task.id = stray.id";
 
-/// Running tasks of dead hosts, and those whose lease ran out.
-async fn strays(session: &mut Session, dead: &[HostId]) -> Result<Vec<Stray>, Failure> {
-    let now = session.now;
-    let rows = sqlx::query(STRAYS).bind(json(dead)).bind(now).bind(RECLAIMED_MAX).fetch_all(session.db()).await?;
+/// Running tasks of dead hosts, and those whose lease ran out, if these count.
+async fn strays(session: &mut Session, dead: &[HostId], leases: Leases) -> Result<Vec<Stray>, Failure> {
+    // No lease ends before NULL.
+    let ended_by = (leases == Leases::OfHostsAndEnded).then_some(session.now);
+    let rows = sqlx::query(STRAYS).bind(json(dead)).bind(ended_by).bind(RECLAIMED_MAX).fetch_all(session.db()).await?;
     let stray = |row: &sqlx::sqlite::SqliteRow| -> Result<Stray, sqlx::Error> {
         Ok(Stray {
             lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
@@ -276,7 +329,7 @@ pub(super) async fn note_plugins(session: &mut Session, host: HostId, digests: &
         SELECT host.id, plugin_version.id, ?3 FROM host, plugin_version
         WHERE host.id = ?2 AND plugin_version.digest IN (SELECT value FROM json_each(?1))
         ON CONFLICT (host, plugin) DO NOTHING";
-    const HERE: &str = "SELECT EXISTS (SELECT 1 FROM host WHERE id = ?1 AND ended_at IS NULL)";
+    const HERE: &str = "SELECT EXISTS (SELECT 1 FROM host WHERE id = ?1 AND left_at IS NULL AND ended_at IS NULL)";
     let here: bool = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()).await?;
     if !here {
         return Err(failure::unknown_host(host));

@@ -10,8 +10,9 @@ use super::claim::count;
 use super::failure::Failure;
 use super::settle::{record_attempts, retain, state_of};
 use super::writer::Session;
+use crate::error;
 use crate::outcome::ms;
-use crate::{Error, State};
+use crate::{Error, NewTask, State};
 
 /// How a task is ended by hand.
 #[derive(Clone, Copy, Debug)]
@@ -50,12 +51,20 @@ struct Found {
     attempts: i64,
 }
 
+impl Found {
+    fn is_held(&self) -> bool {
+        self.state == State::Waiting && self.run_at == NewTask::HELD_AT.0
+    }
+}
+
 async fn find(session: &mut Session, key: String) -> Result<Found, Failure> {
+    look_up(session, &key).await?.ok_or_else(|| Failure::from(Error::NotFound(key)))
+}
+
+async fn look_up(session: &mut Session, key: &str) -> Result<Option<Found>, Failure> {
     const FIND: &str = "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts FROM task WHERE key = ?1";
-    let Some(row) = sqlx::query(FIND).bind(key.clone()).fetch_optional(session.db()).await? else {
-        return Err(Failure::from(Error::NotFound(key)));
-    };
-    Ok(Found {
+    let Some(row) = sqlx::query(FIND).bind(key.to_owned()).fetch_optional(session.db()).await? else { return Ok(None) };
+    Ok(Some(Found {
         task: row.try_get(0)?,
         key: row.try_get(1)?,
         task_type: row.try_get(2)?,
@@ -66,7 +75,7 @@ async fn find(session: &mut Session, key: String) -> Result<Found, Failure> {
         lease: row.try_get(7)?,
         host: row.try_get(8)?,
         attempts: row.try_get(9)?,
-    })
+    }))
 }
 
 /// Take a waiting task from where it waits.
@@ -108,9 +117,10 @@ pub(super) async fn end(session: &mut Session, key: String, by: ByHand, retentio
     changes.write(session).await
 }
 
+const DUE: &str = "UPDATE task SET run_at = ?2 WHERE id = ?1";
+
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
 pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Failure> {
-    const DUE: &str = "UPDATE task SET run_at = ?2 WHERE id = ?1";
     const REVIVE: &str =
         "UPDATE task SET state = 'waiting', run_at = ?2, attempts = 0, releases = 0, lost = 0, lost_alone = 0, alone = 0,
         finished_at = NULL, retained_until = NULL WHERE id = ?1";
@@ -122,6 +132,7 @@ pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Fail
     // What is ready already keeps its place in the order.
     let run_at = if found.state == State::Waiting { found.run_at.min(now) } else { now };
     match found.state {
+        State::Waiting if found.is_held() => return Err(refused(found, error::HELD)),
         State::Waiting => {
             unqueue(session, &found, &mut changes).await?;
             sqlx::query(DUE).bind(found.task).bind(run_at).execute(session.db()).await?;
@@ -138,6 +149,32 @@ pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Fail
     let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await
+}
+
+/// Make a held task due now. Answers whether there was one.
+pub(super) async fn release_held(session: &mut Session, key: String) -> Result<bool, Failure> {
+    let Some(found) = look_up(session, &key).await?.filter(Found::is_held) else { return Ok(false) };
+    let mut changes = Changes::default();
+    let now = session.now;
+    unqueue(session, &found, &mut changes).await?;
+    sqlx::query(DUE).bind(found.task).bind(now).execute(session.db()).await?;
+    let waiting = Waiting { task: found.task, run_at: now, user: found.user, max_running: found.max_running, alone: false };
+    changes.enqueue(session, &[waiting]).await?;
+    changes.write(session).await?;
+    Ok(true)
+}
+
+/// Remove a held task. Answers whether there was one.
+pub(super) async fn drop_held(session: &mut Session, key: String) -> Result<bool, Failure> {
+    const DROP: &str = "DELETE FROM task WHERE id = ?1";
+    let Some(found) = look_up(session, &key).await?.filter(Found::is_held) else { return Ok(false) };
+    let mut changes = Changes::default();
+    unqueue(session, &found, &mut changes).await?;
+    sqlx::query(DROP).bind(found.task).execute(session.db()).await?;
+    remove_beside(session, &[found.task]).await?;
+    changes.dropped(&found.task_type);
+    changes.write(session).await?;
+    Ok(true)
 }
 
 fn refused(found: Found, problem: &'static str) -> Failure {

@@ -5,7 +5,7 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::accounts::json;
 use super::failure;
-use crate::{AttemptRecord, Filter, HostId, Lease, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
 const PAGE_MAX: u32 = 10_000;
@@ -225,6 +225,23 @@ fn successor(prefix: &str) -> Option<String> {
         }
     }
     None
+}
+
+pub(super) const HELD: &str = "SELECT task.key FROM scheduled CROSS JOIN task ON task.id = scheduled.task
+    WHERE scheduled.run_at = ?1 AND task.key >= ?2 AND task.key < coalesce(?3, x'') ORDER BY task.key LIMIT ?4";
+
+/// The keys of held tasks with this prefix.
+pub(super) async fn held(readers: &SqlitePool, prefix: &str) -> Result<Vec<String>, sqlx::Error> {
+    let query = sqlx::query_scalar(HELD).bind(NewTask::HELD_AT.0).bind(prefix.to_owned()).bind(successor(prefix)).bind(PAGE_MAX);
+    query.fetch_all(readers).await
+}
+
+pub(super) const UNSETTLED: &str = "SELECT EXISTS (SELECT 1 FROM task INDEXED BY task_key
+    WHERE key >= ?1 AND key < coalesce(?2, x'') AND state IN ('waiting', 'running'))";
+
+/// Whether a task with this prefix waits or runs.
+pub(super) async fn has_unsettled(readers: &SqlitePool, prefix: &str) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(UNSETTLED).bind(prefix.to_owned()).bind(successor(prefix)).fetch_one(readers).await
 }
 
 pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {

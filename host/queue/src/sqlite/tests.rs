@@ -21,7 +21,7 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else; with what their plan has to contain.
-const LOOKED_UP: [(&str, &str, &str); 21] = [
+const LOOKED_UP: [(&str, &str, &str); 23] = [
     ("due", claim::DUE, "SEARCH scheduled USING PRIMARY KEY (run_at=? AND task=?)"),
     ("suspect", claim::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("oldest", claim::OLDEST, "SCAN ready USING COVERING INDEX ready_in_time"),
@@ -42,6 +42,8 @@ const LOOKED_UP: [(&str, &str, &str); 21] = [
     ("change tally", accounts::CHANGE_TALLY, "SEARCH tally USING PRIMARY KEY (what=? AND name=?)"),
     ("renew", keep::RENEW, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("strays", hosts::STRAYS, "SEARCH task USING COVERING INDEX task_running (host=? AND until<?)"),
+    ("held keys", read::HELD, "SEARCH scheduled USING PRIMARY KEY (run_at=?)"),
+    ("unsettled", read::UNSETTLED, "SEARCH task USING INDEX task_key (key>? AND key<?)"),
     ("over", operate::OVER, "SEARCH retention USING INDEX retention_until (until<?)"),
 ];
 

@@ -107,6 +107,13 @@ impl Fixture {
         self.backend().register_host(&description).await.expect("a host can register")
     }
 
+    /// A host that a watchdog knows.
+    pub(crate) async fn host_as(&self, identity: &str) -> HostId {
+        let identity = Some(identity.to_owned());
+        let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id(), identity };
+        self.backend().register_host(&description).await.expect("a host can register")
+    }
+
     pub(crate) async fn submit(&self, tasks: &[NewTask]) {
         self.queue.submit_many(tasks).await.expect("good tasks can be submitted");
     }

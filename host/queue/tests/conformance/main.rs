@@ -11,6 +11,8 @@ mod ends;
 mod errors;
 mod fair;
 mod files;
+mod handed_on;
+mod held;
 mod hosts;
 mod leases;
 mod lists;

@@ -343,3 +343,43 @@ async fn who_may_not_make_tables_is_told_so() {
     assert!(matches!(denied, Error::Denied { .. }) && denied.hint().is_some(), "{denied:?}");
     assert!(denied.to_string().ends_with(": creating the tables is not allowed"), "{denied}");
 }
+
+/// A claim that is stopped in the middle of it by a lock on its task, while its host is handed on.
+async fn handed_on_in_the_middle_of_a_claim(user: Option<&str>) {
+    let fixture = fixture().await;
+    let host = fixture.host_as("s1").await;
+    fixture.submit(&[NewTask { user: user.map(str::to_owned), ..task("a") }]).await;
+    let mut stopper = raw(&fixture.config).await;
+    sqlx::raw_sql("BEGIN; SELECT FROM laelaps.task WHERE key = 'a' FOR UPDATE").execute(&mut stopper).await.unwrap();
+    let (claimer, policy) = (fixture.queue.clone(), fixture.config.policy.clone());
+    let claim = Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
+    let claiming = tokio::spawn(async move { claimer.backend().claim(&claim).await });
+    let mut watcher = raw(&fixture.config).await;
+    let started = std::time::Instant::now();
+    while !sqlx::query_scalar::<_, bool>(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')",
+    )
+    .fetch_one(&mut watcher)
+    .await
+    .unwrap()
+    {
+        assert!(started.elapsed() < PATIENCE, "the claim does not come to where it is stopped");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let handing = fixture.another().await;
+    let mut handing = tokio::spawn(async move { handing.backend().hand_on(&["s1".to_owned()], &policy).await });
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut handing).await;
+    assert!(early.is_err(), "the claim is waited for: {early:?}");
+    sqlx::raw_sql("COMMIT").execute(&mut stopper).await.unwrap();
+    assert_eq!(keys(&claiming.await.unwrap().unwrap().tasks), ["a"]);
+    let taken = handing.await.unwrap().unwrap();
+    assert_eq!((taken.tasks.len(), taken.dead_hosts.len()), (1, 1), "and what it took is taken back");
+    assert_eq!(fixture.state("a").await, State::Waiting);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_is_handed_on_after_its_claims_that_are_under_way() {
+    handed_on_in_the_middle_of_a_claim(None).await;
+    handed_on_in_the_middle_of_a_claim(Some("u")).await;
+}

@@ -17,16 +17,30 @@ const KEYS: u32 = 120;
 struct Storm {
     fixture: Fixture,
     random: fastrand::Rng,
-    hosts: Vec<HostId>,
+    /// With what a watchdog knows them by.
+    hosts: Vec<(HostId, String)>,
     /// What hosts believe to have, some of it long lost.
     claimed: Vec<ClaimedTask>,
 }
 
 impl Storm {
     async fn begin(database: Database, seed: u64) -> Self {
-        let fixture = Fixture::new(database).await;
-        let hosts = vec![fixture.host().await, fixture.host().await];
-        Self { fixture, random: fastrand::Rng::with_seed(seed), hosts, claimed: Vec::new() }
+        Self::over(Fixture::new(database).await, seed).await
+    }
+
+    async fn over(fixture: Fixture, seed: u64) -> Self {
+        let mut storm = Self { fixture, random: fastrand::Rng::with_seed(seed), hosts: Vec::new(), claimed: Vec::new() };
+        for _ in 0..2 {
+            let host = storm.host().await;
+            storm.hosts.push(host);
+        }
+        storm
+    }
+
+    /// A host with an identity that is never given twice, also not to another storm of other seed.
+    async fn host(&mut self) -> (HostId, String) {
+        let identity = format!("{:x}", self.random.u64(..));
+        (self.fixture.host_as(&identity).await, identity)
     }
 
     fn new_task(&mut self) -> NewTask {
@@ -58,7 +72,7 @@ impl Storm {
     }
 
     async fn step(&mut self) {
-        match self.random.u32(..20) {
+        match self.random.u32(..24) {
             0..4 => self.submit().await,
             4..9 => self.claim().await,
             9..14 => self.settle().await,
@@ -66,6 +80,8 @@ impl Storm {
             15..17 => self.by_hand().await,
             17 => drop(self.fixture.backend().reclaim(&self.fixture.config.policy).await.unwrap()),
             18 => drop(self.fixture.backend().clean_up(self.random.u32(1..20)).await.unwrap()),
+            19..22 => self.move_held().await,
+            22 => self.hand_a_host_on().await,
             _ => self.replace_a_host().await,
         }
     }
@@ -78,13 +94,14 @@ impl Storm {
             if self.random.u32(..4) == 0 {
                 task.run_at = Some(Timestamp(now.0 + i64::from(self.random.u32(..60))));
             }
+            task.held = self.random.u32(..6) == 0;
         }
         self.fixture.submit(&tasks).await;
     }
 
     async fn claim(&mut self) {
         let claim = Claim {
-            host: self.hosts[self.random.usize(..self.hosts.len())],
+            host: self.hosts[self.random.usize(..self.hosts.len())].0,
             limit: self.random.u32(1..12),
             alive_time: [LONG, Duration::from_millis(15)][usize::from(self.random.u32(..5) == 0)],
             alone: self.random.bool(),
@@ -136,15 +153,37 @@ impl Storm {
         };
     }
 
+    /// Release or drop some of what is held. Others may do the same.
+    async fn move_held(&mut self) {
+        let prefix = format!("k{}", self.random.u32(..10));
+        for key in self.fixture.backend().held(&prefix).await.unwrap() {
+            match self.random.u32(..3) {
+                0 => drop(self.fixture.backend().release_held(&key).await.unwrap()),
+                1 => drop(self.fixture.backend().drop_held(&key).await.unwrap()),
+                _ => {}
+            }
+        }
+    }
+
+    async fn hand_a_host_on(&mut self) {
+        let place = self.random.usize(..self.hosts.len());
+        let identities = [self.hosts[place].1.clone()];
+        self.fixture.backend().hand_on(&identities, &self.fixture.config.policy).await.unwrap();
+        self.hosts[place] = self.host().await;
+    }
+
     async fn replace_a_host(&mut self) {
         let place = self.random.usize(..self.hosts.len());
-        self.fixture.backend().unregister_host(self.hosts[place]).await.unwrap();
-        self.hosts[place] = self.fixture.host().await;
+        self.fixture.backend().unregister_host(self.hosts[place].0).await.unwrap();
+        self.hosts[place] = self.host().await;
     }
 
     /// Work until nothing waits or runs any more.
     async fn calm(&mut self) {
-        for host in std::mem::take(&mut self.hosts) {
+        for key in self.fixture.backend().held("").await.unwrap() {
+            assert!(self.fixture.backend().release_held(&key).await.unwrap());
+        }
+        for (host, _) in std::mem::take(&mut self.hosts) {
             self.fixture.backend().unregister_host(host).await.unwrap();
         }
         let host = self.fixture.host().await;
@@ -227,12 +266,11 @@ async fn storms_at_once(database: Database) {
     for seed in 0..4 {
         let fixture = fixture.beside().await;
         storms.spawn(async move {
-            let hosts = vec![fixture.host().await, fixture.host().await];
-            let mut storm = Storm { fixture, random: fastrand::Rng::with_seed(seed), hosts, claimed: Vec::new() };
+            let mut storm = Storm::over(fixture, seed).await;
             for _ in 0..STEPS {
                 storm.step().await;
             }
-            for host in std::mem::take(&mut storm.hosts) {
+            for (host, _) in std::mem::take(&mut storm.hosts) {
                 storm.fixture.backend().unregister_host(host).await.unwrap();
             }
             storm.fixture.queue.close().await;
