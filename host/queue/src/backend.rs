@@ -315,34 +315,19 @@ pub trait Backend: Debug + Send + Sync {
     /// strike them off. From now on they claim nothing ([`crate::Error::UnknownHost`]), and what they write about their attempts is
     /// [`LeaseAnswer::Lost`]. Hosts with another identity, or none, are left alone. `policy` decides what follows, by [`crate::decide`]. Worth calling again
     /// until it answers no more tasks; identities that are not known (any more) are passed over.
-    async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
-        let _ = (identities, policy);
-        todo_hand_on()
-    }
+    async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed>;
 
     /// Make a held task claimable now. False if the queue has no held task of this key: it was released or dropped before.
-    async fn release_held(&self, key: &str) -> Result<bool> {
-        let _ = key;
-        todo_hand_on()
-    }
+    async fn release_held(&self, key: &str) -> Result<bool>;
 
     /// Remove a held task; its key is free again. False if the queue has no held task of this key.
-    async fn drop_held(&self, key: &str) -> Result<bool> {
-        let _ = key;
-        todo_hand_on()
-    }
+    async fn drop_held(&self, key: &str) -> Result<bool>;
 
     /// The keys of held tasks that begin with `prefix`, in the order of their bytes, at most 10,000.
-    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
-        let _ = prefix;
-        todo_hand_on()
-    }
+    async fn held(&self, prefix: &str) -> Result<Vec<String>>;
 
     /// Whether a task whose key begins with `prefix` is waiting (held ones included) or running. Costs the same at any number of other tasks.
-    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
-        let _ = prefix;
-        todo_hand_on()
-    }
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool>;
 
     /// The hosts that the database knows.
     async fn hosts(&self) -> Result<Vec<HostRecord>>;
@@ -385,9 +370,4 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Finish what is under way and close all connections.
     async fn close(&self);
-}
-
-/// Until every database has them.
-fn todo_hand_on<T>() -> Result<T> {
-    Err(crate::Error::NotSupported { what: "this operation", why: "not there yet".to_owned() })
 }

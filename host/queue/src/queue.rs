@@ -288,12 +288,44 @@ impl Queue {
         self.backend.force_finish(key, retention_time.unwrap_or(self.config.policy.retention)).await
     }
 
-    /// Make a waiting task due now, or give a failed or cancelled one a new life.
+    /// Make a waiting task due now, or give a failed or cancelled one a new life. A held task is refused.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::WrongState`], and errors of the database.
     pub async fn retry(&self, key: &str) -> Result<()> {
         self.backend.retry(key).await
+    }
+
+    /// Make a held task (see [`NewTask::held`]) claimable now. False if the queue has no held task of this key.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn release_held(&self, key: &str) -> Result<bool> {
+        self.backend.release_held(key).await
+    }
+
+    /// Remove a held task; its key is free again. False if the queue has no held task of this key.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn drop_held(&self, key: &str) -> Result<bool> {
+        self.backend.drop_held(key).await
+    }
+
+    /// The keys of held tasks that begin with `prefix`, in the order of their bytes, at most 10,000.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        self.backend.held(prefix).await
+    }
+
+    /// Whether a task whose key begins with `prefix` is waiting (held ones included) or running.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        self.backend.has_unsettled(prefix).await
     }
 
     /// Remove tasks whose retention has ended, in batches, until none is left; answers how many.

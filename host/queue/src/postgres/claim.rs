@@ -74,7 +74,9 @@ pub(super) const CLAIM: &str = concat!(
     together AS (
         INSERT INTO laelaps.claim (id, host, check_at, tasks)
         SELECT $13, $1, (SELECT now FROM look) + $5, array_agg(task) FROM chosen HAVING count(*) > 0)
-    SELECT look.now, look.here AND (EXISTS (SELECT FROM staying) OR NOT EXISTS (SELECT FROM locked)) AS here, look.next_due, look.suspects, look.changed, look.open, taken.* FROM look LEFT JOIN taken ON true"
+    SELECT look.now, look.here AND (EXISTS (SELECT FROM staying) OR NOT EXISTS (SELECT FROM locked)) AS here,
+        look.next_due, look.suspects, look.changed, look.open, taken.*
+    FROM look LEFT JOIN taken ON true"
 );
 
 /// The columns of the look.
