@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::Site;
 use crate::patience::PATIENCE;
+use crate::program::has_faults;
 
 /// A `laelaps run` process. Killed when dropped; if the test is failing then, the end of its log is printed.
 #[derive(Debug)]
@@ -35,6 +36,15 @@ impl Site {
         let mut host = self.spawn_with(arguments, environment);
         host.notified("READY=1", PATIENCE).await;
         host
+    }
+
+    /// Starts a host with faults to order (host/daemon/src/fault.rs).
+    ///
+    /// # Panics
+    /// If the program has none.
+    pub async fn start_with_fault(&self, fault: &str) -> Host {
+        assert!(has_faults(), "the program has no faults; build it with `cargo build --features fault-injection`");
+        self.start_with(&[], &[("LAELAPS_FAULT", fault)]).await
     }
 
     /// Starts a host without waiting for anything.

@@ -92,6 +92,17 @@ fn path_variable() -> Option<std::ffi::OsString> {
     std::env::var_os("PATH")
 }
 
+/// Whether the program has faults to order (host/daemon/src/fault.rs): the variable that orders them is named in it.
+///
+/// # Panics
+/// If it is not built.
+#[must_use]
+pub fn has_faults() -> bool {
+    const VARIABLE: &[u8] = b"LAELAPS_FAULT";
+    let program = std::fs::read(laelaps()).expect("the program can be read");
+    program.windows(VARIABLE.len()).any(|bytes| bytes == VARIABLE)
+}
+
 /// The program that was built with the running test: `target/debug/laelaps` for `target/debug/deps/suite-...`.
 ///
 /// # Panics

@@ -77,7 +77,8 @@ async fn every_command_says_what_it_takes() {
 async fn the_version_is_one_line() {
     let site = Site::new().await;
     let told = site.laelaps(["--version"]).await.success().stdout;
-    assert_eq!(told, format!("laelaps {}\n", env!("CARGO_PKG_VERSION")));
+    let faults = if laelaps_tests::has_faults() { " (fault injection)" } else { "" };
+    assert_eq!(told, format!("laelaps {}{faults}\n", env!("CARGO_PKG_VERSION")));
 }
 
 #[tokio::test]

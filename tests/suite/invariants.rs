@@ -50,6 +50,8 @@ const GUARDS: [(&str, &[&str]); 10] = [
             "a_slot_is_free_within_100_ms_of_an_immediate_stop",
             "quit_stops_handlers_of_every_sort_at_once",
             "an_immediate_stop_is_answered_at_once_whatever_the_guest_does",
+            "a_stuck_thread_is_replaced_and_its_task_runs_again_while_others_go_on",
+            "a_stuck_thread_holds_no_other_guest",
         ],
     ),
     (

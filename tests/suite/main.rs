@@ -8,6 +8,7 @@ mod crash;
 mod daemon;
 mod demo;
 mod fairness;
+mod faults;
 mod fleet;
 mod grants;
 mod idle;

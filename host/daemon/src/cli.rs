@@ -32,11 +32,11 @@ use laelaps_queue::Queue;
 pub use exit::{Complaint, Exit};
 
 use crate::config::{Config, Source};
-use crate::host;
+use crate::{fault, host};
 
 /// A worker host: tasks from a database, handlers as WebAssembly components, replaced without a restart
 #[derive(Debug, clap::Parser)]
-#[command(name = "laelaps", version, after_help = exit::TABLE, max_term_width = 120)]
+#[command(name = "laelaps", version = fault::VERSION, after_help = exit::TABLE, max_term_width = 120)]
 struct Arguments {
     #[command(flatten)]
     place: Place,
@@ -107,6 +107,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run_to_end(arguments: Arguments) -> anyhow::Result<Exit> {
+    fault::arm().map_err(|problem| Complaint::new(Exit::Usage, problem, "unset it; it is for tests"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
     // The commands are boxed: the largest of them would else make every one as large on the stack.
     let result = runtime.block_on(Box::pin(arguments.command.run(&arguments.place)));

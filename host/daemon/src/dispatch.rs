@@ -75,6 +75,7 @@ pub(crate) struct Dispatcher {
     claims_until_clean_up: u32,
     alone: Alone,
     ending: Option<Ending>,
+    /// Threads lost at the last look.
     stuck: u32,
     /// The fleet under whose identity tasks are claimed; None without one.
     membership: Option<Membership>,
@@ -172,7 +173,7 @@ impl Dispatcher {
                 () = self.shared.backend.wakeup(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
                 () = tokio::time::sleep_until(poll_at), if may_claim => {}
                 () = sleep_until_some(deadline) => self.end(Manner::Immediate),
-                _ = looks.tick(), if !self.running.is_empty() => self.look_for_stuck(),
+                _ = looks.tick(), if !self.running.is_empty() || self.shared.engine.abandoned() > 0 => self.look_for_stuck(),
                 () = changed(&mut self.membership) => {}
                 () = ticked(&mut turns) => {}
             }
@@ -180,8 +181,8 @@ impl Dispatcher {
     }
 
     fn why_broken(&self) -> Option<Broken> {
-        let abandoned = self.shared.engine.abandoned();
-        if abandoned > STUCK_MAX { Some(Broken::TooManyStuck(abandoned)) } else { self.broken }
+        let lost = self.shared.engine.lost(self.shared.config.child_heartbeat_limit);
+        if lost > STUCK_MAX { Some(Broken::TooManyStuck(lost)) } else { self.broken }
     }
 
     /// What was claimed under an identity that is over is lost: its guests are stopped, and somebody else has or gets their tasks.
@@ -272,6 +273,9 @@ impl Dispatcher {
             tracing::info!("tasks can be claimed again");
         }
         let found = !claimed.tasks.is_empty();
+        if found {
+            crate::fault::reach("claimed");
+        }
         self.alone = match self.alone {
             Alone::Wanted => Alone::Now,
             _ if claimed.alone_waiting => Alone::Wanted,
@@ -394,23 +398,39 @@ impl Dispatcher {
         }
     }
 
-    /// A guest whose thread shows no sign of life is given up: its task goes back, its slot serves others, its thread is counted.
+    /// A guest whose thread shows no sign of life is given up: its task goes back, its slot serves others, its thread is counted and replaced.
     fn look_for_stuck(&mut self) {
         let limit = self.shared.config.child_heartbeat_limit;
+        let lost = self.shared.engine.lost(limit);
+        let mut given_up = 0;
         for running in self.running.values() {
-            let silent = !running.control.is_waiting_in_host() && running.control.beat_age() > limit;
-            if silent && running.control.state() < Some(Cancellation::Immediate) {
-                tracing::error!(task = running.key, ?limit, "a guest's thread shows no sign of life; its task is released");
+            let Some(silence) = running.control.silence().filter(|silence| *silence > limit) else { continue };
+            if running.control.state() < Some(Cancellation::Immediate) {
+                given_up += 1;
+                tracing::error!(
+                    task = running.key,
+                    plugin = running.version.as_ref().map(|(plugin, _)| plugin),
+                    ?silence,
+                    ?limit,
+                    threads_lost = lost + given_up,
+                    threads_lost_max = STUCK_MAX,
+                    "a thread shows no sign of life in a handler: the task is released, and another thread takes its place"
+                );
                 running.control.cancel(Cancellation::Immediate);
             }
         }
-        let abandoned = self.shared.engine.abandoned();
-        if abandoned != self.stuck {
-            tracing::warn!(threads = abandoned, most = STUCK_MAX, "threads that do not come back from guests");
-            self.stuck = abandoned;
+        if lost > self.stuck {
+            tracing::error!(threads_lost = lost, threads_lost_max = STUCK_MAX, "threads do not come back from handlers");
+        } else if lost < self.stuck {
+            tracing::info!(threads_lost = lost, threads_lost_max = STUCK_MAX, "lost threads have come back from handlers");
         }
-        if abandoned > STUCK_MAX && self.ending.is_none() {
-            tracing::error!(threads = abandoned, "too many threads are stuck in guests; this host ends");
+        self.stuck = lost;
+        if lost > STUCK_MAX && self.ending.is_none() {
+            tracing::error!(
+                threads_lost = lost,
+                threads_lost_max = STUCK_MAX,
+                "too many threads are stuck in handlers: this host drains, and ends"
+            );
             self.end(Manner::Graceful);
         }
     }
@@ -423,7 +443,7 @@ pub(crate) const STUCK_MAX: u32 = 4;
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 pub(crate) enum Broken {
     /// More than a host can do without.
-    #[error("{0} threads are stuck in guests and do not come back")]
+    #[error("{0} threads are stuck in handlers and do not come back; {STUCK_MAX} can be done without")]
     TooManyStuck(u32),
     /// The database does not know this host any more, and has taken back what it had.
     #[error("this host was struck off, because it seemed dead to another one")]

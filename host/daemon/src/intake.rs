@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, sleep};
 
+use crate::fault;
 use crate::fleet::ZooKeeper;
 use crate::pulse::Pulse;
 
@@ -284,6 +285,7 @@ impl Worker {
             if is_open {
                 match mover.move_one().await {
                     Ok(Some(_)) => {
+                        fault::reach("intake-moved");
                         moved += 1;
                         continue;
                     }
@@ -355,11 +357,14 @@ impl Store for Tasks {
         let task = NewTask { user: self.config.user.clone(), ..NewTask::new(key, &self.config.task_type, data).on_hold() };
         // Known already, in whatever state: another host of ours is moving it, or has.
         self.backend.submit(&[task]).await?;
+        fault::reach("intake-held");
         Ok(())
     }
 
     async fn release(&self, key: &str) -> Result<(), StoreError> {
+        fault::reach("intake-taken");
         self.backend.release_held(key).await?;
+        fault::reach("intake-released");
         Ok(())
     }
 

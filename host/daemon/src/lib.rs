@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod config;
 mod dispatch;
+mod fault;
 pub mod fleet;
 pub mod host;
 pub mod intake;

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! On failure: a file that is not admitted changes nothing but the log and [`Store::list`]; a guest that traps, loops or eats memory costs its
-//! own attempt; a guest's thread that cannot be interrupted at once is answered for, counted ([`Engine::abandoned`]) and leaves when it can.
+//! own attempt; a guest's thread that cannot be interrupted at once is answered for, counted ([`Engine::abandoned`]), replaced, and leaves when
+//! it can, or never ([`Engine::lost`]).
 
 mod abi;
 mod capture;
@@ -30,6 +31,7 @@ mod reuse;
 pub(crate) mod scan;
 mod scratch;
 mod store;
+mod threads;
 mod ticker;
 mod version;
 mod watch;

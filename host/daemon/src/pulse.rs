@@ -58,8 +58,8 @@ impl Pulse {
     pub(crate) fn start(limit: Duration, backend: Arc<dyn Backend>, engine: Arc<plugin::Engine>) -> Self {
         let counted = Arc::clone(&engine);
         let stuck = move || {
-            let abandoned = counted.abandoned();
-            (abandoned > crate::dispatch::STUCK_MAX).then(|| format!("{abandoned} threads are stuck in guests"))
+            let lost = counted.lost(limit);
+            (lost > crate::dispatch::STUCK_MAX).then(|| format!("{lost} threads are stuck in guests"))
         };
         let signs = Arc::new(Signs {
             limit,

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::process::ExitCode;
 
+use crate::dispatch::Broken;
 use crate::{config, plugin};
 
 /// What the exit code says. docs/cli.md has the same table.
@@ -30,6 +31,8 @@ pub enum Exit {
     ZooKeeper,
     /// The answer is no: no item is left, the barrier stands, the timer is gone or late, the node is not there.
     No,
+    /// More threads are stuck in handlers than a host can do without.
+    Stuck,
     /// As the command exited that this program ran.
     Same(u8),
 }
@@ -45,7 +48,8 @@ pub(super) const TABLE: &str = "Exit codes:\n  \
     6  the task's or root's state does not allow it, or what is to be made exists already\n  \
     7  a plugin is refused, or a handler did not finish its task\n  \
     8  ZooKeeper cannot be used\n  \
-    9  the answer is no, of `laelaps watchdog`: no item is left, the barrier stands, a timer is gone or expired";
+    9  the answer is no, of `laelaps watchdog`: no item is left, the barrier stands, a timer is gone or expired\n  \
+    10  too many threads are stuck in handlers, of `laelaps run`: its tasks are released, and a new process is needed";
 
 /// Something that a command itself finds wrong.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +83,7 @@ impl From<Exit> for ExitCode {
             Exit::Plugin => 7,
             Exit::ZooKeeper => 8,
             Exit::No => 9,
+            Exit::Stuck => 10,
             Exit::Same(code) => code,
         })
     }
@@ -208,6 +213,9 @@ fn exit(error: &anyhow::Error) -> Exit {
     }
     if let Some(watchdog) = find::<laelaps_watchdog::Error>(error) {
         return watchdog_exit(watchdog);
+    }
+    if let Some(Broken::TooManyStuck(_)) = find::<Broken>(error) {
+        return Exit::Stuck;
     }
     match find::<Queue>(error) {
         Some(Queue::InvalidTask { .. }) => Exit::Usage,

@@ -29,12 +29,10 @@ pub struct Control {
     timed_out: AtomicBool,
     /// The guest has to leave: the one flag that the epoch callback reads.
     halt: AtomicBool,
-    /// Milliseconds since the first use of the process's monotonic clock, at the thread's last sign of life.
+    /// Milliseconds since the first use of the process's monotonic clock, at the thread's last sign of life; of no meaning before the first.
     beat_ms: AtomicU64,
-    /// The guest is blocked in a host call, on no thread at all.
-    waiting: AtomicBool,
-    /// The guest leaves its thread only to let others have a turn.
-    yielding: AtomicBool,
+    /// The guest is on a thread at this moment.
+    on_thread: AtomicBool,
     /// How often the guest has got its thread.
     turns: AtomicU64,
     /// Somebody set `ordered`, `timed_out` or `halt`.
@@ -45,9 +43,7 @@ impl Control {
     /// The reins of an attempt that nobody has asked to end.
     #[must_use]
     pub fn new() -> Self {
-        let control = Self::default();
-        control.beat();
-        control
+        Self::default()
     }
 
     /// Order the attempt to end. An order that is not above the last one changes nothing.
@@ -75,17 +71,14 @@ impl Control {
         }
     }
 
-    /// How long ago the guest's thread gave its last sign of life. While it waits in the host this grows without meaning harm:
-    /// see [`Control::is_waiting_in_host`].
+    /// How long ago the thread that the guest is on gave its last sign of life. None while it is on no thread: it has not begun, waits in the
+    /// host (it sleeps, or waits for a file or the database), or for its turn. Then it may be silent for as long as it likes.
     #[must_use]
-    pub fn beat_age(&self) -> Duration {
-        Duration::from_millis(monotonic_ms().saturating_sub(self.beat_ms.load(Ordering::Relaxed)))
-    }
-
-    /// Whether the guest is blocked in a host call (it sleeps, or waits for a file or the database) and occupies no thread.
-    #[must_use]
-    pub fn is_waiting_in_host(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed)
+    pub fn silence(&self) -> Option<Duration> {
+        // Asked first: the beat that is read then is that of its last entry, or a later one.
+        self.on_thread
+            .load(Ordering::SeqCst)
+            .then(|| Duration::from_millis(monotonic_ms().saturating_sub(self.beat_ms.load(Ordering::SeqCst))))
     }
 
     /// How often the guest has got a thread so far: for its beginning, after a call that waited in the host, and after each turn that it
@@ -95,26 +88,20 @@ impl Control {
         self.turns.load(Ordering::Acquire)
     }
 
-    fn beat(&self) {
-        self.beat_ms.store(monotonic_ms(), Ordering::Relaxed);
-    }
-
-    /// The epoch callback has run, and is about to give up its turn.
-    pub(super) fn yields(&self) {
-        self.beat();
-        self.yielding.store(true, Ordering::Relaxed);
+    /// The guest's thread shows that it lives: the guest begins, is interrupted by the ticker, or leaves.
+    pub(super) fn beat(&self) {
+        self.beat_ms.store(monotonic_ms(), Ordering::SeqCst);
     }
 
     pub(super) fn enter_thread(&self) {
-        self.waiting.store(false, Ordering::Relaxed);
         self.beat();
+        self.on_thread.store(true, Ordering::SeqCst);
         // After the beat: whoever sees the turn sees no older beat.
         self.turns.fetch_add(1, Ordering::Release);
     }
 
     pub(super) fn leave_thread(&self) {
-        self.beat();
-        self.waiting.store(!self.yielding.swap(false, Ordering::Relaxed), Ordering::Relaxed);
+        self.on_thread.store(false, Ordering::SeqCst);
     }
 
     /// Make the guest leave at its next epoch check or host call.

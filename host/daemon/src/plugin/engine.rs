@@ -2,13 +2,14 @@
 //!
 //! Slots: an attempt takes one before it touches the pool and gives it back when its instance is gone, so the pool can never be exhausted.
 //! Guests run on threads of their own, several for each core: a guest that cannot be interrupted for a while shares the core with the
-//! others by the operating system's rules, and the host's own threads never wait behind one.
+//! others by the operating system's rules, and the host's own threads never wait behind one. A guest that was answered for and is still on
+//! its thread is abandoned: another thread takes the place of its own until it leaves, so that the others have as many as before. The pool
+//! bounds the replacements, since an abandoned guest keeps its slot.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 use wasmtime::component::{Component, Linker};
 use wasmtime::{Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
@@ -18,8 +19,9 @@ use super::compile::{Compiler, Failure};
 use super::guest::Guest;
 use super::instance::{Instance, Order};
 use super::reuse::Idle;
+use super::threads::{Replacements, Threads};
 use super::ticker::{Presence, Ticker};
-use super::{Config, Error, Limits, fit};
+use super::{Config, Control, Error, Limits, fit};
 
 /// What one component may consist of, which multiplies into the size of the pool.
 const CORE_INSTANCES_PER_COMPONENT: u32 = 64;
@@ -36,8 +38,6 @@ const WASM_STACK_BYTES: usize = 1 << 20;
 const FIBRE_STACK_BYTES: usize = 2 << 20;
 /// Guests' threads: twice the cores, at least four; more if so many instances may live, up to this number.
 const THREADS_MAX: usize = 32;
-/// Threads for guests' file operations.
-const BLOCKING_THREADS_MAX: usize = 64;
 /// How long the self-test of a new version may take.
 const SELF_TEST_TIME: Duration = Duration::from_secs(10);
 
@@ -50,8 +50,7 @@ pub struct Engine {
     pub(super) presence: Presence,
     memory_bytes_max: u64,
     next_order: AtomicU64,
-    /// None only while it is dropped.
-    guests: Option<Runtime>,
+    guests: Threads,
     /// Dropped last: guests that have not left yet still need their ticks.
     _ticker: Ticker,
 }
@@ -60,7 +59,9 @@ pub struct Engine {
 pub(super) struct Shared {
     pub(super) slots: Arc<Semaphore>,
     pub(super) idle: Mutex<Idle>,
-    pub(super) abandoned: AtomicU32,
+    /// Guests that were answered for, but have not left their thread yet.
+    abandoned: Mutex<Vec<Arc<Control>>>,
+    replacements: Replacements,
 }
 
 impl Engine {
@@ -77,17 +78,18 @@ impl Engine {
         let linker = linker(&wasmtime).map_err(|error| runtime_error(format!("{error:#}")))?;
         let compiler = Compiler::new(&wasmtime, config)?;
         let ticker = Ticker::start(wasmtime.clone()).map_err(|error| runtime_error(error.to_string()))?;
-        let guests = guest_threads(config.instances_max).map_err(|error| runtime_error(error.to_string()))?;
+        let guests = Threads::start(threads(config.instances_max)).map_err(|error| runtime_error(error.to_string()))?;
         Ok(Arc::new(Self {
             presence: ticker.presence(),
             shared: Arc::new(Shared {
                 slots: Arc::new(Semaphore::new(config.instances_max as usize)),
                 idle: Mutex::new(Idle::new(config.instances_max as usize)),
-                abandoned: AtomicU32::new(0),
+                abandoned: Mutex::default(),
+                replacements: guests.replacements(),
             }),
             memory_bytes_max: config.memory_bytes_max,
             next_order: AtomicU64::new(1),
-            guests: Some(guests),
+            guests,
             _ticker: ticker,
             wasmtime,
             linker,
@@ -98,7 +100,13 @@ impl Engine {
     /// Guests that were answered for, but have not left their thread yet.
     #[must_use]
     pub fn abandoned(&self) -> u32 {
-        self.shared.abandoned.load(Ordering::SeqCst)
+        count(self.shared.abandoned().iter())
+    }
+
+    /// Those of them whose thread has shown no sign of life for longer than `limit`: most others are about to leave.
+    #[must_use]
+    pub fn lost(&self, limit: Duration) -> u32 {
+        count(self.shared.abandoned().iter().filter(|control| control.silence() > Some(limit)))
     }
 
     pub(super) fn next_order(&self) -> u64 {
@@ -119,9 +127,7 @@ impl Engine {
 
     /// Run a guest's future on the guests' threads.
     pub(super) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
-        if let Some(guests) = &self.guests {
-            guests.spawn(future);
-        }
+        self.guests.spawn(future);
     }
 
     /// Link a component against each version of the contract, newest first.
@@ -172,16 +178,28 @@ fn slow_start() -> Failure {
     Failure::Unable(format!("it does not start within {} s", SELF_TEST_TIME.as_secs()))
 }
 
-impl Drop for Engine {
-    fn drop(&mut self) {
-        if let Some(guests) = self.guests.take() {
-            // Waiting here would block whatever thread dropped the engine, and a runtime's thread must not block.
-            guests.shutdown_background();
-        }
-    }
+fn count(controls: impl Iterator) -> u32 {
+    u32::try_from(controls.count()).unwrap_or(u32::MAX)
 }
 
 impl Shared {
+    /// Nobody waits for this guest any more, which has not left its thread.
+    pub(super) fn abandon(&self, control: &Arc<Control>) {
+        self.abandoned().push(control.clone());
+        self.replacements.call();
+    }
+
+    /// It has left it.
+    pub(super) fn returned(&self, control: &Arc<Control>) {
+        self.abandoned().retain(|abandoned| !Arc::ptr_eq(abandoned, control));
+        self.replacements.release();
+    }
+
+    /// A panic while the lock was held cannot have left a half-changed list.
+    fn abandoned(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Control>>> {
+        self.abandoned.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// A panic while the lock was held cannot have left a half-changed list.
     pub(super) fn idle(&self) -> std::sync::MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -241,16 +259,8 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
     Ok(linker)
 }
 
-fn guest_threads(instances_max: u32) -> std::io::Result<Runtime> {
+/// How many threads guests have, not counting the replacements.
+fn threads(instances_max: u32) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (2 * cores).max(4).max((instances_max as usize).min(THREADS_MAX));
-    Builder::new_multi_thread()
-        .thread_name("laelaps-guest")
-        .worker_threads(threads)
-        .max_blocking_threads(BLOCKING_THREADS_MAX)
-        // A guest may hold its thread for a whole tick, so threads look for new guests and for timers often.
-        .global_queue_interval(2)
-        .event_interval(4)
-        .enable_all()
-        .build()
+    (2 * cores).max(4).max((instances_max as usize).min(THREADS_MAX))
 }

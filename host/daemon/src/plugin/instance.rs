@@ -154,7 +154,7 @@ impl Instance {
             if control.is_halted() {
                 return Ok(UpdateDeadline::Interrupt);
             }
-            control.yields();
+            control.beat();
             Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
         });
         apply_limits(&mut store, &limits, grants.folders.len());

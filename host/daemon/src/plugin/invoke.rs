@@ -3,7 +3,7 @@
 //! Two sides: the guest's side runs on a guest's thread and answers through a channel; the caller's side waits for that answer, the orders
 //! of [`Control`] and the time limit. When the attempt has to stop, the guest's side is told, and gets a moment to leave: a waiting guest is
 //! dropped at once, a computing one is interrupted at its next tick. If it does not make it (one huge `memory.fill` cannot be interrupted),
-//! the caller's side answers alone; the guest is counted as abandoned and keeps its slot until it has left.
+//! the caller's side answers alone; the guest is abandoned: counted, its thread replaced, and its slot kept until it has left.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -106,7 +106,7 @@ impl Engine {
         let reused = if requests_max > 1 { self.shared.idle().take(key, &invocation.grants) } else { None };
         let capture = reused.as_ref().map_or_else(Capture::default, Instance::capture);
         let peak_bytes = Arc::new(AtomicU64::new(0));
-        let leaving = Arc::new(Leaving::new(self.shared.clone()));
+        let leaving = Arc::new(Leaving::new(self.shared.clone(), control.clone()));
         let (answer, answered) = oneshot::channel();
         let version = invocation.version.clone();
         let mut invocation = invocation;
@@ -160,6 +160,7 @@ impl GuestSide {
         let Self { wasmtime, order, reused, task, version, key, requests_max, control, leaving, slot } = self;
         let (capture, peak_bytes) = (order.capture.clone(), order.peak_bytes.clone());
         let time = order.attempt.limits.time;
+        crate::fault::block_thread(&task.kind);
         let mut instance = None;
         let (event, follow_ups) = tokio::select! {
             biased;
@@ -243,7 +244,7 @@ impl Running {
         }
         let event =
             if self.control.is_timed_out() { Event::TimedOut { limit: self.time.unwrap_or_default() } } else { Event::Stopped };
-        // Dropping `self` counts the guest as abandoned.
+        // Dropping `self` abandons the guest.
         Completion {
             event,
             follow_ups: Vec::new(),
@@ -278,6 +279,7 @@ impl Completion {
 struct Leaving {
     state: AtomicU8,
     shared: Arc<Shared>,
+    control: Arc<Control>,
 }
 
 const PRESENT: u8 = 0;
@@ -285,24 +287,27 @@ const ABANDONED: u8 = 1;
 const LEFT: u8 = 2;
 
 impl Leaving {
-    fn new(shared: Arc<Shared>) -> Self {
-        Self { state: AtomicU8::new(PRESENT), shared }
+    fn new(shared: Arc<Shared>, control: Arc<Control>) -> Self {
+        Self { state: AtomicU8::new(PRESENT), shared, control }
     }
 
     /// The guest has answered or is gone.
     fn leave(&self) {
         if self.state.swap(LEFT, Ordering::SeqCst) == ABANDONED {
-            self.shared.abandoned.fetch_sub(1, Ordering::SeqCst);
+            self.shared.returned(&self.control);
         }
     }
 
     /// Nobody waits for the guest any more. Answers whether it is still there.
     fn abandon(&self) -> bool {
-        // Counted before it can be seen, so that the count never falls below zero.
-        self.shared.abandoned.fetch_add(1, Ordering::SeqCst);
+        if self.state.load(Ordering::SeqCst) != PRESENT {
+            return false;
+        }
+        // Counted before that can be seen, so that whoever leaves finds itself among the abandoned.
+        self.shared.abandon(&self.control);
         let present = self.state.compare_exchange(PRESENT, ABANDONED, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         if !present {
-            self.shared.abandoned.fetch_sub(1, Ordering::SeqCst);
+            self.shared.returned(&self.control);
         }
         present
     }

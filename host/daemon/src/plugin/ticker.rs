@@ -124,20 +124,20 @@ impl<F: Future> Future for Guarded<F> {
         let this = &mut *self;
         this.control.enter_thread();
         this.presence.enter();
-        // A panic below must not leave the ticker running for ever.
-        let presence = LeaveOnDrop(&this.presence);
+        // A panic below must not leave the ticker running for ever, nor the guest on a thread that goes on without it.
+        let presence = LeaveOnDrop(&this.presence, &this.control);
         let poll = this.future.as_mut().poll(context);
         drop(presence);
-        this.control.leave_thread();
         poll
     }
 }
 
-struct LeaveOnDrop<'a>(&'a Presence);
+struct LeaveOnDrop<'a>(&'a Presence, &'a Control);
 
 impl Drop for LeaveOnDrop<'_> {
     fn drop(&mut self) {
         self.0.leave();
+        self.1.leave_thread();
     }
 }
 

@@ -82,7 +82,7 @@ async fn an_immediate_stop_is_answered_at_once_whatever_the_guest_does() {
             async move { bench.invoke(kind, b"", &control).await }
         });
         if kind == "h" {
-            goes_on(&mut attempt, || control.is_waiting_in_host()).await;
+            goes_on(&mut attempt, || control.turns() > 0 && control.silence().is_none()).await;
         } else {
             goes_on(&mut attempt, || computes(&control)).await;
         }
@@ -108,11 +108,12 @@ async fn a_guest_that_cannot_be_interrupted_is_answered_for_and_counted_until_it
         let (bench, control) = (bench.clone(), control.clone());
         async move { bench.invoke("M", b"", &control).await }
     });
-    let fills = || control.turns() > 0 && !control.is_waiting_in_host() && control.beat_age() > Duration::from_millis(60);
+    let fills = || control.turns() > 0 && control.silence() > Some(Duration::from_millis(60));
     goes_on(&mut attempt, fills).await;
     control.cancel(Cancellation::Immediate);
     assert_eq!(attempt.await.expect("no panic").event, Event::Stopped);
     assert_eq!(bench.engine.abandoned(), 1, "it is still filling");
+    assert_eq!(bench.engine.lost(PATIENCE), 0, "and not lost for that");
     assert_eq!(output(&bench.run("f", b"{}").await), b"{}", "the other slot serves");
     until(|| bench.engine.abandoned() == 0).await;
 }
@@ -330,7 +331,7 @@ async fn goes_on(attempt: &mut tokio::task::JoinHandle<Completion>, is_under_way
 
 /// The guest has computed so long that it was made to let others have a turn, again and again.
 fn computes(control: &Control) -> bool {
-    control.turns() >= 3 && !control.is_waiting_in_host()
+    control.turns() >= 3 && control.silence().is_some()
 }
 
 /// Order the attempt to end, and hold its answer to the promised time.

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Claim, Error, Event, NewTask, Settlement, State, Submitted, Timestamp};
+use laelaps_queue::{Claim, Error, Event, NewTask, State, Submitted, Timestamp};
 
-use crate::fixture::{Site, asking, finish, keys, settled, table, task, task_of};
+use crate::fixture::{Site, asking, finish, keys, settled, table, task, task_of, with_follow_ups};
 
 /// The event horizon.
 const HELD: i64 = 1_300_000_000;
@@ -164,7 +164,7 @@ async fn follow_ups_can_be_held_and_what_they_ask_for_stays() {
     let claimed = site.claim(host, 1).await.remove(0);
     // Beyond what the table can hold, if it counted for anything.
     let follow_up = NewTask { run_at: Some(Timestamp(3_000_000_000_000)), max_attempts: Some(2), ..task("b") }.on_hold();
-    let settlement = Settlement { follow_ups: vec![follow_up], ..settled(&claimed, Event::Release { delay: None }) };
+    let settlement = with_follow_ups(vec![follow_up], settled(&claimed, Event::Release { delay: None }));
     site.backend().settle(&[settlement]).await.unwrap();
     assert_eq!(site.backend().held("b").await.unwrap(), ["b"]);
     assert!(site.backend().release_held("b").await.unwrap());

@@ -1,0 +1,46 @@
+//! Faults to order, for the tests: what a host has to survive and what no test can do to it from outside.
+//!
+//! Only a build with the feature `fault-injection` has them, and only for tests: a build without debug assertions, as every release is,
+//! does not compile with it. Without the feature, what is called here is empty and nothing reads `LAELAPS_FAULT`.
+//!
+//! `LAELAPS_FAULT` lists faults, with commas between them:
+//!
+//! | fault | what happens |
+//! | --- | --- |
+//! | `block-thread=TYPE` | a guest's thread that begins an attempt on a task of this type does not come back, as if in one endless instruction |
+//! | `block-thread=TYPE:N` | the same for the first N such attempts |
+//! | `abort-at=STEP` | the process is killed, as by a power cut, where it calls [`reach`] with this step |
+//! | `abort-at=STEP:N` | the same, where it does so for the Nth time |
+//!
+//! Blocked threads come back once there is a file `unblock` in the working directory.
+
+#[cfg(feature = "fault-injection")]
+mod injection;
+
+#[cfg(feature = "fault-injection")]
+pub(crate) use injection::{VERSION, arm, block_thread, reach};
+#[cfg(not(feature = "fault-injection"))]
+pub(crate) use none::{VERSION, arm, block_thread, reach};
+
+#[cfg(all(feature = "fault-injection", not(debug_assertions)))]
+compile_error!("the feature fault-injection is for tests: a release build must not have it");
+
+#[cfg(not(feature = "fault-injection"))]
+mod none {
+    /// What `laelaps --version` tells.
+    pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    /// Read what is ordered. To be called once, before anything else.
+    #[inline]
+    pub(crate) const fn arm() -> Result<(), String> {
+        Ok(())
+    }
+
+    /// This step is reached; a test may have ordered that the process ends here.
+    #[inline]
+    pub(crate) const fn reach(_step: &str) {}
+
+    /// A guest's thread begins an attempt on a task of this type; a test may have ordered that it does not come back.
+    #[inline]
+    pub(crate) const fn block_thread(_task_type: &str) {}
+}

@@ -1,0 +1,121 @@
+//! The faults of a build for tests; the module above tells how they are ordered.
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Signal, getpid, kill_process};
+
+/// What `laelaps --version` tells.
+pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (fault injection)");
+
+/// The name is in the program if and only if the faults are: a test looks for it.
+const VARIABLE: &str = "LAELAPS_FAULT";
+/// The file that lets blocked threads come back.
+const UNBLOCK: &str = "unblock";
+/// Between two looks for it.
+const UNBLOCK_POLL: Duration = Duration::from_millis(10);
+
+static ORDERED: OnceLock<Vec<Fault>> = OnceLock::new();
+
+/// One fault, and how often its place was reached.
+#[derive(Debug)]
+struct Fault {
+    kind: Kind,
+    /// The step or the type of task.
+    place: String,
+    count: Option<u32>,
+    reached: AtomicU32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    BlockThread,
+    AbortAt,
+}
+
+/// Read what is ordered. To be called once, before anything else.
+pub(crate) fn arm() -> Result<(), String> {
+    let ordered = crate::config::environment_variable(VARIABLE).unwrap_or_default();
+    let faults = parse(&ordered).map_err(|problem| format!("{VARIABLE} holds {ordered:?}: {problem}"))?;
+    // A second call changes nothing.
+    let _ = ORDERED.set(faults);
+    Ok(())
+}
+
+/// This step is reached; a test may have ordered that the process ends here.
+pub(crate) fn reach(step: &str) {
+    let Some((fault, times)) = reached(Kind::AbortAt, step) else { return };
+    if times == fault.count.unwrap_or(1) {
+        tracing::warn!(step, times, "fault injection: this process is killed");
+        // Nothing of this process runs on, not even a destructor.
+        let _ = kill_process(getpid(), Signal::KILL);
+        block_until(|| false);
+    }
+}
+
+/// A guest's thread begins an attempt on a task of this type; a test may have ordered that it does not come back.
+pub(crate) fn block_thread(task_type: &str) {
+    let Some((fault, times)) = reached(Kind::BlockThread, task_type) else { return };
+    if fault.count.is_none_or(|count| times <= count) {
+        tracing::warn!(task_type, times, "fault injection: this thread is blocked");
+        block_until(|| Path::new(UNBLOCK).exists());
+    }
+}
+
+/// The fault that is ordered for this place, and how often the place was reached by now.
+fn reached(kind: Kind, place: &str) -> Option<(&'static Fault, u32)> {
+    let fault = ORDERED.get()?.iter().find(|fault| fault.kind == kind && fault.place == place)?;
+    Some((fault, fault.reached.fetch_add(1, Ordering::SeqCst) + 1))
+}
+
+fn block_until(condition: impl Fn() -> bool) {
+    while !condition() {
+        thread::park_timeout(UNBLOCK_POLL);
+    }
+}
+
+fn parse(ordered: &str) -> Result<Vec<Fault>, String> {
+    ordered.split(',').filter(|fault| !fault.is_empty()).map(Fault::parse).collect()
+}
+
+impl Fault {
+    fn parse(text: &str) -> Result<Self, String> {
+        const EXPECTED: &str = "expected block-thread=TYPE[:N] or abort-at=STEP[:N]";
+        let (kind, place) = match text.split_once('=') {
+            Some(("block-thread", place)) => (Kind::BlockThread, place),
+            Some(("abort-at", place)) => (Kind::AbortAt, place),
+            _ => return Err(format!("{text:?} is no fault, {EXPECTED}")),
+        };
+        let (place, count) = match place.rsplit_once(':') {
+            Some((place, count)) => {
+                let count = count.parse().ok().filter(|count| *count > 0);
+                (place, Some(count.ok_or_else(|| format!("{text:?} ends in no number from 1 on, {EXPECTED}"))?))
+            }
+            None => (place, None),
+        };
+        Ok(Self { kind, place: place.to_owned(), count, reached: AtomicU32::new(0) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_listed_with_their_places_and_counts() {
+        let faults = parse("block-thread=mail.send:2,abort-at=claimed").expect("two faults");
+        let told: Vec<_> = faults.iter().map(|fault| (fault.kind, fault.place.as_str(), fault.count)).collect();
+        assert_eq!(told, [(Kind::BlockThread, "mail.send", Some(2)), (Kind::AbortAt, "claimed", None)]);
+        assert!(parse("").expect("no fault").is_empty());
+    }
+
+    #[test]
+    fn what_is_no_fault_is_refused() {
+        for wrong in ["block", "abort-at", "block-thread=a:0", "abort-at=a:b", "=", "abort-at=a,b"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}
