@@ -241,8 +241,8 @@ proptest! {
         let name = event.name();
         let settlement = Settlement::of(lease_ref, event, attempt, &policy(), random, None, Vec::new());
         prop_assert_eq!(settlement.event, name);
-        prop_assert!(settlement.error_message.is_none_or(|message| message.len() <= Settlement::ERROR_MESSAGE_BYTES_MAX));
-        prop_assert!(settlement.error_code.is_none_or(|code| code.len() <= Settlement::ERROR_CODE_BYTES_MAX));
+        prop_assert!(settlement.error_message.as_ref().is_none_or(|message| message.len() <= Settlement::ERROR_MESSAGE_BYTES_MAX));
+        prop_assert!(settlement.error_code.as_ref().is_none_or(|code| code.len() <= Settlement::ERROR_CODE_BYTES_MAX));
         if let Verdict::Fail { .. } = settlement.verdict() {
             prop_assert!(settlement.event != "release" && settlement.event != "stop" && settlement.event != "unrouted");
         }

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Claim, Error, LeaseAnswer, NewTask, Settlement, State, Submitted};
+use laelaps_queue::{Claim, Error, LeaseAnswer, NewTask, State, Submitted};
 
-use crate::fixture::{Fixture, LONG, PATIENCE, finish, keys, settled, task, task_of};
+use crate::fixture::{Fixture, LONG, PATIENCE, finish, keys, settled, task, task_of, with_follow_ups};
 use crate::promises;
 
 /// A task whose data stands beside it wherever large data does.
@@ -195,7 +195,7 @@ promises! {
         let host = fixture.host().await;
         fixture.submit(&[task("first")]).await;
         let claimed = fixture.claim(host, 1).await;
-        let settlement = Settlement { follow_ups: vec![task("then").on_hold()], ..settled(&claimed[0], finish()) };
+        let settlement = with_follow_ups(vec![task("then").on_hold()], settled(&claimed[0], finish()));
         assert_eq!(fixture.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
         assert!(fixture.get("then").await.is_held());
         assert!(fixture.claim(host, 9).await.is_empty());
