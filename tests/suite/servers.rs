@@ -116,10 +116,11 @@ struct Fleet {
 impl Fleet {
     async fn start(server: Server) -> Self {
         // A claim whose answer was lost with its connection comes back when its leases end.
-        Self::start_with(server, json!({ "alive_time": 5 })).await
+        Self::start_with(server, json!({ "alive_time": 5 }), 0).await
     }
 
-    async fn start_with(server: Server, changes: Value) -> Self {
+    /// The first `gated` tasks wait for the gate.
+    async fn start_with(server: Server, changes: Value, gated: usize) -> Self {
         let count = scaled(20_000);
         let site = Site::new().await;
         let url = server.create_database().await;
@@ -131,9 +132,11 @@ impl Fleet {
         site.configure(section);
         let queue = Queue::open(&Config::new(&url)).await.unwrap();
         queue.init().await.unwrap();
-        let tasks: Vec<_> = (0..count)
-            .map(|number| task(format!("task-{number}"), "compute", json!({ "ms": 1, "mark": "/marks/all" })))
-            .collect();
+        let task = |number| {
+            let (kind, gate) = if number < gated { ("silent", json!("/marks/gate")) } else { ("compute", Value::Null) };
+            task(format!("task-{number}"), kind, json!({ "ms": 1, "mark": "/marks/all", "gate": gate }))
+        };
+        let tasks: Vec<_> = (0..count).map(task).collect();
         submit(&queue, &tasks).await;
         let mut hosts = Vec::new();
         for _ in 0..4 {
@@ -179,18 +182,23 @@ async fn a_server_that_is_killed_and_started_again_loses_nothing(server: Server)
 
 async fn connections_that_are_cut_lose_nothing(server: Server) {
     let fleet = Fleet::start(server).await;
+    let mut cut = Vec::new();
     for tenth in 1..10 {
         fleet.finished(fleet.count * tenth / 10).await;
-        let cut = fleet.server.cut(&fleet.url).await;
-        assert!(cut >= fleet.hosts.len(), "{cut} connections were cut after {tenth} tenths: every host had at least one");
+        cut.push(fleet.server.cut(&fleet.url).await);
     }
+    // Some hosts may just be connecting again after the cut before.
+    assert!(cut.iter().sum::<usize>() >= 2 * fleet.hosts.len(), "{cut:?}");
+    assert!(cut.iter().filter(|cut| **cut > 0).count() > 4, "in most tenths: {cut:?}");
     fleet.everything_finishes().await;
 }
 
 async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome(server: Server) {
-    let fleet = Fleet::start_with(server, json!({ "alive_time": 60 })).await;
+    // As many as a host has processors: the one that claims first runs them.
+    let fleet = Fleet::start_with(server, json!({ "alive_time": 60 }), 4).await;
     fleet.finished(fleet.count / 4).await;
     fleet.server.takes_writes(false).await;
+    fleet.site.open_gate("gate");
     // Attempts that have finished cannot be settled, not even when it is tried again.
     eventually(PATIENCE, "a host has outcomes that it cannot store, and tries on", async || {
         let tries: Vec<usize> = fleet.hosts.iter().map(|host| host.lines_with("cannot settle; trying again").len()).collect();

@@ -90,15 +90,35 @@ fn every_configuration_of_the_pages_is_valid() {
     assert!(examples >= 3, "{examples}");
 }
 
-/// The rows of the tables of docs/configuration.md that tell of keys: each key with its default and what is allowed, and whether it is a route's.
-fn documented() -> Vec<(&'static str, &'static str, &'static str, bool)> {
-    let (section, route) = include_str!("../../../../docs/configuration.md").split_once("\n## Routes").expect("a part on routes");
+/// Where a key stands.
+#[derive(Clone, Copy)]
+enum Within {
+    Section,
+    Fleet,
+    Intake,
+    Route,
+}
+
+/// The rows of the tables of docs/configuration.md that tell of keys: each key with its default and what is allowed, and where it stands.
+fn documented() -> Vec<(&'static str, &'static str, &'static str, Within)> {
+    let part = |page: &'static str, heading: &str| page.split_once(heading).expect("the page has this part");
+    let (section, rest) = part(include_str!("../../../../docs/configuration.md"), "\n`watchdog` is a mapping of");
+    let (fleet, rest) = part(rest, "\n`watchdog_queue` is a mapping of");
+    let (intake, rest) = part(rest, "\n## The plugins");
+    let (plugins, route) = part(rest, "\n## Routes");
     let mut rows = Vec::new();
-    for (page, is_route) in [(section, false), (route, true)] {
+    let parts = [
+        (section, Within::Section),
+        (fleet, Within::Fleet),
+        (intake, Within::Intake),
+        (plugins, Within::Section),
+        (route, Within::Route),
+    ];
+    for (page, within) in parts {
         for line in page.lines().filter(|line| line.starts_with("| `")) {
             let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
             let [key, default, allowed, ..] = cells[..] else { panic!("four cells: {line}") };
-            rows.push((key.trim_matches('`'), default, allowed, is_route));
+            rows.push((key.trim_matches('`'), default, allowed, within));
         }
     }
     rows
@@ -123,7 +143,7 @@ fn quantity(text: &str) -> Option<f64> {
 }
 
 /// The configuration with this key (None: without it), without what differs from file to file.
-fn with_key(key: &str, value: Option<&str>, is_route: bool) -> Result<String, Error> {
+fn with_key(key: &str, value: Option<&str>, within: Within) -> Result<String, Error> {
     // Keys that have an effect only there, and keys that bound one another and have to stand far enough apart.
     let (base, other) = match key {
         "connect_timeout" | "statement_timeout" | "max_connections" | "listen" => ("{type: rdb, url: 'postgres://joe@db/q'", ""),
@@ -132,7 +152,12 @@ fn with_key(key: &str, value: Option<&str>, is_route: bool) -> Result<String, Er
         _ => ("{type: rdb, url: 'sqlite:queue.db'", ""),
     };
     let entry = value.map(|value| format!(", {key}: {value}")).unwrap_or_default();
-    let entry = if is_route { format!(", routes: [{{type: a, plugin: p{entry}}}]") } else { entry };
+    let entry = match within {
+        Within::Section => entry,
+        Within::Fleet => format!(", watchdog: {{servers: 'zoo:2181', root: /f{entry}}}"),
+        Within::Intake => format!(", watchdog_queue: {{servers: 'zoo:2181', root: /q, markers: /m, type: t{entry}}}"),
+        Within::Route => format!(", routes: [{{type: a, plugin: p{entry}}}]"),
+    };
     let mut config = load(&format!("development: {base}{other}{entry}}}"))?;
     config.path = PathBuf::new();
     config.warnings.clear();
@@ -142,15 +167,15 @@ fn with_key(key: &str, value: Option<&str>, is_route: bool) -> Result<String, Er
 #[test]
 fn the_documented_bounds_are_those_that_are_kept() {
     let mut compared = 0;
-    for (key, _, allowed, is_route) in documented() {
+    for (key, _, allowed, within) in documented() {
         let Some((lowest, highest)) = allowed.split_once(" to ") else { continue };
         let (Some(lowest), Some(highest)) = (quantity(lowest), quantity(highest)) else { continue };
         for good in [lowest, highest] {
-            assert!(with_key(key, Some(&good.to_string()), is_route).is_ok(), "{key}: {good} is allowed: {allowed}");
+            assert!(with_key(key, Some(&good.to_string()), within).is_ok(), "{key}: {good} is allowed: {allowed}");
         }
         for bad in [highest * 1.1 + 1.0, if lowest > 1.0 { lowest - 1.0 } else { lowest / 2.0 - 0.001 }] {
             let bad = if lowest.fract() == 0.0 && highest.fract() == 0.0 { bad.floor() } else { bad };
-            assert!(with_key(key, Some(&bad.to_string()), is_route).is_err(), "{key}: {bad} is not allowed: {allowed}");
+            assert!(with_key(key, Some(&bad.to_string()), within).is_err(), "{key}: {bad} is not allowed: {allowed}");
         }
         compared += 1;
     }
@@ -160,16 +185,16 @@ fn the_documented_bounds_are_those_that_are_kept() {
 #[test]
 fn the_documented_defaults_are_those_that_count() {
     let mut compared = 0;
-    for (key, default, _, is_route) in documented() {
-        let default = default.split([',', ';']).next().expect("a first").trim_matches('`');
+    for (key, default, _, within) in documented() {
+        let default = default.split(", ").flat_map(|part| part.split(';')).next().expect("a first").trim_matches('`');
         let value = match quantity(default) {
             Some(number) => number.to_string(),
             None if ["true", "false", "fixed", "never", "unlimited", "info", "plugins"].contains(&default) => default.to_owned(),
             // In words: there is nothing to be written in its place.
             None => continue,
         };
-        let without = with_key(key, None, is_route).expect("valid");
-        assert_eq!(with_key(key, Some(&value), is_route).expect("a default is allowed"), without, "{key}: {default}");
+        let without = with_key(key, None, within).expect("valid");
+        assert_eq!(with_key(key, Some(&value), within).expect("a default is allowed"), without, "{key}: {default}");
         compared += 1;
     }
     assert!(compared >= 24, "{compared} keys have defaults");

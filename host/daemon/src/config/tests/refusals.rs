@@ -220,7 +220,7 @@ fn routes() {
         "routes:\n- {type: a, plugin: p.wasm}",
         "5: development.routes[1].plugin: found \"p.wasm\", expected the name without .wasm | write `plugin: p`",
     );
-    assert!(problems(&with("routes:\n- {type: a, plugin: ../p}"))[0].contains("expected at most 200 letters, digits, dots"));
+    assert!(problems(&with("routes:\n- {type: a, plugin: ../p}"))[0].contains("expected at most 128 letters, digits, dots"));
     refused("routes:\n- {type: a, plugin: p, memry: 1}", "5: development.routes[1].memry: no such key | did you mean memory?");
     let long = "x".repeat(256);
     assert!(
@@ -267,7 +267,7 @@ fn zookeepers_two_uses() {
         "watchdog: {servers: 'zoo:2181'}",
         "4: development.watchdog.root: the key is missing, expected the path of the fleet's own root, one for each database | add `root: /laelaps/fleet`",
     );
-    refused("watchdog: yes", "4: development.watchdog: found true, expected a mapping of servers, root, timer and so on");
+    refused("watchdog: true", "4: development.watchdog: found true, expected a mapping of servers, root, timer and so on");
     refused(
         "watchdog: {servers: 'zoo:2181', root: /fleet, timer: 100ms}",
         "4: development.watchdog.timer: found \"100ms\", expected a length of time from 500 ms to 1 h (a number of seconds, or text such as \"250ms\" or \"5m\")",

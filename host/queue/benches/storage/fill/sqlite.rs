@@ -11,7 +11,7 @@ const LAST: &str = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name 
 const WAITING: [&str; 5] = [
     "WITH RECURSIVE number (n) AS (SELECT ?2 UNION ALL SELECT n + 1 FROM number WHERE n < ?3)
         INSERT INTO task (key, type, user, created_at, run_at)
-        SELECT 'task-' || n, 'bench', CASE WHEN ?4 = 0 THEN '' ELSE 'user-' || n % ?4 END, now, now
+        SELECT 'task-' || n, 'bench', CASE WHEN ?4 = 0 THEN '' ELSE 'user-' || (n % ?4) END, now, now
         FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) CROSS JOIN number",
     "INSERT INTO task_data (task, bytes, data) SELECT id, length(?5), ?5 FROM task WHERE id > ?1",
     "INSERT INTO ready (user, run_at, task, max_running) SELECT user, run_at, id, max_running FROM task WHERE id > ?1 ORDER BY user, run_at, id",
