@@ -71,6 +71,8 @@ pub(crate) async fn serve(
         leave(presence).await;
         return Ok(service.next);
     }
+    // Only a defect ends the wait otherwise. Going on without an identity would leave the tasks to their leases, silently.
+    anyhow::ensure!(presence.is_none() || identity.is_some(), "this host's part in its fleet broke down");
     let name = config.host_name.clone();
     let description = HostDescription { name, process_id: std::process::id(), identity: identity.map(|id| id.to_string()) };
     let host = backend.register_host(&description).await.context("cannot register this host with the database")?;
