@@ -13,7 +13,12 @@ pub enum Database {
     Postgres,
     /// Likewise.
     MariaDb,
+    /// PerfectQueue's own table, with ours beside it, in a database of the same server.
+    PerfectQueue,
 }
+
+/// The name of PerfectQueue's table in tests.
+pub(crate) const PERFECTQUEUE_TABLE: &str = "tasks";
 
 tokio::task_local! {
     static DATABASE: Database;
@@ -34,13 +39,28 @@ pub(crate) async fn url(site: &Path) -> String {
     match database() {
         Database::Sqlite => format!("sqlite:{}", site.join("queue.db").display()),
         Database::Postgres => postgres::shared().await.create_database().await,
-        Database::MariaDb => mariadb::shared().await.create_database().await,
+        Database::MariaDb | Database::PerfectQueue => mariadb::shared().await.create_database().await,
     }
 }
 
 /// One test for each database out of each promise.
 #[macro_export]
 macro_rules! on_every_database {
+    ($($(#[$attribute:meta])* async fn $name:ident() $body:block)+) => {
+        $crate::on_every_native_database! { $($(#[$attribute])* async fn $name() $body)+ }
+
+        mod on_perfectqueue {
+            $(#[tokio::test]
+            async fn $name() {
+                $crate::on($crate::Database::PerfectQueue, Box::pin(super::$name())).await;
+            })+
+        }
+    };
+}
+
+/// The same for promises that only our own tables keep.
+#[macro_export]
+macro_rules! on_every_native_database {
     ($($(#[$attribute:meta])* async fn $name:ident() $body:block)+) => {
         $($(#[$attribute])* async fn $name() $body)+
 

@@ -2,16 +2,27 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Config, Filter, NewTask, Queue, State, Stats, Submitted, Task};
+use laelaps_queue::{Config, Filter, Kind, NewTask, PerfectQueue, Queue, State, Stats, Submitted, Task};
 use serde_json::Value;
 
 use crate::Site;
+use crate::database::{Database, PERFECTQUEUE_TABLE};
 use crate::patience::eventually;
 
 impl Site {
     /// The site's queue, initialised. Every call opens the database anew.
     pub async fn queue(&self) -> Queue {
-        let queue = Queue::open(&Config::new(self.url())).await.expect("the queue opens");
+        self.queue_at(self.url()).await
+    }
+
+    /// The same in another database.
+    pub async fn queue_at(&self, url: &str) -> Queue {
+        let mut config = Config::new(url);
+        if self.database() == Database::PerfectQueue {
+            let table = PERFECTQUEUE_TABLE.to_owned();
+            config.kind = Kind::PerfectQueue(PerfectQueue { table, cleanup_interval: 200, side_table: true });
+        }
+        let queue = Queue::open(&config).await.expect("the queue opens");
         queue.backend().init().await.expect("the queue initialises");
         queue
     }

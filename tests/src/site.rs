@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::database::{self, Database};
+use crate::database::{self, Database, PERFECTQUEUE_TABLE};
 use crate::turn::Turn;
 
 /// A temporary folder with `laelaps.yml`, `plugins/`, `marks/` (granted to guests as `/marks`) and, on SQLite,
@@ -83,6 +83,13 @@ impl Site {
             "routes": [self.route(json!({ "pattern": "." }))],
         });
         let members = section.as_object_mut().expect("a section is an object");
+        if self.database == Database::PerfectQueue {
+            members.extend([
+                ("type".to_owned(), json!("rdb_compat")),
+                ("table".to_owned(), json!(PERFECTQUEUE_TABLE)),
+                ("side_table".to_owned(), json!(true)),
+            ]);
+        }
         for (name, value) in changes.as_object().expect("changes are an object") {
             if value.is_null() {
                 members.remove(name)

@@ -23,9 +23,10 @@ mod on_mariadb {
         }
         let site = Site::new().await;
         site.plug_guest("zoo");
+        let routes = ["echo", "fail", "silent"].map(|task_type| site.route(json!({ "type": task_type })));
         let mut section = json!({
             "type": "rdb_compat", "url": url.replace("mysql://", "mysql2://"), "table": "tasks", "application_key": "of its own",
-            "routes": [{ "type": "echo", "plugin": "zoo" }, { "type": "fail", "plugin": "zoo" }],
+            "routes": routes,
         });
         section.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
         site.configure(section);
@@ -69,6 +70,80 @@ mod on_mariadb {
         let sql = "SELECT timeout <= UNIX_TIMESTAMP() AND owner = 0 AND created_at IS NOT NULL FROM tasks WHERE id = 'stays'";
         let untouched: i64 = sqlx::query_scalar(sql).fetch_one(&mut ruby).await.unwrap();
         assert_eq!(untouched, 1, "what has no route here is left to the Ruby workers as it was");
+        host.stop().await;
+    }
+
+    #[tokio::test]
+    async fn check_says_what_the_table_lacks_and_init_adds_it() {
+        let (site, mut ruby) = site(json!({})).await;
+        // As PerfectQueue made it before 0.9.
+        for sql in ["ALTER TABLE tasks DROP COLUMN owner", "DROP INDEX index_tasks_on_timeout ON tasks"] {
+            sqlx::query(sql).execute(&mut ruby).await.unwrap();
+        }
+        let told = site.laelaps(["-c", "laelaps.yml", "check"]).await;
+        assert_eq!(told.code, Some(4), "{told:?}");
+        for part in
+            ["tasks has no column owner", "init adds it", "tasks has no index on timeout", "hint: `laelaps init` makes what"]
+        {
+            assert!(told.stderr.contains(part), "{part}: {}", told.stderr);
+        }
+        let _ = site.laelaps(["-c", "laelaps.yml", "init"]).await.success();
+        let _ = site.laelaps(["-c", "laelaps.yml", "check"]).await.success();
+    }
+
+    #[tokio::test]
+    async fn stats_says_which_types_are_left_to_other_workers() {
+        let (site, mut ruby) = site(json!({})).await;
+        submit(&mut ruby, "ours", "echo", json!({})).await;
+        submit(&mut ruby, "theirs", "only-ruby-knows-it", json!({})).await;
+        let told = site.laelaps(["-c", "laelaps.yml", "stats"]).await.success().stdout;
+        let line = |task_type: &str| told.lines().find(|line| line.starts_with(task_type)).unwrap_or_default().trim_end();
+        assert!(line("echo").ends_with(" zoo"), "{told}");
+        assert!(line("only-ruby-knows-it").ends_with("left to other workers"), "{told}");
+    }
+
+    /// A row as Ruby wrote it: time, data, and whether it has ended.
+    async fn row(ruby: &mut MySqlConnection, key: &str) -> (i64, Vec<u8>, bool) {
+        let sql = "SELECT CAST(timeout AS SIGNED), data, created_at IS NULL FROM tasks WHERE id = ?";
+        sqlx::query_as(sql).bind(key).fetch_one(ruby).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_ruby_writes_to_a_row_of_ours_wins_and_stops_our_handler() {
+        // A heartbeat of a worker that had the task before; its finish; its update_data.
+        const WRITES: [(&str, &str); 3] = [
+            ("revived", "UPDATE tasks SET timeout = UNIX_TIMESTAMP() + 777 WHERE id = ? AND created_at IS NOT NULL"),
+            (
+                "finished",
+                "UPDATE tasks SET timeout = UNIX_TIMESTAMP() - 1000000000 + 777, created_at = NULL, resource = NULL
+                WHERE id = ? AND created_at IS NOT NULL",
+            ),
+            (
+                "updated",
+                "UPDATE tasks SET timeout = UNIX_TIMESTAMP() + 777, data = '{\"by\":\"ruby\"}' WHERE id = ? AND created_at IS NOT NULL",
+            ),
+        ];
+        let (site, mut ruby) = site(json!({ "processors": 3, "task_heartbeat_interval": 0.2 })).await;
+        for (key, _) in WRITES {
+            submit(&mut ruby, key, "silent", json!({ "mark": "/marks/held", "gate": "/marks/gate" })).await;
+        }
+        let host = site.start().await;
+        eventually(PATIENCE, "all three run", async || {
+            let begun = site.marks("held").len();
+            if begun == 3 { Ok(()) } else { Err(begun.to_string()) }
+        })
+        .await;
+        let mut written = Vec::new();
+        for (key, sql) in WRITES {
+            assert_eq!(sqlx::query(sql).bind(key).execute(&mut ruby).await.unwrap().rows_affected(), 1, "{key}");
+            written.push(row(&mut ruby, key).await);
+        }
+        // By the next heartbeat our handlers are stopped, though nobody opens the gate, and what they leave is not stored.
+        host.logged_times("the lease had ended before the outcome was stored", 3, PATIENCE).await;
+        for ((key, _), was) in WRITES.iter().zip(&written) {
+            assert_eq!(row(&mut ruby, key).await, *was, "{key} is as Ruby wrote it");
+        }
+        assert_eq!(site.marks("held").len(), 3, "nothing begins again while Ruby has it");
         host.stop().await;
     }
 

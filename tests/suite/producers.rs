@@ -27,6 +27,7 @@ fn name(database: Database) -> &'static str {
         Database::Sqlite => "sqlite",
         Database::Postgres => "postgres",
         Database::MariaDb => "mysql",
+        Database::PerfectQueue => unreachable!("Ruby's own client produces there"),
     }
 }
 

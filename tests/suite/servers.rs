@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use laelaps_queue::{Config, Queue, State};
+use laelaps_queue::{Queue, State};
 use laelaps_test_databases::{Durability, mariadb, postgres};
 use laelaps_tests::{Database, Host, LONG, PATIENCE, Site, all_tasks, eventually, scaled, submit, task, wait_for_state};
 use serde_json::{Value, json};
@@ -149,8 +149,7 @@ impl Fleet {
         let mut section = json!({ "url": url, "processors": 4, "task_prefetch": 16, "retention_time": 3_600 });
         section.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
         site.configure(section);
-        let queue = Queue::open(&Config::new(&url)).await.unwrap();
-        queue.init().await.unwrap();
+        let queue = site.queue_at(&url).await;
         let task = |number| {
             let (kind, gate) = if number < gated { ("silent", json!("/marks/gate")) } else { ("compute", Value::Null) };
             task(format!("task-{number}"), kind, json!({ "ms": 1, "mark": "/marks/all", "gate": gate }))
@@ -334,5 +333,28 @@ mod on_mariadb {
     #[tokio::test]
     async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
         Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::mariadb().await)).await;
+    }
+}
+
+mod on_perfectqueue {
+    use laelaps_tests::{Database, on};
+
+    use super::Server;
+
+    #[tokio::test]
+    async fn a_server_that_is_killed_and_started_again_loses_nothing() {
+        let test = super::a_server_that_is_killed_and_started_again_loses_nothing(Server::mariadb().await);
+        Box::pin(on(Database::PerfectQueue, test)).await;
+    }
+
+    #[tokio::test]
+    async fn connections_that_are_cut_lose_nothing() {
+        Box::pin(on(Database::PerfectQueue, super::connections_that_are_cut_lose_nothing(Server::mariadb().await))).await;
+    }
+
+    #[tokio::test]
+    async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
+        let test = super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::mariadb().await);
+        Box::pin(on(Database::PerfectQueue, test)).await;
     }
 }

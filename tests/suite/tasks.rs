@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use laelaps_queue::{Compression, Queue, State, Task, Timestamp};
-use laelaps_tests::{Host, PATIENCE, Site, eventually, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats};
+use laelaps_tests::{
+    Database, Host, PATIENCE, Site, eventually, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats,
+};
 use serde_json::{Value, json};
 
 async fn zoo(section: Value) -> (Site, Queue, Host) {
@@ -64,7 +66,7 @@ laelaps_tests::on_every_database! {
     }
 
     async fn finish_retry_release_and_failures_settle_as_the_table_says() {
-        let (_site, queue, host) = zoo(json!({ "retry_wait": 600 })).await;
+        let (site, queue, host) = zoo(json!({ "retry_wait": 600 })).await;
         let minute = json!({ "delay_ms": 60_000 });
         submit(
             &queue,
@@ -85,7 +87,9 @@ laelaps_tests::on_every_database! {
         let finish = wait_for_state(&queue, "finish", State::Finished, PATIENCE).await;
         assert_eq!(output(&finish), json!({ "a": 1 }));
         let kept = finish.retained_until.unwrap().since(finish.finished_at.unwrap());
-        assert_eq!(kept, Duration::from_secs(3_600), "the handler's retention");
+        // PerfectQueue's table has room for whole seconds only.
+        let rounded = if site.database() == Database::PerfectQueue { Duration::from_secs(1) } else { Duration::ZERO };
+        assert!(kept.abs_diff(Duration::from_secs(3_600)) <= rounded, "the handler's retention: {kept:?}");
 
         for (key, wait_s, attempts) in [
             ("retry", 600, 1),
@@ -172,7 +176,7 @@ laelaps_tests::on_every_database! {
     }
 
     async fn a_follow_up_is_a_task_like_any_other_and_a_bad_one_is_refused_in_the_call() {
-        let (_site, queue, host) = zoo(json!({})).await;
+        let (site, queue, host) = zoo(json!({})).await;
         submit(
             &queue,
             &[
@@ -181,17 +185,22 @@ laelaps_tests::on_every_database! {
                     "options",
                     "submit",
                     json!({ "key": "child", "kind": "echo", "data": { "x": 1 }, "user": "rex", "max_running": 5, "max_attempts": 3,
-                "run_at_ms": 4_000_000_000_000u64, "gzip": true }),
+                "run_at_ms": 2_000_000_000_000u64, "gzip": true }),
                 ),
                 task("again", "submit", json!({ "key": "there" })),
                 task("no-key", "submit", json!({ "key": "" })),
                 task("long-key", "submit", json!({ "key": "k".repeat(256) })),
                 task("no-object", "submit", json!({ "raw": "[]" })),
+                task("late", "submit", json!({ "key": "late child", "run_at_ms": 4_000_000_000_000u64 })),
                 task("flood", "submit-flood", json!({})),
             ],
         )
         .await;
-        for (key, submitted) in [("options", 1), ("again", 1), ("no-key", 0), ("long-key", 0), ("no-object", 0)] {
+        // PerfectQueue's times end in January 2038.
+        let is_wide = site.database() != Database::PerfectQueue;
+        for (key, submitted) in
+            [("options", 1), ("again", 1), ("no-key", 0), ("long-key", 0), ("no-object", 0), ("late", u32::from(is_wide))]
+        {
             let finished = wait_for_state(&queue, key, State::Finished, PATIENCE).await;
             assert_eq!(output(&finished)["submitted"], submitted, "{key}: {}", output(&finished));
         }
@@ -202,12 +211,15 @@ laelaps_tests::on_every_database! {
         assert_eq!(codes("no-key").await, "invalid-key");
         assert_eq!(codes("long-key").await, "invalid-key");
         assert_eq!(codes("no-object").await, "invalid-data");
+        if !is_wide {
+            assert_eq!(codes("late").await, "invalid-data");
+        }
         let flood = wait_for_state(&queue, "flood", State::Finished, PATIENCE).await;
         assert_eq!((&output(&flood)["code"], &output(&flood)["taken"]), (&json!("too-many"), &json!(1_000)));
 
         let child = get(&queue, "child").await;
         assert_eq!((child.state, child.task_type.as_str(), child.user.as_deref()), (State::Waiting, "echo", Some("rex")));
-        assert_eq!((child.max_running, child.max_attempts, child.run_at), (Some(5), Some(3), Timestamp(4_000_000_000_000)));
+        assert_eq!((child.max_running, child.max_attempts, child.run_at), (Some(5), Some(3), Timestamp(2_000_000_000_000)));
         assert_eq!(child.data.unwrap(), br#"{"x":1}"#);
         host.stop().await;
     }
@@ -242,23 +254,6 @@ laelaps_tests::on_every_database! {
         assert_eq!(site.marks("limited").len(), 2);
         site.open_gate("gate");
         wait_for_finished(&queue, 16, PATIENCE).await;
-        host.stop().await;
-    }
-
-    async fn an_unknown_type_waits_with_a_warning_until_a_route_takes_it() {
-        let (site, queue, host) = zoo(json!({})).await;
-        site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "type": "echo" }))] }));
-        host.signal(laelaps_tests::Signal::USR1);
-        host.logged_times("ready", 2, PATIENCE).await;
-        submit(&queue, &[task("stranger", "silent", json!({}))]).await;
-        let line = host.logged("wait for a plugin", PATIENCE).await;
-        assert!(line.contains("WARN") && line.contains("no route takes the type"), "{line}");
-        waits_after_unrouted(&queue).await;
-        site.configure(json!({}));
-        host.signal(laelaps_tests::Signal::USR1);
-        let stranger = wait_for_state(&queue, "stranger", State::Finished, PATIENCE).await;
-        assert_eq!((stranger.attempts, stranger.lost), (1, 0), "the waiting counted for nothing");
-        assert_eq!(host.lines_with("wait for a plugin").len(), 1, "one warning, not one for every try");
         host.stop().await;
     }
 
@@ -342,5 +337,29 @@ laelaps_tests::on_every_database! {
         let long = wait_for_state(&queue, "long", State::Finished, PATIENCE).await;
         assert_eq!((long.attempts, long.lost, site.marks("begun").len()), (1, 0, 1), "four times its alive_time, one attempt");
         host.stop().await;
+    }
+}
+
+/// On PerfectQueue's table a type without route is left to other workers.
+mod unrouted {
+    use super::*;
+
+    laelaps_tests::on_every_native_database! {
+        async fn an_unknown_type_waits_with_a_warning_until_a_route_takes_it() {
+            let (site, queue, host) = zoo(json!({})).await;
+            site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "type": "echo" }))] }));
+            host.signal(laelaps_tests::Signal::USR1);
+            host.logged_times("ready", 2, PATIENCE).await;
+            submit(&queue, &[task("stranger", "silent", json!({}))]).await;
+            let line = host.logged("wait for a plugin", PATIENCE).await;
+            assert!(line.contains("WARN") && line.contains("no route takes the type"), "{line}");
+            waits_after_unrouted(&queue).await;
+            site.configure(json!({}));
+            host.signal(laelaps_tests::Signal::USR1);
+            let stranger = wait_for_state(&queue, "stranger", State::Finished, PATIENCE).await;
+            assert_eq!((stranger.attempts, stranger.lost), (1, 0), "the waiting counted for nothing");
+            assert_eq!(host.lines_with("wait for a plugin").len(), 1, "one warning, not one for every try");
+            host.stop().await;
+        }
     }
 }

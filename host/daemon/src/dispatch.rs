@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Accepts, Attempt, Backend, Claim, Claimed, ClaimedTask, Event, HostId, LeaseRef, Settlement};
+use laelaps_queue::{Accepts, Attempt, Backend, Claim, Claimed, ClaimedTask, Event, HostId, Kind, LeaseRef, Settlement};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -286,7 +286,8 @@ impl Dispatcher {
             self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
             self.buffer.push_back(Held { task, control, claimed_at: sent });
         }
-        if found {
+        // On PerfectQueue's table its claims count for themselves, as Ruby's do.
+        if found && self.shared.config.queue.kind == Kind::Native {
             self.count_towards_clean_up();
         }
         let due = claimed.next_due_in.map_or(poll_interval, |due| due.min(poll_interval));

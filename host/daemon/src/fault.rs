@@ -11,6 +11,8 @@
 //! | `block-thread=TYPE:N` | the same for the first N such attempts |
 //! | `abort-at=STEP` | the process is killed, as by a power cut, where it calls [`reach`] with this step |
 //! | `abort-at=STEP:N` | the same, where it does so for the Nth time |
+//! | `block-at=STEP` | the host's own thread that calls [`reach`] with this step does not come back |
+//! | `block-at=STEP:N` | the same, where one does so for the Nth time |
 //!
 //! Blocked threads come back once there is a file `unblock` in the working directory.
 
@@ -36,7 +38,7 @@ mod none {
         Ok(())
     }
 
-    /// This step is reached; a test may have ordered that the process ends here.
+    /// This step is reached; a test may have ordered that the process ends here, or does not get any further.
     #[inline]
     pub(crate) const fn reach(_step: &str) {}
 

@@ -138,6 +138,7 @@ impl fleet::Host for Side {
 
     async fn hand_on(&self, dead: &[Dead]) -> Result<(), HostError> {
         let identities: Vec<String> = dead.iter().map(|dead| dead.identity.to_string()).collect();
+        crate::fault::reach("hand-on");
         let mut count = 0;
         loop {
             let reclaimed = self.backend.hand_on(&identities, &self.policy).await?;

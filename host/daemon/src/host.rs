@@ -171,13 +171,21 @@ pub(crate) async fn open_queue(config: &Config) -> anyhow::Result<Queue> {
         return Err(laelaps_queue::Error::NotInitialised).with_context(|| format!("there is no database {}", path.display()));
     }
     let queue = Queue::open(&config.queue).await?;
-    let unfit = match queue.schema_status().await? {
-        SchemaStatus::Current(_) => return Ok(queue),
+    if let Err(unfit) = fit(config, &queue.schema_status().await?) {
+        queue.close().await;
+        return Err(unfit);
+    }
+    Ok(queue)
+}
+
+/// The version of a schema that this program can use.
+pub(crate) fn fit(config: &Config, status: &SchemaStatus) -> anyhow::Result<i64> {
+    let unfit = match *status {
+        SchemaStatus::Current(version) => return Ok(version),
         SchemaStatus::Missing => laelaps_queue::Error::NotInitialised,
         SchemaStatus::Old { found, needed } => laelaps_queue::Error::SchemaTooOld { found, needed },
         SchemaStatus::New { found, known } => laelaps_queue::Error::SchemaTooNew { found, known },
     };
-    queue.close().await;
     Err(unfit).with_context(|| format!("cannot use the database {}", config.queue.place()))
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use laelaps_queue::{Backend, Beat, ClaimedTask, LeaseAnswer, LeaseRef, Progress, Timestamp};
+use laelaps_queue::{Backend, Beat, ClaimedTask, LeaseAnswer, LeaseRef, NewTask, Progress, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::plugin::{Cancellation, Control, Services};
@@ -222,5 +222,9 @@ impl Services for LeasedTask {
 
     async fn now(&self) -> Timestamp {
         self.database_time.plus(self.at.elapsed())
+    }
+
+    fn check(&self, task: &NewTask) -> Result<(), laelaps_queue::Error> {
+        self.backend.check(task)
     }
 }

@@ -4,7 +4,9 @@ use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -103,6 +105,23 @@ impl Output {
     }
 }
 
+/// Since when one line of the log is being written, in milliseconds since the log was started; 0: none is. A process has one log.
+static WRITING_SINCE_MS: AtomicU64 = AtomicU64::new(0);
+/// When the log was started.
+static STARTED: OnceLock<Instant> = OnceLock::new();
+
+/// For how long the log has not taken a line that is being written: its disk may hang, or nobody reads its pipe. Whoever has
+/// something to write waits for it.
+pub(crate) fn stuck_for() -> Option<Duration> {
+    let since = WRITING_SINCE_MS.load(Ordering::Relaxed);
+    (since > 0).then(|| Duration::from_millis(now_ms().saturating_sub(since)))
+}
+
+fn now_ms() -> u64 {
+    let started = STARTED.get_or_init(Instant::now);
+    u64::try_from(started.elapsed().as_millis()).map_or(u64::MAX, |passed| passed.saturating_add(1))
+}
+
 /// Writes one event; an event is handed over whole, so lines of different threads never mix.
 pub(crate) struct Line {
     output: Arc<Mutex<Output>>,
@@ -111,11 +130,14 @@ pub(crate) struct Line {
 impl Write for Line {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let event = contained(bytes);
-        match &mut *self.output.lock().unwrap_or_else(PoisonError::into_inner) {
-            Output::StandardError => io::stderr().write_all(&event)?,
-            Output::File { file, .. } => file.write_all(&event)?,
-        }
-        Ok(bytes.len())
+        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        WRITING_SINCE_MS.store(now_ms(), Ordering::Relaxed);
+        let written = match &mut *output {
+            Output::StandardError => io::stderr().write_all(&event),
+            Output::File { file, .. } => file.write_all(&event),
+        };
+        WRITING_SINCE_MS.store(0, Ordering::Relaxed);
+        written.map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! Whether this host is really well: its claim loop turns, its database answers, its processors live.
+//! Whether this host is really well: its claim loop turns, its database answers, its processors live, its log takes lines.
 //!
 //! The watchdogs ask before every kick ([`Pulse::health`]), and must get an answer at once, so everything is looked at beforehand: the dispatcher
 //! says that it turns, and a prober asks the database and the guests' threads again and again. A host that is frozen stops all of them together, and
@@ -162,6 +162,9 @@ impl Signs {
     fn problem(&self) -> Option<String> {
         if let Some(stuck) = (self.stuck)() {
             return Some(stuck);
+        }
+        if let Some(silent) = crate::log::stuck_for().filter(|silent| *silent > self.limit) {
+            return Some(format!("the log has not taken a line for {silent:?}"));
         }
         if let Some(problem) = self.database_problem(&self.database()) {
             return Some(problem);

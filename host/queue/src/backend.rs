@@ -273,6 +273,14 @@ pub trait Backend: Debug + Send + Sync {
     /// The database's clock.
     async fn now(&self) -> Result<Timestamp>;
 
+    /// Whether a task could be stored: its bounds, and what the tables have room for. Asks nobody.
+    ///
+    /// # Errors
+    /// As [`Backend::submit`].
+    fn check(&self, task: &NewTask) -> Result<()> {
+        task.check()
+    }
+
     /// Store tasks, durably when it returns: all that are new, in one transaction. Answers stand in the order of `tasks`; two tasks of one
     /// key in a call: the first wins. If one task breaks a bound, none is stored.
     async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>>;

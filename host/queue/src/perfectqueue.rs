@@ -138,7 +138,8 @@ impl Shared {
             match columns.status(&self.config) {
                 SchemaStatus::Current(_) => Ok(Arc::new(Names::with(&self.config, &columns)?)),
                 SchemaStatus::Old { found, needed } => Err(Failure::from(Error::SchemaTooOld { found, needed })),
-                SchemaStatus::Missing | SchemaStatus::New { .. } => Err(Failure::from(Error::NotInitialised)),
+                SchemaStatus::New { found, known } => Err(Failure::from(Error::SchemaTooNew { found, known })),
+                SchemaStatus::Missing => Err(Failure::from(Error::NotInitialised)),
             }
         };
         self.names.get_or_try_init(|| find).await.cloned()
@@ -187,6 +188,10 @@ impl Backend for PerfectQueue {
 
     async fn now(&self) -> Result<Timestamp> {
         self.shared.now().await
+    }
+
+    fn check(&self, task: &NewTask) -> Result<()> {
+        submit::check(task, self.shared.config.side_table)
     }
 
     async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {

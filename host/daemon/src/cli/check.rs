@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use laelaps_queue::{Kind, SchemaStatus, Timestamp};
+use laelaps_queue::{Kind, Queue, SchemaStatus, Timestamp};
 use laelaps_watchdog::{Root, Session, WatchdogQueue, fleet};
 
 use super::output::{Output, counted, in_one_line, table};
@@ -87,26 +87,31 @@ async fn look_at_root(what: &str, zookeeper: &ZooKeeper, root: &Root) -> anyhow:
 }
 
 async fn database(config: &Config) -> anyhow::Result<String> {
-    let queue = host::open_queue(config).await?;
-    let (status, drift) = (queue.schema_status().await, queue.backend().drift().await);
-    let clock = match &config.queue.kind {
-        Kind::PerfectQueue(_) => Some(queue.backend().now().await.map(ahead)),
-        Kind::Native => None,
+    let (is_ours, hint) = match &config.queue.kind {
+        Kind::Native => {
+            (true, "somebody changed them by hand; put them back, or move the tasks to a new database made by `laelaps init`")
+        }
+        Kind::PerfectQueue(_) => {
+            (false, "`laelaps init` makes what is said of it and leaves the rest as it is, which ALTER TABLE may mend")
+        }
     };
+    let queue = if is_ours { host::open_queue(config).await? } else { Queue::open(&config.queue).await? };
+    let (status, drift, now) = (queue.schema_status().await, queue.backend().drift().await, queue.backend().now().await);
     queue.close().await;
-    let drift = drift?;
-    if !drift.is_empty() {
+    let (status, drift) = (status?, drift?);
+    // Of a table that somebody else made, what is missing says more than a version that is written nowhere.
+    let drift_counts = match status {
+        SchemaStatus::Current(_) => true,
+        SchemaStatus::Old { .. } => !is_ours,
+        SchemaStatus::Missing | SchemaStatus::New { .. } => false,
+    };
+    if drift_counts && !drift.is_empty() {
         let message = format!("{}: the tables are not as init makes them: {}", config.queue.place(), drift.join("; "));
-        let hint = "somebody changed them by hand; put them back, or move the tasks to a new database made by `laelaps init`";
         return Err(Complaint::new(Exit::Database, message, hint.to_owned()).into());
     }
-    match status? {
-        SchemaStatus::Current(version) => {
-            let clock = clock.transpose()?.map(|clock| format!("\nclock          {clock}")).unwrap_or_default();
-            Ok(format!("database       {}: schema {version}{clock}", config.queue.place()))
-        }
-        other => anyhow::bail!("the schema changed while it was looked at: {other:?}"),
-    }
+    let version = host::fit(config, &status)?;
+    let clock = if is_ours { String::new() } else { format!("\nclock          {}", ahead(now?)) };
+    Ok(format!("database       {}: schema {version}{clock}", config.queue.place()))
 }
 
 /// Workers in Ruby go by the clock of their machine: one that is ahead takes leases that live. Ours goes by the server's, and is only told.

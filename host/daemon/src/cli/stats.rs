@@ -1,9 +1,10 @@
 //! `laelaps stats`.
 
-use laelaps_queue::{HostRecord, Stats};
+use laelaps_queue::{HostRecord, Kind, Stats};
 
 use super::output::{Output, exact_moment, in_one_line, table};
 use super::{Exit, Place};
+use crate::config::{Config, Routes};
 
 /// The plugin versions of a host that a table shows: the latest. JSON has them all.
 const PLUGINS_SHOWN: usize = 4;
@@ -17,7 +18,7 @@ pub(super) struct Arguments {
 
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
-        let (_, queue) = place.open().await?;
+        let (config, queue) = place.open().await?;
         let stats = queue.backend().stats().await?;
         let mut hosts = Vec::new();
         for host in queue.backend().hosts().await? {
@@ -29,7 +30,7 @@ impl Arguments {
         if self.json {
             output.json(&StatsJson { stats: &stats, hosts: hosts.iter().map(HostJson::new).collect() })?;
         } else {
-            write(&mut output, &stats)?;
+            write(&mut output, &stats, &config)?;
             write_hosts(&mut output, &hosts)?;
         }
         output.close()?;
@@ -99,7 +100,7 @@ fn write_hosts(output: &mut Output, hosts: &[(HostRecord, Vec<String>)]) -> std:
     output.table(&table)
 }
 
-fn write(output: &mut Output, stats: &Stats) -> std::io::Result<()> {
+fn write(output: &mut Output, stats: &Stats, config: &Config) -> std::io::Result<()> {
     let oldest =
         stats.oldest_ready_ms.map(|age| format!("   the oldest for {}.{:03} s", age / 1_000, age % 1_000)).unwrap_or_default();
     let rows = [
@@ -115,9 +116,15 @@ fn write(output: &mut Output, stats: &Stats) -> std::io::Result<()> {
     }
     if !stats.types.is_empty() {
         output.line("")?;
-        let mut table = table(&["type", "waiting or running"]);
+        let mut table = table(&["type", "waiting or running", "plugin"]);
+        let routes = Routes::new(config.routes.clone());
+        let without_route = match config.queue.kind {
+            Kind::Native => "no route here: retried until there is one",
+            Kind::PerfectQueue(_) => "no route here: left to other workers",
+        };
         for (task_type, count) in &stats.types {
-            table.add_row([in_one_line(task_type, 255), count.to_string()]);
+            let plugin = routes.route(task_type).map_or(without_route, |route| &route.plugin);
+            table.add_row([in_one_line(task_type, 255), count.to_string(), plugin.to_owned()]);
         }
         output.table(&table)?;
     }

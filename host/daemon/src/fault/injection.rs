@@ -34,6 +34,7 @@ struct Fault {
 enum Kind {
     BlockThread,
     AbortAt,
+    BlockAt,
 }
 
 /// Read what is ordered. To be called once, before anything else.
@@ -45,14 +46,18 @@ pub(crate) fn arm() -> Result<(), String> {
     Ok(())
 }
 
-/// This step is reached; a test may have ordered that the process ends here.
+/// This step is reached; a test may have ordered that the process ends here, or does not get any further.
 pub(crate) fn reach(step: &str) {
-    let Some((fault, times)) = reached(Kind::AbortAt, step) else { return };
-    if times == fault.count.unwrap_or(1) {
+    let is_due = |kind| reached(kind, step).filter(|(fault, times)| *times == fault.count.unwrap_or(1));
+    if let Some((_, times)) = is_due(Kind::AbortAt) {
         tracing::warn!(step, times, "fault injection: this process is killed");
         // Nothing of this process runs on, not even a destructor.
         let _ = kill_process(getpid(), Signal::KILL);
         block_until(|| false);
+    }
+    if let Some((_, times)) = is_due(Kind::BlockAt) {
+        tracing::warn!(step, times, "fault injection: this thread is blocked");
+        block_until(|| Path::new(UNBLOCK).exists());
     }
 }
 
@@ -83,10 +88,11 @@ fn parse(ordered: &str) -> Result<Vec<Fault>, String> {
 
 impl Fault {
     fn parse(text: &str) -> Result<Self, String> {
-        const EXPECTED: &str = "expected block-thread=TYPE[:N] or abort-at=STEP[:N]";
+        const EXPECTED: &str = "expected block-thread=TYPE[:N], abort-at=STEP[:N] or block-at=STEP[:N]";
         let (kind, place) = match text.split_once('=') {
             Some(("block-thread", place)) => (Kind::BlockThread, place),
             Some(("abort-at", place)) => (Kind::AbortAt, place),
+            Some(("block-at", place)) => (Kind::BlockAt, place),
             _ => return Err(format!("{text:?} is no fault, {EXPECTED}")),
         };
         let (place, count) = match place.rsplit_once(':') {
@@ -106,9 +112,11 @@ mod tests {
 
     #[test]
     fn faults_are_listed_with_their_places_and_counts() {
-        let faults = parse("block-thread=mail.send:2,abort-at=claimed").expect("two faults");
+        let faults = parse("block-thread=mail.send:2,abort-at=claimed,block-at=claimed:3").expect("three faults");
         let told: Vec<_> = faults.iter().map(|fault| (fault.kind, fault.place.as_str(), fault.count)).collect();
-        assert_eq!(told, [(Kind::BlockThread, "mail.send", Some(2)), (Kind::AbortAt, "claimed", None)]);
+        let expected =
+            [(Kind::BlockThread, "mail.send", Some(2)), (Kind::AbortAt, "claimed", None), (Kind::BlockAt, "claimed", Some(3))];
+        assert_eq!(told, expected);
         assert!(parse("").expect("no fault").is_empty());
     }
 

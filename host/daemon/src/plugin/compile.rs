@@ -120,7 +120,7 @@ impl Compiler {
             prune(&path);
             Ok(component)
         });
-        loaded.await.map_err(|reason| Failure::Refused(format!("its compiled form cannot be loaded: {reason}")))
+        loaded.await.map_err(|reason| Failure::Refused(load_problem(&reason)))
     }
 
     /// The name's part before the digest of the code itself.
@@ -220,6 +220,15 @@ fn is_crash(signal: i32) -> bool {
     [Signal::ABORT, Signal::SEGV, Signal::BUS, Signal::ILL, Signal::FPE, Signal::TRAP, Signal::SYS]
         .iter()
         .any(|crash| crash.as_raw() == signal)
+}
+
+/// Why compiled code cannot be loaded, in our words where a plugin can do something about it.
+fn load_problem(reason: &str) -> String {
+    let minimum = reason.split_once("memory has a minimum byte size of ").and_then(|(_, rest)| rest.split_whitespace().next());
+    match minimum.and_then(|bytes| bytes.parse::<u64>().ok()) {
+        Some(bytes) => format!("it needs {bytes} bytes of memory from the start, more than the largest limit of all routes"),
+        None => format!("its compiled form cannot be loaded: {reason}"),
+    }
 }
 
 /// Say at once what needs no compiler to be seen.

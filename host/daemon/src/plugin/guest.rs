@@ -72,7 +72,7 @@ impl Attempt {
     }
 
     fn check_follow_up(&self, task: &NewTask) -> Result<(), context::Refusal> {
-        check(task)?;
+        refused(task, self.services.check(task))?;
         if self.follow_ups.len() as u64 >= u64::from(self.limits.follow_ups) {
             let message =
                 format!("this attempt has submitted {} tasks already, as many as its route allows", self.limits.follow_ups);
@@ -236,9 +236,9 @@ fn lease_lost() -> context::Refusal {
     refusal("lease-lost", "the task is no longer this attempt's")
 }
 
-/// The queue's own bounds, so that what is taken here is never refused when the attempt is settled.
-fn check(task: &NewTask) -> Result<(), context::Refusal> {
-    let problem = match task.check() {
+/// What the queue says of a task, so that what is taken here is never refused when the attempt is settled.
+fn refused(task: &NewTask, checked: Result<(), laelaps_queue::Error>) -> Result<(), context::Refusal> {
+    let problem = match checked {
         Ok(()) => return Ok(()),
         Err(laelaps_queue::Error::InvalidTask { problem, .. }) => problem,
         Err(error) => error.to_string(),
@@ -257,7 +257,7 @@ fn check(task: &NewTask) -> Result<(), context::Refusal> {
 /// Members to be merged into a task's data have the form of data themselves.
 fn check_members(members: Vec<u8>) -> Result<Vec<u8>, context::Refusal> {
     let task = NewTask::new("key", "type", members);
-    check(&task).map(|()| task.data)
+    refused(&task, task.check()).map(|()| task.data)
 }
 
 #[cfg(test)]
@@ -283,9 +283,9 @@ mod tests {
 
     #[test]
     fn a_follow_up_is_refused_by_what_is_wrong_with_it() {
-        let code = |task: NewTask| check(&task).expect_err("refused").code;
+        let code = |task: NewTask| refused(&task, task.check()).expect_err("refused").code;
         let good = NewTask::new("k", "t", "{}");
-        assert!(check(&good).is_ok());
+        assert!(refused(&good, good.check()).is_ok());
         assert_eq!(code(NewTask { key: String::new(), ..good.clone() }), "invalid-key");
         assert_eq!(code(NewTask { key: "x".repeat(256), ..good.clone() }), "invalid-key");
         assert_eq!(code(NewTask { key: "a\nb".into(), ..good.clone() }), "invalid-key");

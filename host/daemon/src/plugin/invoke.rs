@@ -37,6 +37,11 @@ pub trait Services: Send + Sync {
 
     /// The database's clock, as near as the host knows it.
     async fn now(&self) -> Timestamp;
+
+    /// Whether the queue takes such a follow-up task. Only this is called on a guest's thread, and has to answer at once.
+    fn check(&self, task: &NewTask) -> Result<(), laelaps_queue::Error> {
+        task.check()
+    }
 }
 
 /// One attempt to be run.

@@ -44,10 +44,12 @@ fn longest(alive_time: Duration) -> Duration {
     alive_time.saturating_add(Duration::from_secs(60)).min(Duration::from_secs(30 * 365 * 24 * 3600))
 }
 
-/// How much later than `alive_time` a lease ends, in seconds: rounding apart, a sixtieth of it, at most five. So a heartbeat of a Ruby worker
-/// that had the task before and has the same `alive_time` does not write by chance the very value that stands there, and is noticed.
+/// How much later than `alive_time` a lease ends, in seconds, rounding apart: three to five if it is ten or more, else nothing. A Ruby worker that
+/// had the task before, and has the same `alive_time`, writes by its heartbeat a value that is three seconds later only three seconds later: we have renewed by
+/// then, every two seconds if nothing else is configured, so it does not write by chance the very value that stands there, and is noticed. One with
+/// another `alive_time` may, but not again and again, since each renewal draws anew.
 pub(super) fn apart(alive_time: Duration) -> i64 {
-    i64::try_from((alive_time.as_secs() / 60).min(5)).unwrap_or_default()
+    if alive_time < Duration::from_secs(10) { 0 } else { fastrand::i64(3..=5) }
 }
 
 /// One's turn to write under some leases.
@@ -171,6 +173,10 @@ mod tests {
 
     #[test]
     fn a_lease_stands_apart_from_what_ruby_writes() {
-        assert_eq!([0, 59, 60, 300, 86_400].map(|seconds| apart(Duration::from_secs(seconds))), [0, 0, 1, 5, 5]);
+        for seconds in [10, 60, 300, 86_400] {
+            let drawn: std::collections::BTreeSet<i64> = (0..200).map(|_| apart(Duration::from_secs(seconds))).collect();
+            assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [3, 4, 5], "after {seconds} s");
+        }
+        assert_eq!([0, 9].map(|seconds| apart(Duration::from_secs(seconds))), [0, 0], "it would be another lease");
     }
 }

@@ -86,7 +86,7 @@ fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option
         }
         Verdict::Wait { lost, lost_alone, alone, .. } => {
             (side.lost, side.lost_alone, side.alone) = (lost, lost_alone, alone);
-            tracing::warn!(task = ready.key(), lost, "a task was lost with its host or its lease; it is tried again");
+            tracing::warn!(task = ready.key(), lost, "a task was lost with its host or lease; it is tried again");
             None
         }
         Verdict::Finish { .. } => None,

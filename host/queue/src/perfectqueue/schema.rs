@@ -1,7 +1,8 @@
 //! The tables: PerfectQueue's own, made as its `init` makes it, and ours beside it.
 //!
 //! Nothing in PerfectQueue's table says what made it, so its columns do: version 1 has no `owner` (before PerfectQueue 0.9), version 2 has
-//! one, version 3 has our table of tasks beside it, version 4 the one of hosts too. Statements of MySQL that change tables cannot be taken back, so each step may be taken again.
+//! one, version 3 has our table of tasks beside it, version 4 the one of hosts too; a later one stands in the comment of our tables. Statements of MySQL that
+//! change tables cannot be taken back, so each step may be taken again.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +11,10 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::table::{HOSTS as HOSTS_NAME, Names, SIDE as SIDE_NAME, quoted};
 use crate::mysql::failure::Failure;
-use crate::{PerfectQueue, PlannedStep, SchemaStatus};
+use crate::{Error, PerfectQueue, PlannedStep, SchemaStatus};
+
+/// The latest version that this program knows. The comments of our tables say it too.
+const KNOWN: i64 = 4;
 
 /// PerfectQueue's table, without its index.
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS {t} (
@@ -50,7 +54,7 @@ const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     records LONGTEXT,
     PRIMARY KEY (id),
     INDEX by_state (state, timeout)
-) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin";
+) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin COMMENT='laelaps 4'";
 
 /// Ours of hosts that a watchdog watches (see [`super::hosts`]). Their numbers stand in tokens, so they never come again.
 const HOSTS: &str = "CREATE TABLE IF NOT EXISTS {h} (
@@ -64,7 +68,7 @@ const HOSTS: &str = "CREATE TABLE IF NOT EXISTS {h} (
     left_at BIGINT,
     PRIMARY KEY (id),
     INDEX by_identity (identity)
-) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin";
+) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin COMMENT='laelaps 4'";
 
 /// The columns that are used, with the types they have to have. Ruby's older tables have them in other widths, which do no harm.
 const COLUMNS: [(&str, &[&str]); 7] = [
@@ -91,6 +95,8 @@ pub(super) struct Columns {
     primary_key: Vec<String>,
     has_side: bool,
     has_hosts: bool,
+    /// The latest version that made one of our tables, by its comment.
+    made_by: i64,
 }
 
 impl Columns {
@@ -102,7 +108,7 @@ impl Columns {
         const INDEXES: &str = "SELECT CAST(index_name AS CHAR), CAST(LOWER(column_name) AS CHAR)
             FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = ? AND
                 (index_name = 'PRIMARY' OR seq_in_index = 1) ORDER BY index_name, seq_in_index";
-        const HAS: &str = "SELECT count(*) FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = ?";
+        const COMMENT: &str = "SELECT CAST(table_comment AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE() AND table_name = ?";
         let text = |row: &MySqlRow, place: usize| row.try_get::<String, _>(place);
         let mut columns = Self::default();
         for row in sqlx::query(FIND).bind(&config.table).fetch_all(&mut *connection).await? {
@@ -121,7 +127,10 @@ impl Columns {
         }
         for (name, has) in [(SIDE_NAME, &mut columns.has_side), (HOSTS_NAME, &mut columns.has_hosts)] {
             let name = format!("{}{name}", config.table);
-            *has = sqlx::query_scalar::<_, i64>(HAS).bind(name).fetch_one(&mut *connection).await? > 0;
+            let comment: Option<String> = sqlx::query_scalar(COMMENT).bind(name).fetch_optional(&mut *connection).await?;
+            *has = comment.is_some();
+            let version = comment.as_deref().and_then(|comment| comment.strip_prefix("laelaps ")?.parse().ok());
+            columns.made_by = columns.made_by.max(version.unwrap_or_default());
         }
         Ok(columns)
     }
@@ -136,6 +145,9 @@ impl Columns {
         let needed = needed(config);
         if !self.is_there() {
             return SchemaStatus::Missing;
+        }
+        if config.side_table && self.made_by > KNOWN {
+            return SchemaStatus::New { found: self.made_by, known: KNOWN };
         }
         let found = if !self.found.contains_key("owner") {
             1
@@ -205,7 +217,7 @@ impl Columns {
 
 /// The version that this program needs.
 fn needed(config: &PerfectQueue) -> i64 {
-    if config.side_table { 4 } else { 2 }
+    if config.side_table { KNOWN } else { 2 }
 }
 
 /// Take the steps that are missing. Others that do the same at this moment are waited for.
@@ -224,7 +236,11 @@ pub(super) async fn migrate(config: &PerfectQueue, connection: &mut MySqlConnect
 }
 
 async fn take_steps(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<(Vec<i64>, i64), Failure> {
-    let steps = Columns::find(config, connection).await?.steps(config)?;
+    let columns = Columns::find(config, connection).await?;
+    if let SchemaStatus::New { found, known } = columns.status(config) {
+        return Err(Failure::from(Error::SchemaTooNew { found, known }));
+    }
+    let steps = columns.steps(config)?;
     let mut applied = Vec::new();
     for (version, sql) in steps {
         sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut *connection).await?;

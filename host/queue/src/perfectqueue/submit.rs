@@ -41,27 +41,37 @@ struct Row {
     max_attempts: Option<u32>,
 }
 
+/// Whether the table has room for a task.
+pub(super) fn check(task: &NewTask, has_side: bool) -> Result<()> {
+    let invalid = |problem: String| Error::InvalidTask { key: task.key.clone(), problem };
+    task.check()?;
+    if run_at(task) >= TIME_MAX {
+        return Err(invalid("run_at is later than January 2038, where the times of PerfectQueue's table end".to_owned()));
+    }
+    if task.max_running.is_some_and(|most| i32::try_from(most).is_err()) {
+        return Err(invalid(format!("max_running is above {}, the most that PerfectQueue's table can hold", i32::MAX)));
+    }
+    if task.max_attempts.is_some() && !has_side {
+        let why = "PerfectQueue's table cannot count attempts; turn `side_table` on".to_owned();
+        return Err(Error::NotSupported { what: "max_attempts", why });
+    }
+    Ok(())
+}
+
+/// When it may run, in whole seconds and not before the moment; 0: now.
+fn run_at(task: &NewTask) -> i64 {
+    task.run_at.filter(|_| !task.held).map_or(0, |moment| moment.0.saturating_add(999).div_euclid(1_000))
+}
+
 impl Row {
     fn of(task: &NewTask, has_side: bool) -> Result<Self> {
+        check(task, has_side)?;
         let invalid = |problem: String| Error::InvalidTask { key: task.key.clone(), problem };
-        task.check()?;
-        // Not before the moment, in whole seconds.
-        let run_at = task.run_at.filter(|_| !task.held).map_or(0, |moment| moment.0.saturating_add(999).div_euclid(1_000));
-        if run_at >= TIME_MAX {
-            return Err(invalid("run_at is later than January 2038, where the times of PerfectQueue's table end".to_owned()));
-        }
-        if task.max_running.is_some_and(|most| i32::try_from(most).is_err()) {
-            return Err(invalid(format!("max_running is above {}, the most that PerfectQueue's table can hold", i32::MAX)));
-        }
-        if task.max_attempts.is_some() && !has_side {
-            let why = "PerfectQueue's table cannot count attempts; turn `side_table` on".to_owned();
-            return Err(Error::NotSupported { what: "max_attempts", why });
-        }
         let data: &[u8] = if task.data.is_empty() { b"{}" } else { &task.data };
         Ok(Self {
             key: task.key.clone(),
             stored: blob::write(&task.task_type, data, task.compression).map_err(invalid)?,
-            run_at: if task.held { HELD } else { run_at.max(0) },
+            run_at: if task.held { HELD } else { run_at(task).max(0) },
             user: task.user.clone().filter(|user| !user.is_empty()),
             max_running: task.max_running,
             max_attempts: task.max_attempts,

@@ -90,6 +90,23 @@ async fn an_installation_with_one_table_of_ours_gets_the_other() {
 }
 
 #[tokio::test]
+async fn tables_of_a_newer_program_are_left_alone() {
+    let site = Site::new().await;
+    let mut ruby = site.ruby().await;
+    ruby.run("ALTER TABLE {s} ADD COLUMN more INT, COMMENT 'laelaps 5'").await;
+    let site = site.another().await;
+    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::New { found: 5, known: 4 });
+    let refused = [site.queue.init().await.map(drop).unwrap_err(), site.queue.submit(task("a")).await.map(drop).unwrap_err()];
+    for refused in refused {
+        assert!(matches!(refused, Error::SchemaTooNew { found: 5, known: 4 }), "{refused}");
+    }
+    // Without our tables there is nothing that a newer program could have changed.
+    let without = PerfectQueue { table: site.table().to_owned(), ..table(false) };
+    let queue = Queue::open(&Config { kind: Kind::PerfectQueue(without), ..site.config.clone() }).await.unwrap();
+    assert_eq!(queue.schema_status().await.unwrap(), SchemaStatus::Current(2));
+}
+
+#[tokio::test]
 async fn what_somebody_changed_is_told() {
     let site = Site::new().await;
     let mut ruby = site.ruby().await;

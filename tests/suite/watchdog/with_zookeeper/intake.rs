@@ -217,6 +217,48 @@ mod with_faults {
         }
     }
 
+    /// A peer takes what it finds, the very item in question included, while a host is at a step of its move; then the host goes on, or is killed.
+    #[tokio::test]
+    async fn a_peer_that_races_a_host_at_any_step_of_a_move_costs_no_item_and_doubles_none() {
+        for step in STEPS {
+            for is_killed in [false, true] {
+                let place = Place::new(&format!("raced_at_{step}_{is_killed}")).await;
+                place.takes_items(json!({}));
+                let queue = place.site.queue().await;
+                place.queue_of(&items(0..12)).await;
+                let mut peer = Peer::start(&place);
+                peer.call(json!(["attach_queue", 120])).await;
+                let mut host = place.site.start_with_fault(&format!("block-at={step}:4")).await;
+                host.logged("fault injection: this thread is blocked", PATIENCE).await;
+                let mut theirs = BTreeSet::new();
+                // All that is left if the host only holds the fourth, so that it is among them.
+                let (limit, taken) = if step == "intake-held" { (12, 9) } else { (4, 4) };
+                while theirs.len() < limit
+                    && let Value::String(item) = peer.call(json!(["consume"])).await
+                {
+                    assert!(theirs.insert(item_number(&item)), "taken twice: {item}");
+                }
+                assert_eq!(theirs.len(), taken, "at {step}: {theirs:?}");
+                if is_killed {
+                    host.kill().await;
+                    host = place.site.start().await;
+                } else {
+                    std::fs::write(place.site.path("unblock"), "").unwrap();
+                }
+                host.logged("every item is taken, and every task of them has ended", PATIENCE).await;
+                let tasks = all_tasks(&queue).await;
+                let expected: Vec<u64> = (0..12).filter(|number| !theirs.contains(number)).collect();
+                assert_eq!(numbers(&tasks), expected, "raced at {step}, killed: {is_killed}");
+                assert!(tasks.iter().all(|task| task.state == State::Finished), "raced at {step}, killed: {is_killed}");
+                let (marks, lost) = (place.site.marks("done"), tasks.iter().map(|task| task.lost as usize).sum::<usize>());
+                let ours = expected.len()..=expected.len() + lost;
+                assert!(ours.contains(&marks.len()), "raced at {step}: {lost} lost, {marks:?}");
+                assert_eq!(place.marker_count().await, 0, "raced at {step}: no marker is left");
+                host.stop().await;
+            }
+        }
+    }
+
     #[tokio::test]
     async fn what_a_killed_host_left_half_way_is_made_good_although_the_root_is_cleared_and_made_again() {
         for step in STEPS {
