@@ -59,11 +59,12 @@ async fn serve(options: &Options, mut config: Config, log: &Log, signals: &mut S
         tracing::info!("ended before it began");
         return Ok(());
     };
+    let mut is_first = true;
     loop {
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
-        match service::serve(&config, &parts, options, log, signals).await? {
+        match service::serve(&config, &parts, options, log, signals, std::mem::take(&mut is_first)).await? {
             Next::End => break,
             Next::Again => {}
             Next::Restart(next) => {

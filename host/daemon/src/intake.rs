@@ -128,6 +128,8 @@ enum Served {
     Done,
     /// The root, or our timer, is gone.
     Cleared,
+    /// The intake is over.
+    Left,
 }
 
 impl Worker {
@@ -136,18 +138,16 @@ impl Worker {
         let mut told = String::new();
         let mut pause = PAUSE.0;
         loop {
-            let begun = Instant::now();
-            let error = tokio::select! {
-                biased;
-                () = reaches(&mut phase, Phase::Closed) => return,
-                error = self.one_session() => error,
-            };
+            let (lasted, error) = self.one_session().await;
+            if *phase.borrow() == Phase::Closed {
+                return;
+            }
             // Long sessions are not trouble.
-            pause = if begun.elapsed() > PAUSE.1 { PAUSE.0 } else { (pause * 2).min(PAUSE.1) };
-            let text = crate::log::chain(&error);
-            if text != told {
-                tracing::warn!(root = %self.config.root, error = text, "items cannot be taken now; trying again");
-                told = text;
+            pause = if lasted > PAUSE.1 { PAUSE.0 } else { (pause * 2).min(PAUSE.1) };
+            let gist = gist(&error);
+            if gist != told {
+                tracing::warn!(root = %self.config.root, error = crate::log::chain(&error), "items cannot be taken now; trying again");
+                told = gist;
             }
             tokio::select! {
                 () = reaches(&mut phase, Phase::Closed) => return,
@@ -156,16 +156,23 @@ impl Worker {
         }
     }
 
-    /// Work under one session until it ends, or the database makes trouble.
-    async fn one_session(&self) -> MoveError {
-        let session = match Session::connect(&self.config.zookeeper.options()).await {
-            Ok(session) => session,
-            Err(error) => return error.into(),
+    /// Work under one session until it ends, or the intake does. Also answers how long the session lasted.
+    async fn one_session(&self) -> (Duration, MoveError) {
+        let options = self.config.zookeeper.options();
+        let mut phase = self.phase.clone();
+        let connected = tokio::select! {
+            connected = Session::connect(&options) => connected,
+            error = self.wait_for_close(&mut phase) => return (Duration::ZERO, error),
         };
+        let session = match connected {
+            Ok(session) => session,
+            Err(error) => return (Duration::ZERO, error.into()),
+        };
+        let begun = Instant::now();
         let error = self.serve_roots(&session).await;
         // Our timer with it, if it is there; whoever comes next makes another one.
         session.close().await;
-        error
+        (begun.elapsed(), error)
     }
 
     async fn serve_roots(&self, session: &Session) -> MoveError {
@@ -181,7 +188,7 @@ impl Worker {
         loop {
             let attached = tokio::select! {
                 // Nothing of it is ours, so nothing is left to be shown.
-                () = reaches(&mut phase, Phase::Draining) => return self.wait_for_close(phase).await,
+                () = reaches(&mut phase, Phase::Draining) => return self.wait_for_close(&mut phase).await,
                 attached = child.wait_attach(self.timer()) => attached,
             };
             let served = match attached {
@@ -190,12 +197,13 @@ impl Worker {
             };
             match served {
                 Ok(Served::Done) => tracing::info!(%root, "every item is taken, and every task of them has ended"),
+                Ok(Served::Left) => {}
                 Ok(Served::Cleared) => tracing::info!(%root, "the master has cleared the queue; what was taken goes on"),
                 Err(error) => return error,
             }
             // Also a barrier without items: its master waits for a child that removes it.
             let more = tokio::select! {
-                () = reaches(&mut phase, Phase::Draining) => return self.wait_for_close(phase).await,
+                () = reaches(&mut phase, Phase::Draining) => return self.wait_for_close(&mut phase).await,
                 items = child.wait_for_items() => items.map(drop),
                 barrier = child.wait_for_barrier() => barrier,
             };
@@ -205,8 +213,8 @@ impl Worker {
         }
     }
 
-    async fn wait_for_close(&self, mut phase: watch::Receiver<Phase>) -> MoveError {
-        reaches(&mut phase, Phase::Closed).await;
+    async fn wait_for_close(&self, phase: &mut watch::Receiver<Phase>) -> MoveError {
+        reaches(phase, Phase::Closed).await;
         // Whoever closes does not look at it.
         Error::NoRoot(self.config.root.path().to_owned()).into()
     }
@@ -232,11 +240,11 @@ impl Worker {
                 if self.backend.has_unsettled(&prefix).await.unwrap_or(true) {
                     tracing::warn!(%root, "this host leaves the queue before all tasks of its items have ended: its master may take them for done");
                 }
-                Ok(Served::Done)
+                Ok(Served::Left)
             }
             kicked = self.kick(&timer) => kicked,
             error = keep_barrier_down(child) => Err(error.into()),
-            worked = self.work(child, mover, &prefix) => worked,
+            worked = self.work_through_outages(child, mover, &prefix) => worked,
         };
         match served {
             Ok(Served::Cleared) => {
@@ -244,9 +252,9 @@ impl Worker {
                 mover.recover().await?;
                 Ok(Served::Cleared)
             }
-            Ok(Served::Done) => {
+            Ok(served @ (Served::Done | Served::Left)) => {
                 timer.end().await?;
-                Ok(Served::Done)
+                Ok(served)
             }
             Err(error) => Err(error),
         }
@@ -271,6 +279,35 @@ impl Worker {
                         tracing::warn!(root = %self.config.root, reason, "this host is not well: it does not kick its timer in the queue");
                     }
                 }
+            }
+        }
+    }
+
+    /// Work, and wait where the database makes trouble: the timer stays, unkicked if the trouble lasts, since what was taken has not ended.
+    async fn work_through_outages(
+        &self,
+        child: &WatchdogQueue,
+        mover: &mut Mover<Tasks>,
+        prefix: &str,
+    ) -> Result<Served, MoveError> {
+        let mut told = String::new();
+        let mut broken_off = false;
+        loop {
+            let worked =
+                if broken_off { mover.recover().await.map(|_| None) } else { self.work(child, mover, prefix).await.map(Some) };
+            match worked {
+                Ok(Some(served)) => return Ok(served),
+                Ok(None) => broken_off = false,
+                Err(error @ MoveError::Store { .. }) => {
+                    broken_off = true;
+                    let gist = gist(&error);
+                    if gist != told {
+                        tracing::warn!(root = %self.config.root, error = crate::log::chain(&error), "items cannot be moved now; trying again");
+                        told = gist;
+                    }
+                    sleep(LOOK_INTERVAL).await;
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -333,6 +370,14 @@ async fn keep_barrier_down(child: &WatchdogQueue) -> Error {
         if let Err(error) = child.remove_barrier().await {
             return error;
         }
+    }
+}
+
+/// The error without what changes from try to try, so that the same trouble is told once.
+fn gist(error: &MoveError) -> String {
+    match error {
+        MoveError::ZooKeeper(error) => error.gist(),
+        error @ MoveError::Store { .. } => crate::log::chain(error),
     }
 }
 

@@ -51,13 +51,15 @@ pub(crate) enum Next {
 /// Serve under one configuration until told to end.
 ///
 /// # Errors
-/// The database refuses the host's registration, or too many threads are stuck in guests.
+/// The database refuses the registration of a host that starts (`is_first`), or too many threads are stuck in guests. A host that has served
+/// before waits for its database.
 pub(crate) async fn serve(
     config: &Config,
     parts: &Parts,
     options: &Options,
     log: &Log,
     signals: &mut Signals,
+    is_first: bool,
 ) -> anyhow::Result<Next> {
     let backend = &parts.backend;
     let (orders, received) = mpsc::channel(16);
@@ -75,7 +77,10 @@ pub(crate) async fn serve(
     anyhow::ensure!(presence.is_none() || identity.is_some(), "this host's part in its fleet broke down");
     let name = config.host_name.clone();
     let description = HostDescription { name, process_id: std::process::id(), identity: identity.map(|id| id.to_string()) };
-    let host = backend.register_host(&description).await.context("cannot register this host with the database")?;
+    let Some(host) = service.registered(&description, is_first, signals).await? else {
+        leave(presence).await;
+        return Ok(service.next);
+    };
     let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval);
     let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone());
     let clean_up_due = Arc::new(Notify::new());
@@ -186,6 +191,42 @@ impl Service<'_> {
                 verb = signals.next() => self.obey(verb).await,
                 (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
             }
+        }
+    }
+
+    /// The number under which the database knows this host from now on. None if it was told to end before.
+    async fn registered(
+        &mut self,
+        description: &HostDescription,
+        is_first: bool,
+        signals: &mut Signals,
+    ) -> anyhow::Result<Option<HostId>> {
+        const CANNOT: &str = "cannot register this host with the database";
+        let backend = Arc::clone(&self.parts.backend);
+        let mut told = false;
+        loop {
+            let registering = backend.register_host(description);
+            tokio::pin!(registering);
+            let registered = loop {
+                tokio::select! {
+                    registered = &mut registering => break registered,
+                    verb = signals.next() => self.obey(verb).await,
+                    (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
+                }
+            };
+            match registered {
+                Ok(host) => return Ok(Some(host)),
+                Err(error) if is_first => return Err(error).context(CANNOT),
+                Err(error) => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::error!(error = chain(&error), hint = error.hint().unwrap_or_default(), "{CANNOT}; trying again");
+                    }
+                }
+            }
+            if self.ending.is_some() {
+                return Ok(None);
+            }
+            tokio::time::sleep(RECLAIM_INTERVAL).await;
         }
     }
 

@@ -15,6 +15,11 @@ pub(crate) struct ServerTime {
 }
 
 impl ServerTime {
+    /// How long before this moment the node was made, likewise.
+    pub(crate) fn since_made(self, node: &Node) -> Duration {
+        Duration::from_millis(u64::try_from(self.ms.saturating_sub(node.created_ms)).unwrap_or(0))
+    }
+
     /// How long before this moment the node was last written. What was written since then is of age zero.
     pub(crate) fn age_of(self, node: &Node) -> Duration {
         Duration::from_millis(u64::try_from(self.ms.saturating_sub(node.modified_ms)).unwrap_or(0))

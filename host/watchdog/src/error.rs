@@ -75,6 +75,9 @@ pub enum Error {
     /// The root is that of a fleet of hosts, and the operation would take it for a queue's.
     #[error("{0}: this root is that of a fleet of hosts, not of a queue")]
     FleetRoot(String),
+    /// The root holds the markers of items that hosts are moving, and is no queue.
+    #[error("{0}: hosts keep the markers of the items there that they move into their database")]
+    MarkersRoot(String),
     /// The root is that of a queue, and a fleet of hosts must not share it.
     #[error("{root}: this root holds {found:?}, a fleet needs one of its own")]
     NotFleetRoot {
@@ -129,6 +132,14 @@ impl Error {
         }
     }
 
+    /// The error without what changes from try to try, so that the same trouble can be told once.
+    pub fn gist(&self) -> String {
+        match self {
+            Error::Unreachable { servers, .. } => servers.join("; "),
+            error => error.to_string(),
+        }
+    }
+
     /// What to do about it, as a sentence for people.
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
@@ -146,6 +157,7 @@ impl Error {
             Error::NoParent { .. } => "create the parent, or ask for parents to be created",
             Error::HalfFilled(_) => "try again in a moment; if its master died, clear it with clear-timers",
             Error::FleetRoot(_) => "clearing it would make living hosts look dead; choose the root of a queue",
+            Error::MarkersRoot(_) => "items would be lost if it were cleared; choose the root of a queue",
             Error::NotFleetRoot { .. } => "give the fleet a root that no WatchdogQueue uses",
             Error::NotEmpty(_) => "remove what is below it by hand if nobody needs it",
             Error::Denied { .. } => "give the credentials that made the node",

@@ -22,7 +22,7 @@
 
 use zookeeper_client::{CreateMode, Error as Zk, MultiWriteError};
 
-use crate::root::ITEM_PREFIX;
+use crate::root::{ITEM_PREFIX, MARKERS_ROOT};
 use crate::session::plain;
 use crate::{Error, Item, Result, Root, Session, WatchdogQueue};
 
@@ -115,6 +115,11 @@ impl<S: Store> Mover<S> {
         let options = CreateMode::Persistent.with_acls(session.access());
         let made = session.repeat(|| session.client().mkdir(markers.path(), &options)).await;
         made.map_err(|source| Error::of("creating", markers.path(), source))?;
+        // So that nobody clears it for a queue.
+        if session.fetch_node(markers.path()).await?.data != MARKERS_ROOT {
+            let written = session.repeat(|| session.client().set_data(markers.path(), MARKERS_ROOT, None)).await;
+            written.map_err(|source| Error::of("writing", markers.path(), source))?;
+        }
         let mover = Mover { queue, markers, store, guard: None };
         mover.recover().await?;
         Ok(mover)

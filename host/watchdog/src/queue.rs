@@ -17,7 +17,7 @@ use std::time::Duration;
 use zookeeper_client::{CreateMode, Error as Zk, MultiWriteError};
 
 use crate::age::ServerTime;
-use crate::root::{BARRIER, FLEET_ROOT, HALF_FILLED_ROOT, ITEM_PREFIX, QUEUE_ROOT};
+use crate::root::{BARRIER, FLEET_ROOT, HALF_FILLED_ROOT, ITEM_PREFIX, MARKERS_ROOT, QUEUE_ROOT};
 use crate::session::plain;
 use crate::{Error, Item, NewQueue, Node, Options, Result, Root, Session, Timer, TimerAge, TimerCount, timer};
 
@@ -297,7 +297,11 @@ impl WatchdogQueue {
     /// Every part of the above that begins at a root: it has to be there, and it has to be a queue's.
     pub(crate) async fn look_at_root(&self) -> Result<Node> {
         let node = self.session.fetch_node(self.root.path()).await.map_err(|error| self.no_root(error))?;
-        if node.data == FLEET_ROOT { Err(Error::FleetRoot(self.root.path().to_owned())) } else { Ok(node) }
+        match node.data.as_slice() {
+            FLEET_ROOT => Err(Error::FleetRoot(self.root.path().to_owned())),
+            MARKERS_ROOT => Err(Error::MarkersRoot(self.root.path().to_owned())),
+            _ => Ok(node),
+        }
     }
 
     /// A missing root is called so.

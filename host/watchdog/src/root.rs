@@ -8,6 +8,8 @@ pub(crate) const QUEUE_ROOT: &[u8] = b"watchdog";
 pub(crate) const HALF_FILLED_ROOT: &[u8] = b"watchdog, being filled";
 /// The data of a fleet's root, which tells it from a queue's.
 pub(crate) const FLEET_ROOT: &[u8] = b"laelaps fleet";
+/// The data of the root for the markers of items that are being moved, likewise.
+pub(crate) const MARKERS_ROOT: &[u8] = b"laelaps markers";
 
 /// How items are called: this and ten digits.
 pub(crate) const ITEM_PREFIX: &str = "queue-";

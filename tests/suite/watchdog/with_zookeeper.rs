@@ -307,6 +307,30 @@ async fn a_command_whose_session_expired_gets_a_new_timer() {
     assert_eq!(told, "warning: connected again, under a new session and with a new timer");
 }
 
+#[tokio::test]
+async fn a_command_that_kicks_by_itself_gets_no_timer_that_it_does_not_know() {
+    let server = Server::start().await;
+    let place = Place::on(&server.address(), "expired_no_kick").await;
+    let _ = place.says(&["create-queue", "/q"]).await;
+    let script = "mkfifo a; echo up >up; read line <a; exit 3";
+    let mut child = place.under_timer(&["--session-timeout", "1s", "--no-kick"], script);
+    place.appears("up").await;
+    let mut complaints = BufReader::new(child.stderr.take().expect("piped")).lines();
+    server.freeze();
+    let complaint = tokio::time::timeout(PATIENCE, complaints.next_line()).await.expect("a complaint").unwrap().unwrap();
+    assert!(complaint.contains("the timer is gone, and kick-dog answers so"), "{complaint}");
+    server.thaw();
+    eventually(PATIENCE, "no timer is left", async || match place.timers().await.as_slice() {
+        [] => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    tokio::fs::write(place.site.path("a"), "go\n").await.unwrap();
+    let answer = end(child).await;
+    assert_eq!(answer.code, Some(3), "{answer:?}");
+    assert_eq!(complaints.next_line().await.unwrap(), None, "it was not connected again");
+}
+
 /// A host that is always well, and owns nothing.
 struct Idle;
 

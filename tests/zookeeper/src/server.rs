@@ -41,10 +41,18 @@ impl Server {
     /// # Panics
     /// If it does not serve within the patience; ZooKeeper or Java may be missing.
     pub async fn start() -> Server {
+        Server::start_with("").await
+    }
+
+    /// The same with more lines of configuration.
+    ///
+    /// # Panics
+    /// As [`Server::start`].
+    pub async fn start_with(lines: &str) -> Server {
         for _ in 0..PORT_TRIES {
             let folder = tempfile::tempdir().expect("a folder for ZooKeeper");
             let port = free_ports(1)[0];
-            write_configuration(&folder, port, "");
+            write_configuration(&folder, port, lines);
             let mut server = Server { folder, port, process: None };
             server.launch();
             if server.comes_up().await {

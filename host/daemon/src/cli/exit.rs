@@ -235,6 +235,7 @@ fn watchdog_exit(error: &laelaps_watchdog::Error) -> Exit {
         Watchdog::RootExists { .. }
         | Watchdog::HalfFilled(_)
         | Watchdog::FleetRoot(_)
+        | Watchdog::MarkersRoot(_)
         | Watchdog::NotFleetRoot { .. }
         | Watchdog::NotEmpty(_) => Exit::WrongState,
         _ => Exit::ZooKeeper,

@@ -42,8 +42,8 @@ pub(super) async fn live<H: Host>(
         pause = if standing.borrow().identity().is_some() { PAUSE.0 } else { (pause * 2).min(PAUSE.1) };
         let reason = error.to_string();
         standing.send_replace(Standing::Away { reason: reason.clone() });
-        if what_happened(&error) != told {
-            told = what_happened(&error);
+        if error.gist() != told {
+            told = error.gist();
             tracing::warn!(root = %options.root, hint = error.hint(), "this host is not in its fleet and claims nothing: {reason}; trying again");
         }
         let pause = pause.mul_f64(0.5 + fastrand::f64() / 2.0);
@@ -53,14 +53,6 @@ pub(super) async fn live<H: Host>(
         }
     }
     standing.send_replace(Standing::Away { reason: "left the fleet".to_owned() });
-}
-
-/// The error without what changes from try to try, so that the same trouble is told once.
-fn what_happened(error: &Error) -> String {
-    match error {
-        Error::Unreachable { servers, .. } => servers.join("; "),
-        error => error.to_string(),
-    }
 }
 
 async fn one_session<H: Host>(

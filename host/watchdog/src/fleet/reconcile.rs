@@ -108,18 +108,21 @@ async fn compare<H: Host>(view: &View<'_, H>) -> std::result::Result<bool, Troub
         Err(Error::NoRoot(_)) => return Ok(false),
         Err(error) => return Err(error.into()),
     };
-    if !members.contains_key(&view.identity) || !view.root_is_ours().await? {
-        return Ok(false);
-    }
-    let dead: Vec<Dead> = owners.into_iter().filter_map(|identity| death(identity, &members)).collect();
+    let Some(root) = view.our_root().await?.filter(|_| members.contains_key(&view.identity)) else { return Ok(false) };
+    let mut dead: Vec<Dead> = owners.into_iter().filter_map(|identity| death(identity, &members)).collect();
+    // Who was there before the root was made had a timer under another one, which somebody has cleared: if his session lives, he makes it again.
+    let made_ago = view.beats.borrow().map_or(Duration::ZERO, |beat| beat.server_time.since_made(&root));
+    let all = dead.len();
+    dead.retain(|dead| dead.death != Death::Vanished || dead.identity.czxid > root.czxid || made_ago >= grace);
+    let done = dead.len() == all;
     if dead.is_empty() {
-        return Ok(true);
+        return Ok(done);
     }
     for Dead { identity, death } in &dead {
         tracing::warn!(%identity, ?death, "a host is dead: what it had is handed on");
     }
     view.host.hand_on(&dead).await?;
-    Ok(true)
+    Ok(done)
 }
 
 fn death(identity: Identity, members: &BTreeMap<Identity, Found>) -> Option<Dead> {

@@ -52,11 +52,11 @@ impl<H: Host> View<'_, H> {
         (late.min(reached).min(beat.since.elapsed()) > self.options.timer).then_some(late)
     }
 
-    /// Whether the root is the one below which we made our timer.
-    pub(super) async fn root_is_ours(&self) -> Result<bool> {
+    /// The root, if it is the one below which we made our timer.
+    pub(super) async fn our_root(&self) -> Result<Option<Node>> {
         match look_at_root(self.session, &self.options.root).await {
-            Ok(node) => Ok(node.czxid == self.root_czxid),
-            Err(Error::NoRoot(_)) => Ok(false),
+            Ok(node) => Ok(Some(node).filter(|node| node.czxid == self.root_czxid)),
+            Err(Error::NoRoot(_)) => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -363,7 +363,7 @@ mod frozen {
             crate::fleet::freeze(&frozen, &queue).await;
             let since = Instant::now();
             have_begun(&place.site, 10).await;
-            measured("a frozen host: the last of its tasks runs elsewhere", format!("{:?}", since.elapsed()));
+            promised("a frozen host: the last of its tasks runs elsewhere", since.elapsed(), TIMER + SESSION);
             // Its own guests find the gate open when it wakes, and finish at once, under leases that it has lost.
             place.site.open_gate("gate");
             all_finish(&queue, 5, |_| 1).await;
@@ -487,6 +487,30 @@ async fn a_host_that_is_cut_off_from_zookeeper_loses_its_tasks_and_comes_back_as
     submit(&queue, &[task("after", "silent", json!({}))]).await;
     wait_for_finished(&queue, 6, PATIENCE).await;
     cut_off.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_that_loses_zookeeper_and_its_database_together_waits_for_both() {
+    let place = Place::on(&shared().await.address(), "both").await;
+    let cable = Proxy::to(shared().await.port()).await;
+    let mut database = postgres::Server::start(Durability::Process).await;
+    let url = database.create_database().await;
+    place.site.plug_guest("zoo");
+    let queue = place.site.queue_at(&url).await;
+    let mut watchdog = place.watchdog_at(&format!("127.0.0.1:{}/both", cable.port()), LONG_TIMER);
+    watchdog["session_timeout"] = 2.into();
+    let mut host = place.host(2, LONG_TIMER, json!({ "url": url, "watchdog": watchdog, "pq_connect_timeout": 1 })).await;
+    cable.cut();
+    database.kill();
+    host.logged("ZooKeeper session is over: stopping what it runs", PATIENCE).await;
+    cable.mend();
+    host.logged("cannot register this host with the database; trying again", PATIENCE).await;
+    assert!(host.is_running());
+    database.restart().await;
+    host.logged_times("ready", 2, PATIENCE).await;
+    submit(&queue, &[task("after", "silent", json!({}))]).await;
+    wait_for_finished(&queue, 1, PATIENCE).await;
+    host.stop().await;
 }
 
 #[tokio::test]

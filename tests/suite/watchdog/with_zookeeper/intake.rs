@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt as _;
 
 use laelaps_queue::{NewTask, Queue, State};
-use laelaps_tests::{Host, PATIENCE, Site, all_tasks, eventually, task, wait_for_finished, wait_for_stats};
+use laelaps_test_databases::{Durability, postgres};
+use laelaps_tests::{Host, PATIENCE, Signal, Site, all_tasks, eventually, task, wait_for_finished, wait_for_stats};
 use serde_json::{Value, json};
 
 use super::Place;
@@ -159,6 +160,64 @@ async fn a_killed_hosts_items_keep_the_other_child_until_they_are_done() {
 }
 
 #[tokio::test]
+async fn a_database_outage_leaves_the_child_in_its_masters_sight_until_the_tasks_have_ended() {
+    let place = Place::new("outage_of_the_database").await;
+    let mut database = postgres::Server::start(Durability::Process).await;
+    let url = database.create_database().await;
+    place.takes_items(json!({ "url": url, "pq_connect_timeout": 1 }));
+    let queue = place.site.queue_at(&url).await;
+    let gated: Vec<String> = (0..3).map(|number| json!({ "gate": "/marks/gate", "item": number }).to_string()).collect();
+    place.queue_of(&gated).await;
+    let mut master = Peer::start(&place);
+    master.call(json!(["attach_queue", 120])).await;
+    let host = place.site.start().await;
+    wait_for_stats(&queue, "all run", PATIENCE, |stats| stats.running == 3).await;
+    database.kill();
+    host.logged("items cannot be moved now; trying again", PATIENCE).await;
+    host.logged("this host is not well: it does not kick its timer in the queue", PATIENCE).await;
+    assert_eq!(master.call(json!(["check_timers"])).await, json!([1, 0]), "the work is not done");
+    database.restart().await;
+    place.site.open_gate("gate");
+    host.logged("every item is taken, and every task of them has ended", PATIENCE).await;
+    assert_eq!(master.call(json!(["check_timers"])).await, json!([0, 0]));
+    wait_for_finished(&queue, 3, PATIENCE).await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_that_is_stopped_at_once_says_what_its_master_may_think_and_is_gone_when_it_ends() {
+    let place = Place::new("stopped_at_once").await;
+    place.takes_items(json!({ "processors": 1 }));
+    let queue = place.site.queue().await;
+    let gated: Vec<String> = (0..2).map(|number| json!({ "gate": "/marks/gate", "item": number }).to_string()).collect();
+    place.queue_of(&gated).await;
+    let mut master = Peer::start(&place);
+    master.call(json!(["attach_queue", 120])).await;
+    let mut host = place.site.start().await;
+    wait_for_stats(&queue, "one runs, one waits", PATIENCE, |stats| (stats.running, stats.ready) == (1, 1)).await;
+    host.signal(Signal::QUIT);
+    assert!(host.exited(PATIENCE).await.success());
+    assert_eq!(master.call(json!(["check_timers"])).await, json!([0, 0]), "its timer ended with it, not with its session");
+    host.logged("its master may take them for done", PATIENCE).await;
+}
+
+#[tokio::test]
+async fn the_root_of_the_markers_is_no_queue_to_be_cleared() {
+    let place = Place::new("markers_root").await;
+    place.takes_items(json!({}));
+    let _ = place.site.queue().await;
+    let host = place.site.start().await;
+    eventually(PATIENCE, "the root of the markers is refused", async || {
+        let refused = place.watchdog(&["clear-timers", "/markers"]).await;
+        if refused.stderr.contains("/markers: hosts keep the markers") { Ok(()) } else { Err(format!("{refused:?}")) }
+    })
+    .await;
+    let told = place.site.laelaps(["-c", "laelaps.yml", "watchdog", "status"]).await.success().stdout;
+    assert_eq!(told, "/q: not there yet\n");
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_held_task_waits_for_its_item_and_only_for_it() {
     let site = Site::new().await;
     site.plug_guest("zoo");
@@ -257,6 +316,25 @@ mod with_faults {
                 host.stop().await;
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_root_that_is_made_again_while_an_item_is_moved_is_another_one() {
+        let place = Place::new("made_again").await;
+        place.takes_items(json!({}));
+        let queue = place.site.queue().await;
+        place.queue_of(&items(0..1)).await;
+        let host = place.site.start_with_fault("block-at=intake-held").await;
+        host.logged("fault injection: this thread is blocked", PATIENCE).await;
+        // The next item has the number of the one that is being moved, and is another.
+        let _ = place.says(&["clear-timers", "/q"]).await;
+        place.queue_of(&items(1..2)).await;
+        std::fs::write(place.site.path("unblock"), "").unwrap();
+        host.logged("every item is taken, and every task of them has ended", PATIENCE).await;
+        assert_eq!(numbers(&all_tasks(&queue).await), [1]);
+        assert_eq!(place.site.marks("done").len(), 1);
+        assert_eq!(place.marker_count().await, 0);
+        host.stop().await;
     }
 
     #[tokio::test]

@@ -63,6 +63,14 @@ impl Arguments {
                 let hosts = members(queue.session(), queue.root()).await?;
                 if self.json { output.json(&fleet_json(&hosts, root))? } else { write_fleet(output, &hosts, root)? }
             }
+            // A queue is there while its master wants it, a fleet's root once it had a host.
+            Err(Error::NoRoot(_)) if self.root.is_none() => {
+                if self.json {
+                    output.json(&json!({ "root": root, "kind": "absent" }))?;
+                } else {
+                    output.line(&format!("{root}: not there yet"))?;
+                }
+            }
             Err(error) => return Err(error.into()),
         }
         close(queue).await;

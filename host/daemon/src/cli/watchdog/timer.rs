@@ -193,6 +193,7 @@ impl Keeper {
                     let end = queue.session().ended().await;
                     exit::warn(&format!("the ZooKeeper session {end}: the timer is gone, and kick-dog answers so"));
                     self.held = None;
+                    continue;
                 }
                 // The command kicks a timer by its name: it would not know another one.
                 (None, None) => std::future::pending().await,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use laelaps_test_zookeeper::{PATIENCE, Server, TICK, eventually};
-use laelaps_watchdog::fleet::{Death, Standing, members};
-use laelaps_watchdog::{Error, Root, Session, WatchdogQueue};
+use laelaps_watchdog::fleet::{Death, Identity, Standing, members};
+use laelaps_watchdog::{Error, Root, Session, SessionId, WatchdogQueue};
 
 use super::crew::{Database, LONG_TIMER, SESSION, Sailor, TIMER, one_acts};
 use super::place::{Place, items, soon};
@@ -150,6 +150,21 @@ async fn a_cleared_root_is_not_the_death_of_all() {
     drop(victim);
     database.hands_on(identity).await;
     assert_eq!(database.handed_on().len(), 1, "a living host was robbed: {:?}", database.handed_on());
+}
+
+#[tokio::test]
+async fn a_root_that_was_just_made_says_nothing_of_those_who_were_there_before() {
+    let place = Place::new("new_root").await;
+    let database = Database::new();
+    // One was there under a root that somebody has cleared: he may live, and be about to make his timer again. The other came after that, and is gone.
+    let (earlier, later) = (Identity { session: SessionId(1), czxid: 1 }, Identity { session: SessionId(1), czxid: i64::MAX });
+    database.own(earlier);
+    database.own(later);
+    let _crew = crew(&place, &database, LONG_TIMER, 1).await;
+    database.hands_on(later).await;
+    database.hands_on(earlier).await;
+    let order: Vec<_> = database.handed_on().into_iter().map(|(dead, _)| dead.identity).collect();
+    assert_eq!(order, [later, earlier], "who could come back is waited for");
 }
 
 #[tokio::test]

@@ -38,6 +38,25 @@ async fn a_root_that_exists_or_has_no_parent_is_refused() {
 }
 
 #[tokio::test]
+async fn a_queue_that_is_still_being_filled_is_told_and_waited_for() {
+    let place = Place::new("half_filled").await;
+    place.master(&items(2)).await;
+    // As it is between two steps of its master.
+    let tool = zookeeper_client::Client::connect(place.servers()).await.unwrap();
+    let root = place.absolute("/q");
+    tool.set_data(&root, b"watchdog, being filled", None).await.unwrap();
+    let mut child = place.client().await;
+    let error = child.attach_queue(TIMER).await.unwrap_err();
+    assert!(matches!(&error, Error::HalfFilled(root) if root == "/q"), "{error}");
+    let error = place.client().await.create_queue(&items(1), TIMER).await.unwrap_err();
+    assert!(matches!(&error, Error::RootExists { half_filled: true, .. }), "{error}");
+    let waiting = tokio::spawn(async move { child.wait_attach(TIMER).await.map(|()| child) });
+    tool.set_data(&root, b"watchdog", None).await.unwrap();
+    let child = soon("the queue is whole", waiting).await.unwrap().unwrap();
+    assert_eq!(child.queue_count().await.unwrap(), 2);
+}
+
+#[tokio::test]
 async fn attaching_to_a_root_that_is_not_there_fails() {
     let place = Place::new("not_there").await;
     let mut queue = place.client().await;

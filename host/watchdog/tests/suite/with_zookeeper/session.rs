@@ -142,3 +142,12 @@ async fn an_ensemble_that_loses_its_leader_keeps_every_session_and_every_item() 
     assert!(timer.kick_dog().await.unwrap());
     assert_ne!(ensemble.leader().await, leader);
 }
+
+#[tokio::test]
+async fn credentials_that_the_servers_do_not_take_are_told() {
+    let server = Server::start_with("DigestAuthenticationProvider.enabled=false\n").await;
+    let options = Options { digest: vec![Digest::parse("bob:secret").unwrap()], ..Options::new(server.address()) };
+    let error = Session::connect(&options).await.unwrap_err();
+    assert!(matches!(error, Error::SessionEnded { end: End::AuthFailed, .. }), "{error:?}");
+    assert_eq!(error.hint(), Some("check the scheme and the credentials"));
+}
