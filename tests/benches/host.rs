@@ -111,12 +111,12 @@ async fn rate_of(system: System, tasks: usize) -> f64 {
 /// Tasks a second of a host on an empty database, or on SQLite.
 async fn host(url: Option<String>, kind: Kind, tasks: usize) -> f64 {
     let site = Site::alone().await;
-    site.plug_guest("zoo");
+    site.plug_guest("noop");
     let url = url.unwrap_or_else(|| site.url().to_owned());
     let is_compat = matches!(kind, Kind::PerfectQueue(_));
     let mut section = json!({
         "url": url, "processors": PROCESSORS, "task_prefetch": PREFETCH, "poll_interval": 0.05, "log_level": "warn",
-        "retention_time": 3_600, "routes": [{ "pattern": ".", "plugin": "zoo" }],
+        "retention_time": 3_600, "routes": [{ "pattern": ".", "plugin": "noop" }],
     });
     if let Kind::PerfectQueue(table) = &kind {
         section["type"] = json!("rdb_compat");
@@ -127,7 +127,7 @@ async fn host(url: Option<String>, kind: Kind, tasks: usize) -> f64 {
     let queue = Queue::open(&Config { kind, ..Config::new(url) }).await.unwrap();
     queue.init().await.unwrap();
     let payload = "x".repeat(86);
-    let all: Vec<_> = (0..tasks).map(|number| task(format!("task-{number}"), "silent", json!({ "payload": payload }))).collect();
+    let all: Vec<_> = (0..tasks).map(|number| task(format!("task-{number}"), "noop", json!({ "payload": payload }))).collect();
     submit(&queue, &all).await;
     drop(all);
     let host = site.start().await;
