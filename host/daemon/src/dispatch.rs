@@ -327,7 +327,8 @@ impl Dispatcher {
             version: version.as_ref().map(|version| (version.plugin().to_owned(), version.digest())),
         };
         let shared = Arc::clone(&self.shared);
-        let spawned = self.attempts.spawn(async move { attempt(&shared, held, route, version).await });
+        // Large, and moved several times on its way to a thread.
+        let spawned = self.attempts.spawn(Box::pin(async move { attempt(&shared, held, route, version).await }));
         self.running.insert(spawned.id(), running);
     }
 

@@ -164,6 +164,8 @@ impl Compiler {
             .arg(bytes.len().to_string())
             // Nothing of this process's environment is the compiler's business.
             .env_clear()
+            // Our allocator reserves memory ahead; the bound shall count what is used.
+            .env("MIMALLOC_ARENA_EAGER_COMMIT", "0")
             // A signal that a terminal sends to this process's group is not meant for the compiler.
             .process_group(0)
             .stdin(Stdio::piped())

@@ -77,8 +77,9 @@ impl Engine {
         let wasmtime = wasmtime::Engine::new(&settings).map_err(|error| runtime_error(format!("{error:#}")))?;
         let linker = linker(&wasmtime).map_err(|error| runtime_error(format!("{error:#}")))?;
         let compiler = Compiler::new(&wasmtime, config)?;
-        let ticker = Ticker::start(wasmtime.clone()).map_err(|error| runtime_error(error.to_string()))?;
-        let guests = Threads::start(threads(config.instances_max)).map_err(|error| runtime_error(error.to_string()))?;
+        let guests = Threads::start(threads(config.instances_max), cores()).map_err(|error| runtime_error(error.to_string()))?;
+        let mut relief = guests.relief();
+        let ticker = Ticker::start(wasmtime.clone(), move || relief.look()).map_err(|error| runtime_error(error.to_string()))?;
         Ok(Arc::new(Self {
             presence: ticker.presence(),
             shared: Arc::new(Shared {
@@ -261,6 +262,9 @@ fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
 
 /// How many threads guests have, not counting the replacements.
 fn threads(instances_max: u32) -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (2 * cores).max(4).max((instances_max as usize).min(THREADS_MAX))
+    (2 * cores()).max(4).max((instances_max as usize).min(THREADS_MAX))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }

@@ -7,6 +7,10 @@
 //! whatever number of other workers there is. Here a thread that does not come back costs itself and its guest; who notices it calls a
 //! replacement ([`Replacements`]), so that as many threads as before serve the others.
 //!
+//! As many threads as there are processors are woken for guests; a guest gives up its turn at every tick, so those behind it get theirs. More are woken
+//! only if a whole tick brings nobody a turn ([`Relief`]): a thread that is woken for a guest that runs for twenty microseconds costs as much
+//! as the guest.
+//!
 //! Timers and file operations belong to a small runtime of their own, whose one worker runs no guest. It wakes guests; they run here.
 
 use std::collections::VecDeque;
@@ -27,6 +31,13 @@ const BLOCKING_THREADS_MAX: usize = 64;
 /// Ends the threads when dropped, once no guest is left: each goes on until it is done, so a guest that shall end has to be told before.
 pub(super) struct Threads {
     shared: Arc<Shared>,
+}
+
+/// Wakes a thread more when those that are awake do not get on.
+pub(super) struct Relief {
+    shared: Arc<Shared>,
+    /// Turns at the last look.
+    turns: u64,
 }
 
 /// What a guest needs to have the thread replaced that it does not leave.
@@ -52,6 +63,10 @@ struct State {
     wanted: usize,
     /// Threads that wait for a guest.
     idle: usize,
+    /// Threads that are woken as soon as there is a guest for them. One more for each that is lost.
+    eager: usize,
+    /// Guests that were taken out of the queue.
+    turns: u64,
     /// Guests that have not come to their end.
     alive: usize,
     /// Nobody brings guests any more.
@@ -80,15 +95,24 @@ const WOKEN: u8 = 3;
 const DONE: u8 = 4;
 
 impl Threads {
-    /// Start so many threads.
-    pub(super) fn start(threads: usize) -> io::Result<Self> {
+    /// Start so many threads, of which `eager` are woken as soon as there is a guest for them.
+    pub(super) fn start(threads: usize, eager: usize) -> io::Result<Self> {
         let services = Builder::new_multi_thread()
             .thread_name("laelaps-timers")
             .worker_threads(1)
             .max_blocking_threads(BLOCKING_THREADS_MAX)
             .enable_all()
             .build()?;
-        let state = State { ready: VecDeque::new(), threads: 0, wanted: 0, idle: 0, alive: 0, ended: false };
+        let state = State {
+            ready: VecDeque::new(),
+            threads: 0,
+            wanted: 0,
+            idle: 0,
+            eager: eager.max(2),
+            turns: 0,
+            alive: 0,
+            ended: false,
+        };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), services: Some(services) });
         // From here on, dropping it ends those that were started.
         let started = Self { shared };
@@ -106,6 +130,10 @@ impl Threads {
         self.shared.push(task);
     }
 
+    pub(super) fn relief(&self) -> Relief {
+        Relief { shared: self.shared.clone(), turns: 0 }
+    }
+
     pub(super) fn replacements(&self) -> Replacements {
         Replacements { shared: self.shared.clone() }
     }
@@ -118,9 +146,24 @@ impl Drop for Threads {
     }
 }
 
+impl Relief {
+    /// To be called at every tick.
+    pub(super) fn look(&mut self) {
+        let state = self.shared.state();
+        let nobody_had_a_turn = state.turns == self.turns;
+        self.turns = state.turns;
+        let wake = nobody_had_a_turn && !state.ready.is_empty() && state.idle > 0;
+        drop(state);
+        if wake {
+            self.shared.changed.notify_one();
+        }
+    }
+}
+
 impl Replacements {
     /// A guest does not leave its thread: start another one.
     pub(super) fn call(&self) {
+        self.shared.state().eager += 1;
         if let Err(error) = self.shared.start_one() {
             tracing::error!(%error, "cannot start a thread for the one that does not come back; this host has one less");
         }
@@ -129,7 +172,9 @@ impl Replacements {
     /// It has left its thread, which is one too many now. Answers to a [`Replacements::call`].
     pub(super) fn release(&self) {
         // The thread that comes back is the next to look, and ends.
-        self.shared.state().wanted -= 1;
+        let mut state = self.shared.state();
+        state.wanted -= 1;
+        state.eager -= 1;
     }
 }
 
@@ -176,6 +221,7 @@ impl Shared {
                 return None;
             }
             if let Some(task) = state.ready.pop_front() {
+                state.turns += 1;
                 return Some(task);
             }
             state.idle += 1;
@@ -187,9 +233,9 @@ impl Shared {
     fn push(&self, task: Arc<Task>) {
         let mut state = self.state();
         state.ready.push_back(task);
-        let anybody = state.idle > 0;
+        let wake = state.idle > 0 && state.threads - state.idle < state.eager;
         drop(state);
-        if anybody {
+        if wake {
             self.changed.notify_one();
         }
     }
@@ -296,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_lost_thread_is_replaced_and_ends_when_it_comes_back() {
-        let threads = Threads::start(1).expect("threads");
+        let threads = Threads::start(1, 1).expect("threads");
         let replacements = threads.replacements();
         for _ in 0..2 {
             let releases: Vec<_> = (0..4)
@@ -321,7 +367,7 @@ mod tests {
 
     #[test]
     fn a_stuck_thread_holds_no_other_guest() {
-        let threads = Threads::start(2).expect("threads");
+        let threads = Threads::start(2, 2).expect("threads");
         // Some give up their turn all the time, some wait for timers: each was on either thread before.
         let rounds: Arc<[AtomicU32; 8]> = Arc::default();
         let over = Arc::new(AtomicBool::new(false));
@@ -350,8 +396,25 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_more_is_woken_when_those_that_are_awake_do_not_get_on() {
+        let threads = Threads::start(4, 2).expect("threads");
+        let mut relief = threads.relief();
+        eventually("all wait", || threads.shared.state().idle == 4);
+        let releases = [block(&threads), block(&threads)];
+        eventually("no other one is awake", || threads.shared.state().idle == 2);
+        let waits = serves(&threads);
+        relief.look();
+        assert!(waits.try_recv().is_err(), "somebody had a turn since the look before");
+        relief.look();
+        waits.recv_timeout(PATIENCE).expect("another thread serves");
+        for release in releases {
+            release.send(()).expect("it waits");
+        }
+    }
+
+    #[test]
     fn a_guest_that_panics_ends_alone() {
-        let threads = Threads::start(1).expect("threads");
+        let threads = Threads::start(1, 1).expect("threads");
         threads.spawn(async { panic!("on purpose") });
         serves(&threads).recv_timeout(PATIENCE).expect("its thread goes on");
         eventually("it is gone", || threads.shared.state().alive == 0);
@@ -359,7 +422,7 @@ mod tests {
 
     #[test]
     fn threads_end_when_their_owner_is_gone_and_their_guests_have_ended() {
-        let threads = Threads::start(3).expect("threads");
+        let threads = Threads::start(3, 3).expect("threads");
         let shared = threads.shared.clone();
         let release = block(&threads);
         drop(threads);

@@ -38,11 +38,12 @@ struct Shared {
 
 impl Ticker {
     /// Start the thread.
-    pub(super) fn start(engine: wasmtime::Engine) -> std::io::Result<Self> {
+    /// `also` is done at every tick.
+    pub(super) fn start(engine: wasmtime::Engine, also: impl FnMut() + Send + 'static) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let handle: JoinHandle<()> = thread::Builder::new().name("laelaps-ticker".into()).spawn({
             let shared = shared.clone();
-            move || shared.tick(&engine)
+            move || shared.tick(&engine, also)
         })?;
         Ok(Self { shared, thread: handle.thread().clone() })
     }
@@ -65,11 +66,12 @@ impl Drop for Ticker {
 }
 
 impl Shared {
-    fn tick(&self, engine: &wasmtime::Engine) {
+    fn tick(&self, engine: &wasmtime::Engine, mut also: impl FnMut()) {
         let mut idle_ticks = 0;
         loop {
             if self.on_thread.load(Ordering::SeqCst) > 0 {
                 engine.increment_epoch();
+                also();
                 idle_ticks = 0;
             } else if self.ended.load(Ordering::SeqCst) {
                 return;
@@ -158,7 +160,7 @@ mod tests {
     #[test]
     fn the_ticker_rests_while_no_guest_is_on_a_thread_and_wakes_for_one() {
         let engine = wasmtime::Engine::default();
-        let ticker = Ticker::start(engine).expect("thread");
+        let ticker = Ticker::start(engine, || {}).expect("thread");
         eventually("rest", || ticker.is_resting());
         let presence = ticker.presence();
         presence.enter();

@@ -29,7 +29,11 @@ impl Digest {
 
 impl fmt::Display for Digest {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(formatter, "{byte:02x}"))
+        // Written for every settlement.
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let text: String =
+            self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|half| DIGITS[usize::from(half)] as char).collect();
+        formatter.write_str(&text)
     }
 }
 
