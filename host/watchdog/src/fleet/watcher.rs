@@ -199,9 +199,12 @@ impl<'a, H: Host> Watcher<'a, H> {
     }
 
     async fn wait_behind(&mut self) -> Result<()> {
+        let is_fit = self.view.is_fit();
         let own_gone = tokio::select! {
             () = told(&mut self.own) => true,
             () = told_of(&mut self.predecessor) => false,
+            // Who comes here before its first kick, or after a gap, may be fit by the next one.
+            () = kicked(&mut self.view.beats), if !is_fit => false,
             () = sleep(interval(self.view.options.timer)) => false,
         };
         if own_gone {
@@ -243,6 +246,14 @@ impl<'a, H: Host> Watcher<'a, H> {
                 }
             }
         }
+    }
+}
+
+/// Ends with the next kick.
+async fn kicked(beats: &mut watch::Receiver<Option<Beat>>) {
+    if beats.changed().await.is_err() {
+        // The session is about to end.
+        std::future::pending().await
     }
 }
 
