@@ -198,7 +198,11 @@ impl Worker {
             match served {
                 Ok(Served::Done) => tracing::info!(%root, "every item is taken, and every task of them has ended"),
                 Ok(Served::Left) => {}
-                Ok(Served::Cleared) => tracing::info!(%root, "the master has cleared the queue; what was taken goes on"),
+                Ok(Served::Cleared) => {
+                    tracing::info!(%root, "the master has cleared the queue; what was taken goes on");
+                    // The next root may be there, and have lost items to us already.
+                    continue;
+                }
                 Err(error) => return error,
             }
             // Also a barrier without items: its master waits for a child that removes it.
@@ -342,7 +346,12 @@ impl Worker {
             let unsettled = self.backend.has_unsettled(prefix).await;
             let unsettled = unsettled.map_err(|source| in_database("looking for tasks of", prefix, source))?;
             if !unsettled && (!is_open || child.queue_count().await? == 0) {
-                return Ok(Served::Done);
+                // The root may be another one by now, with tasks of its own.
+                return match mover.task_prefix().await {
+                    Ok(now) if now == prefix => Ok(Served::Done),
+                    Ok(_) | Err(Error::NoRoot(_)) => Ok(Served::Cleared),
+                    Err(error) => Err(error.into()),
+                };
             }
             let pause = LOOK_INTERVAL.max(asked.elapsed() * LOOK_SHARE);
             tokio::select! {
