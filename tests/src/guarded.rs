@@ -21,7 +21,11 @@ echo $server
 (
   said=$(cat <&3)
   kill -9 $server
-  if [ "$said" != keep ]; then sleep 1; rm -rf -- "$folder"; fi
+  if [ "$said" != keep ]; then
+    # Its other processes end by themselves, and may leave files until then: until the folder is gone, or a thousand tries.
+    tries=0
+    until rm -rf -- "$folder" || [ $tries -ge 1000 ]; do tries=$((tries + 1)); done
+  fi
 ) >/dev/null 2>&1 &
 exec 3<&-
 wait $server
