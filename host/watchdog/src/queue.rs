@@ -19,7 +19,7 @@ use zookeeper_client::{CreateMode, Error as Zk, MultiWriteError};
 use crate::age::ServerTime;
 use crate::root::{BARRIER, FLEET_ROOT, HALF_FILLED_ROOT, ITEM_PREFIX, MARKERS_ROOT, QUEUE_ROOT};
 use crate::session::plain;
-use crate::{Error, Item, NewQueue, Node, Options, Result, Root, Session, Timer, TimerAge, TimerCount, timer};
+use crate::{Error, Item, NewQueue, Node, Options, PERL_BYTES_MAX, Result, Root, Session, Timer, TimerAge, TimerCount, timer};
 
 mod clear;
 mod consume;
@@ -176,7 +176,7 @@ impl WatchdogQueue {
         clear::clear(&self.session, &self.root).await
     }
 
-    /// Child: makes a timer and removes the barrier. `process` is what the master will see. Two timers of one session with the same identifier
+    /// Child: makes a timer and removes the barrier. `process` is what the master will see, a Perl one its first [`PERL_BYTES_MAX`] bytes. Two timers of one session with the same identifier
     /// must not be made at the same moment: after a broken connection they could not be told apart.
     ///
     /// # Errors
@@ -186,6 +186,9 @@ impl WatchdogQueue {
         if process.len() > crate::ITEM_BYTES_MAX {
             let problem = format!("{} bytes, at most {} are allowed", process.len(), crate::ITEM_BYTES_MAX);
             return Err(Error::config("process identifier", &String::from_utf8_lossy(&process[..64]), problem));
+        }
+        if process.len() > PERL_BYTES_MAX {
+            tracing::warn!(root = %self.root, bytes = process.len(), "a process identifier longer than 1,023 bytes reaches a Perl peer cut");
         }
         self.look_at_root().await?;
         let timer = Timer::create(&self.session, &self.root, process).await?;

@@ -213,6 +213,17 @@ async fn create_timer_exits_as_its_command_and_its_timer_goes_with_it() {
 }
 
 #[tokio::test]
+async fn a_process_identifier_a_perl_master_sees_cut_is_warned_of() {
+    let place = Place::new("identifier").await;
+    let _ = place.says(&["create-queue", "/q"]).await;
+    for (bytes, warns) in [(1_023, false), (1_024, true)] {
+        let answer = end(place.under_timer(&["--process", &"x".repeat(bytes)], "exit 0")).await;
+        assert_eq!(answer.code, Some(0), "{answer:?}");
+        assert_eq!(answer.stderr.contains("a process identifier of 1024 bytes"), warns, "{}", answer.stderr);
+    }
+}
+
+#[tokio::test]
 async fn signals_are_passed_on_to_the_command() {
     let place = Place::new("signals").await;
     let _ = place.says(&["create-queue", "/q"]).await;

@@ -11,7 +11,7 @@ use std::process::ExitStatus;
 use std::task::Poll;
 use std::time::Duration;
 
-use laelaps_watchdog::{Error, Options, Timer, WatchdogQueue};
+use laelaps_watchdog::{Error, Options, PERL_BYTES_MAX, Timer, WatchdogQueue};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Child;
 use tokio::signal::unix::{SignalKind, signal};
@@ -56,6 +56,12 @@ impl CreateTimer {
             .process
             .clone()
             .unwrap_or_else(|| format!("{}:{}", rustix::system::uname().nodename().to_string_lossy(), std::process::id()));
+        if process.len() > PERL_BYTES_MAX {
+            let bytes = process.len();
+            exit::warn(&format!(
+                "a process identifier of {bytes} bytes: a master that uses the Perl module sees the first {PERL_BYTES_MAX}"
+            ));
+        }
         let mut keeper =
             Keeper::begin(servers.options()?, &self.root.root, process, (!self.no_kick).then_some(self.kick)).await?;
         let mut signals = Signals::install()?;

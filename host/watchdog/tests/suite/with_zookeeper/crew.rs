@@ -23,6 +23,8 @@ pub(super) const LONG_TIMER: Duration = Duration::from_secs(20);
 pub(super) struct Database {
     owners: Mutex<BTreeSet<Identity>>,
     handed_on: Mutex<Vec<(Dead, Instant)>>,
+    /// Who did what only the acting host does, in order; who did it again and again stands there once.
+    actors: Mutex<Vec<String>>,
     /// Since when it answers.
     answers: Mutex<Option<Instant>>,
 }
@@ -50,6 +52,18 @@ impl Database {
         self.handed_on.lock().expect("no holder panics").clone()
     }
 
+    /// The hosts that acted, in order: who acted again after another one stands there again.
+    pub(super) fn actors(&self) -> Vec<String> {
+        self.actors.lock().expect("no holder panics").clone()
+    }
+
+    fn acts(&self, name: &str) {
+        let mut actors = self.actors.lock().expect("no holder panics");
+        if actors.last().is_none_or(|last| last != name) {
+            actors.push(name.to_owned());
+        }
+    }
+
     /// Waits until what `identity` had is handed on.
     pub(super) async fn hands_on(&self, identity: Identity) -> (Dead, Instant) {
         eventually(PATIENCE, "what a dead host had is handed on", async || {
@@ -63,6 +77,7 @@ impl Database {
 /// The host's side of the fleet.
 #[derive(Debug)]
 struct Side {
+    name: String,
     database: Arc<Database>,
     well: AtomicBool,
 }
@@ -83,11 +98,13 @@ impl Host for Side {
     }
 
     async fn owners(&self) -> Result<Vec<Identity>, HostError> {
+        self.database.acts(&self.name);
         self.database_reached_since().ok_or("the database does not answer")?;
         Ok(self.database.owners.lock().expect("no holder panics").iter().copied().collect())
     }
 
     async fn hand_on(&self, dead: &[Dead]) -> Result<(), HostError> {
+        self.database.acts(&self.name);
         self.database_reached_since().ok_or("the database does not answer")?;
         for dead in dead {
             self.database.owners.lock().expect("no holder panics").remove(&dead.identity);
@@ -108,7 +125,7 @@ pub(super) struct Sailor {
 impl Sailor {
     pub(super) fn board(session: SessionOptions, root: &str, name: &str, timer: Duration, database: &Arc<Database>) -> Sailor {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-        let side = Arc::new(Side { database: database.clone(), well: AtomicBool::new(true) });
+        let side = Arc::new(Side { name: name.to_owned(), database: database.clone(), well: AtomicBool::new(true) });
         let options = Options {
             session: SessionOptions { session_timeout: SESSION, ..session },
             root: Root::new(root).expect("a root"),

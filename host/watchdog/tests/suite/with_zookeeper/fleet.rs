@@ -269,6 +269,18 @@ async fn a_fleet_and_a_queue_never_share_a_root() {
     assert!(host.standing.borrow().may_claim().is_some());
 }
 
+/// Between two looks of a host at its place lies a fifth of the timer: here that would be twelve minutes.
+#[tokio::test]
+async fn the_first_host_acts_with_its_first_kick_and_not_at_its_next_look() {
+    let place = Place::new("first_kick").await;
+    // Which of the two is answered first, the kick or the look, is a matter of luck.
+    for number in 0..8 {
+        let root = format!("/fleet{number}");
+        let first = Sailor::board(place.options(), &root, "first", Duration::from_secs(3_600), &Database::new());
+        one_acts(&[first]).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fifty_hosts_have_one_that_acts_however_often_it_dies_and_ask_no_more_each_than_ten() {
     let server = Server::start().await;
@@ -297,6 +309,7 @@ async fn fifty_hosts_have_one_that_acts_however_often_it_dies_and_ask_no_more_ea
     }
     one_acts(&crew).await;
     assert_eq!(database.handed_on().len(), 3, "a living host was robbed: {:?}", database.handed_on());
+    assert_eq!(database.actors(), ["0", "1", "2", "3"], "each acted until it died, and nobody besides");
 }
 
 /// Requests that the server got within about a timer, for each host.

@@ -96,9 +96,13 @@ async fn a_foreign_master_and_our_child_understand_each_other() {
     assert!(matches!(error, laelaps_watchdog::Error::RootExists { half_filled: false, .. }), "{error}");
 
     let child = place.child().await;
+    assert_eq!(child.fetch_node("/q").await.unwrap().data, b"watchdog");
+    assert_eq!(child.fetch_node("/q/sync").await.unwrap().data, b"sync");
+    assert!(child.check_exists("/q/sync").await.unwrap());
     assert!(!child.wait_sync(Duration::ZERO).await.unwrap());
     let timer = child.create_timer(b"rust:1").await.unwrap();
     assert_eq!(master.call(json!(["wait_sync", 10])).await, true);
+    assert!(!child.check_exists("/q/sync").await.unwrap());
     assert_eq!(master.call(json!(["queue_count"])).await, 2);
     let mut taken = vec![child.consume().await.unwrap().unwrap().data, child.consume().await.unwrap().unwrap().data];
     taken.sort_unstable();

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use laelaps_test_zookeeper::{PATIENCE, eventually};
+use laelaps_test_zookeeper::{PATIENCE, Server, eventually};
 use laelaps_watchdog::{Error, ITEM_BYTES_MAX, NewQueue, TimerCount, WatchdogQueue};
 
 use super::place::{Place, TIMER, items, soon};
@@ -99,6 +99,17 @@ async fn the_barrier_falls_when_the_first_child_comes_and_not_before() {
     assert!(gone && when >= before);
     assert!(!child.check_exists("/q/sync").await.unwrap());
     assert!(child.wait_sync(Duration::ZERO).await.unwrap() || child.wait_sync(PATIENCE).await.unwrap());
+}
+
+#[tokio::test]
+async fn who_waits_for_the_barrier_is_told_and_does_not_ask() {
+    let server = Server::start().await;
+    let place = Place::on(&server.address(), "told").await;
+    let master = place.master(&NewQueue { sync_start: true, ..items(1) }).await;
+    let before = server.monitor("zk_packets_received").await;
+    assert!(!master.wait_sync(Duration::from_secs(3)).await.unwrap(), "no child was there yet");
+    let requests = server.monitor("zk_packets_received").await - before;
+    assert!(requests < 20, "{requests} requests within three seconds");
 }
 
 #[tokio::test]
