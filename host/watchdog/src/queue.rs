@@ -176,8 +176,9 @@ impl WatchdogQueue {
         clear::clear(&self.session, &self.root).await
     }
 
-    /// Child: makes a timer and removes the barrier. `process` is what the master will see, a Perl one its first [`PERL_BYTES_MAX`] bytes. Two timers of one session with the same identifier
-    /// must not be made at the same moment: after a broken connection they could not be told apart.
+    /// Child: makes a timer and removes the barrier. `process` is what the master will see, a Perl one its first [`PERL_BYTES_MAX`] bytes.
+    /// Two timers of one session with the same identifier must not be made at the same moment: after a broken connection they could not be
+    /// told apart.
     ///
     /// # Errors
     /// [`Error::NoRoot`], [`Error::FleetRoot`], [`Error::SessionEnded`], [`Error::Denied`], [`Error::Config`] for an identifier longer than an

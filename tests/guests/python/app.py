@@ -17,6 +17,9 @@ from wit_world.imports.types import (
     Task,
 )
 
+# How long a task waits for what its test does: longer than any test takes.
+PATIENCE_S = 600
+
 Outcome = Outcome_Finish | Outcome_Retry | Outcome_Release
 
 
@@ -54,7 +57,11 @@ def handle(task: Task, data: dict) -> Outcome:
         case "heartbeat":
             return finish({"held": context.heartbeat(Progress(1, 2, "half"), data.get("alive_time_ms"))})
         case "wait-cancelled":
+            give_up = time.monotonic() + PATIENCE_S
+            # A guest is asked to end by nothing that it could wait for.
             while (reason := context.is_cancelled()) is None:
+                if time.monotonic() > give_up:
+                    raise Err(Failure(FailureKind.REJECT, "never-cancelled", f"nobody cancelled this attempt within {PATIENCE_S} s"))
                 time.sleep(0.005)
             log.log(log.Level.WARN, f"cancelled: {reason.name}")
             return Outcome_Release(None)

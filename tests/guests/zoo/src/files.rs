@@ -4,11 +4,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::net::TcpStream;
 use std::path::Path;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use crate::bindings::laelaps::worker::types::{Failure, Task};
-use crate::fine::sleep;
+use crate::fine::{PATIENCE, sleep};
 use crate::{Answer, finish, parameter, reject};
 
 pub(crate) fn visit(task: &Task, data: &Value) -> Option<Answer> {
@@ -40,7 +41,12 @@ pub(crate) fn mark(task: &Task, data: &Value) -> Result<(), Failure> {
 /// Waits until the file that `gate` names is there.
 pub(crate) fn wait_for_gate(data: &Value) -> Result<(), Failure> {
     let Some(gate) = parameter::<String>(data, "gate")? else { return Ok(()) };
+    let begun = Instant::now();
+    // A guest has nothing that tells it of a new file.
     while !Path::new(&gate).exists() {
+        if begun.elapsed() > PATIENCE {
+            return Err(reject("gate", &format!("{gate} was not there within {PATIENCE:?}")));
+        }
         sleep(5);
     }
     Ok(())

@@ -120,9 +120,13 @@ fn heartbeat(data: &Value) -> Answer {
 /// Waits in small naps until it is asked to end, then does what `then` says: `release` (default), `finish` or `retry`.
 fn wait_until_cancelled(data: &Value) -> Answer {
     let deaf = data["deaf"] == true;
+    let begun = Instant::now();
     let reason = loop {
         match context::is_cancelled() {
             Some(reason) if !deaf => break reason,
+            None if begun.elapsed() > PATIENCE => {
+                return Err(reject("never-cancelled", &format!("nobody cancelled this attempt within {PATIENCE:?}")));
+            }
             _ => sleep(5),
         }
     };
@@ -191,6 +195,9 @@ fn compute(data: &Value) -> Answer {
     }
     finish(&json!({ "rounds": rounds }))
 }
+
+/// How long a task waits for what its test does: longer than any test takes, since the test has a patience of its own.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 pub(crate) fn sleep(ms: u64) {
     if ms > 0 {

@@ -18,9 +18,14 @@ const STEPS: [&str; 4] = ["intake-held", "intake-taken", "intake-released", "int
 impl Place {
     /// A site whose hosts take the items of `/q`; items are JSON objects. `changes` replaces members of the section.
     fn takes_items(&self, changes: Value) {
+        self.takes_items_as("laelaps", changes);
+    }
+
+    /// The same as a child of this name.
+    fn takes_items_as(&self, process: &str, changes: Value) {
         let queue = json!({
             "servers": self.servers, "root": "/q", "markers": "/markers", "type": "silent", "json": true, "session_timeout": 2,
-            "kick_interval": 0.2, "process": "laelaps",
+            "kick_interval": 0.2, "process": process,
         });
         let mut section = json!({ "processors": 4, "watchdog_queue": queue });
         section.as_object_mut().expect("an object").extend(changes.as_object().expect("changes are an object").clone());
@@ -137,6 +142,17 @@ async fn a_peer_and_two_hosts_take_items_from_one_root_and_each_is_somebodys_onc
     assert_eq!(taken.len(), ours);
     assert!(taken.iter().all(|number| !theirs.contains(number)), "an item is the peer's and ours");
     stop(hosts).await;
+}
+
+#[tokio::test]
+async fn a_host_warns_of_a_name_that_a_perl_master_sees_cut() {
+    let place = Place::new("long_name").await;
+    place.takes_items_as(&"x".repeat(1_024), json!({}));
+    let _initialised = place.site.queue().await;
+    place.queue_of(&[]).await;
+    let host = place.site.start().await;
+    host.logged("a process identifier longer than 1,023 bytes reaches a Perl peer cut", PATIENCE).await;
+    host.stop().await;
 }
 
 #[tokio::test]

@@ -109,7 +109,7 @@ async fn who_waits_for_the_barrier_is_told_and_does_not_ask() {
     let before = server.monitor("zk_packets_received").await;
     assert!(!master.wait_sync(Duration::from_secs(3)).await.unwrap(), "no child was there yet");
     let requests = server.monitor("zk_packets_received").await - before;
-    assert!(requests < 20, "{requests} requests within three seconds");
+    assert!(requests < 10, "{requests} requests within three seconds");
 }
 
 #[tokio::test]
