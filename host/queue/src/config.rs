@@ -15,7 +15,9 @@ pub struct Config {
     pub kind: Kind,
     /// What follows outcomes.
     pub policy: Policy,
-    /// How long to wait for a database that another program keeps locked before [`crate::Error::Locked`], or that cannot be reached.
+    /// How long to wait for a database that another program keeps locked before [`crate::Error::Locked`], or that cannot be reached. On a server
+    /// an operation is also tried again for as long if its connections are cut, or if other transactions are in the way (ten times at least).
+    /// What it then fails with is retryable ([`crate::Error::is_retryable`]).
     pub patience: Duration,
     /// How a database server is spoken to; an embedded one needs none of it.
     pub connections: Connections,

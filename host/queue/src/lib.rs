@@ -25,6 +25,7 @@ mod error;
 mod fair;
 mod mysql;
 mod outcome;
+mod patience;
 mod perfectqueue;
 mod postgres;
 mod queue;

@@ -71,10 +71,10 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl MySql {
-    /// Connect once, to see that the server can be used.
+    /// Connect, with patience if the server cannot be reached, to see that it can be used.
     pub(crate) async fn open(config: &Config) -> Result<Self> {
         let access = Access::new(config)?;
-        let (connection, server) = access.connect().await?;
+        let (connection, server) = access.connect_with_patience(config.patience).await?;
         drop(connection);
         let runner =
             Runner::new(access.pool(&server), access.place.clone(), config.patience, config.connections.statement_timeout);

@@ -79,7 +79,7 @@ struct Shared {
 }
 
 impl PerfectQueue {
-    /// Connect; the table need not be there yet.
+    /// Connect, with patience if the server cannot be reached; the table need not be there yet.
     pub(crate) async fn open(table: &crate::PerfectQueue, config: &Config) -> Result<Self> {
         Names::new(table)?;
         if config.policy.max_attempts.is_some() && !table.side_table {
@@ -87,7 +87,7 @@ impl PerfectQueue {
             return Err(Error::Config { setting: "max_attempts", problem });
         }
         let access = Access::new(config)?;
-        let server = Self::first_connection(&access, config.patience).await?;
+        let (_, server) = access.connect_with_patience(config.patience).await?;
         let shared = Shared {
             config: table.clone(),
             policy: config.policy.clone(),
@@ -105,28 +105,19 @@ impl PerfectQueue {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Connect with patience, to learn what the server is.
-    async fn first_connection(access: &Access, patience: Duration) -> Result<crate::mysql::connect::Server> {
-        let mut patience = Patience::new(patience);
-        loop {
-            let failure = match access.connect().await {
-                Ok((_, server)) => return Ok(server),
-                Err(error) => Failure::from(error),
-            };
-            match patience.after(failure) {
-                Ok(pause) => tokio::time::sleep(pause).await,
-                Err(failure) => return Err(failure.into_error("connecting", &access.place)),
-            }
-        }
-    }
-
     /// What the server says of the tables, on a connection of the pool.
     async fn columns(&self, doing: &'static str) -> Result<Columns> {
-        let found = async {
-            let mut connection = self.shared.pool.acquire().await?;
-            Columns::find(&self.shared.config, &mut connection).await
-        };
-        found.await.map_err(|error| self.shared.access.place.worded(error, doing))
+        let mut patience = Patience::new(self.shared.patience);
+        loop {
+            let found = async {
+                let mut connection = self.shared.pool.acquire().await?;
+                Columns::find(&self.shared.config, &mut connection).await
+            };
+            match found.await {
+                Ok(columns) => return Ok(columns),
+                Err(error) => self.shared.pause_or_give_up(&mut patience, error, doing).await?,
+            }
+        }
     }
 }
 
@@ -148,8 +139,20 @@ impl Shared {
     /// The server's clock, whether the table is there or not.
     async fn now(&self) -> Result<Timestamp> {
         const NOW: &str = "SELECT CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)";
-        let now = sqlx::query_scalar(NOW).fetch_one(&self.pool).await;
-        now.map(Timestamp).map_err(|error| self.access.place.worded(error, "asking for the time"))
+        let mut patience = Patience::new(self.patience);
+        loop {
+            match sqlx::query_scalar(NOW).fetch_one(&self.pool).await {
+                Ok(now) => return Ok(Timestamp(now)),
+                Err(error) => self.pause_or_give_up(&mut patience, error, "asking for the time").await?,
+            }
+        }
+    }
+
+    /// A read failed: wait before the next try, unless it would fail again or comes too late.
+    async fn pause_or_give_up(&self, patience: &mut Patience, error: sqlx::Error, doing: &'static str) -> Result<()> {
+        let again = patience.after(Failure::from(error)).map_err(|failure| failure.into_error(doing, &self.access.place));
+        tokio::time::sleep(again?).await;
+        Ok(())
     }
 
     /// Tell those of this process who wait for work.
@@ -165,7 +168,7 @@ impl Backend for PerfectQueue {
         let shared = &self.shared;
         let done = async {
             // Not out of the pool: what is left of a lock must not stay with a connection that others use.
-            let (mut connection, _) = shared.access.connect().await?;
+            let (mut connection, _) = shared.access.connect_with_patience(shared.patience).await?;
             schema::migrate(&shared.config, &mut connection).await
         };
         let (applied, version) =

@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use sqlx::Row as _;
+use sqlx::mysql::MySqlArguments;
+use sqlx::query::Query;
+use sqlx::{MySql, Row as _};
 
 use super::connect::text;
 use super::failure::Failure;
@@ -278,9 +280,8 @@ pub(super) async fn fold_tally(session: &mut Session<'_>, after: i64) -> Result<
 }
 
 /// Whether there are so many rows of counts that folding them is worth it.
-pub(super) async fn tally_is_long(pool: &sqlx::MySqlPool, after: i64) -> Result<bool, sqlx::Error> {
-    const LONG: &str = "SELECT COUNT(*) FROM (SELECT id FROM laelaps_tally WHERE id > ? LIMIT ?) AS some";
-    let most = count(TALLY_LEFT) + 1;
-    let found: i64 = sqlx::query_scalar(LONG).bind(after).bind(most).fetch_one(pool).await?;
-    Ok(found >= most)
+pub(super) fn tally_is_long(after: i64) -> Query<'static, MySql, MySqlArguments> {
+    const LONG: &str = "SELECT COUNT(*) > ? FROM (SELECT id FROM laelaps_tally WHERE id > ? LIMIT ?) AS some";
+    let left = count(TALLY_LEFT);
+    sqlx::query(LONG).bind(left).bind(after).bind(left + 1)
 }

@@ -6,12 +6,16 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOpti
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row as _};
 
 use super::failure::Place;
+use crate::patience::Patience;
 use crate::{Config, Connections, Error, Result, Tls};
 
 /// How long a session waits for a row that another one keeps locked, in seconds.
 const LOCK_WAIT_SECONDS: u32 = 10;
 /// Prepared statements that a connection keeps.
 const STATEMENTS_KEPT: usize = 200;
+/// The first pause before another try to connect, and the longest.
+const PAUSE_FIRST: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// A connection that nobody needs is closed after this.
 const IDLE: Duration = Duration::from_secs(300);
 
@@ -87,6 +91,23 @@ impl Access {
         // The answer is given already; a goodbye that fails changes nothing.
         let _ = connection.close().await;
         Err(self.place.too_old(&server.version))
+    }
+
+    /// As [`Access::connect`], tried again for as long as `patience` says if the server cannot be reached.
+    ///
+    /// # Errors
+    /// As [`Access::connect`].
+    pub(crate) async fn connect_with_patience(&self, patience: Duration) -> Result<(MySqlConnection, Server)> {
+        let mut patience = Patience::new(patience);
+        let mut pause = PAUSE_FIRST;
+        loop {
+            match self.connect().await {
+                Err(error) if error.is_retryable() && patience.lasts(pause) => {}
+                connected => return connected,
+            }
+            tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
     }
 
     /// A pool of such connections, made when they are needed.

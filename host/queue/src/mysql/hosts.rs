@@ -210,8 +210,8 @@ impl MySql {
     async fn fold_counts(&self) -> Result<()> {
         let start = locked(&self.tally).start();
         let doing = "folding counts";
-        let long = tally_is_long(&self.runner.pool, start).await;
-        if !long.map_err(|error| self.runner.place.worded(error, doing))? {
+        let long = self.read(doing, || tally_is_long(start)).await?;
+        if !long.try_get::<bool, _>(0).map_err(|error| self.runner.place.worded(error, doing))? {
             return Ok(());
         }
         let started = Instant::now();

@@ -32,7 +32,7 @@ impl MySql {
         let (access, runner) = (self.access.clone(), self.runner.clone());
         // On a connection of its own, which is closed afterwards, and the lock with it, whatever happens.
         let making = tokio::spawn(async move {
-            let (mut connection, _) = access.connect().await?;
+            let (mut connection, _) = access.connect_with_patience(runner.patience).await?;
             let made = make(&mut connection).await;
             if let Err(error) = connection.close().await {
                 tracing::debug!(%error, "closing the connection that made the tables");

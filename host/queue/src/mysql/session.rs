@@ -8,7 +8,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sqlx::mysql::{MySqlArguments, MySqlRow};
 use sqlx::pool::PoolConnection;
@@ -17,10 +17,9 @@ use sqlx::{MySql, MySqlConnection, MySqlPool, Row as _};
 use tokio::sync::Notify;
 
 use super::failure::{Failure, Place};
+use crate::patience::Patience;
 use crate::{Error, Result};
 
-/// Tries of an operation that others stand in the way of.
-const CONFLICTS_MAX: u32 = 30;
 /// The longest pause after a conflict.
 const CONFLICT_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// The longest pause before another try to reach the server.
@@ -139,8 +138,8 @@ pub(super) struct Runner {
     pub(super) pool: MySqlPool,
     pub(super) place: Place,
     pub(super) wakeup: Arc<Notify>,
-    /// How long to go on trying to reach the server.
-    patience: Duration,
+    /// How long to try again.
+    pub(super) patience: Duration,
     /// How long a try may take.
     limit: Duration,
 }
@@ -172,7 +171,7 @@ impl Runner {
         T: Send + 'static,
         F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync,
     {
-        let started = Instant::now();
+        let mut patience = self.patience();
         let (mut conflicts, mut losses) = (0, 0);
         let mut repeated = false;
         loop {
@@ -181,17 +180,22 @@ impl Runner {
                 Err(Trouble::Undone(failure)) => (failure, true),
                 Err(Trouble::Unknown(failure)) => (failure, false),
             };
-            let pause = if failure.is_conflict() && conflicts < CONFLICTS_MAX {
+            let (pause, again) = if failure.is_conflict() {
                 conflicts += 1;
-                pause_after(conflicts, Duration::from_millis(2), CONFLICT_PAUSE_MAX)
-            } else if failure.is_disconnection() && started.elapsed() < self.patience {
+                let pause = pause_after(conflicts, Duration::from_millis(2), CONFLICT_PAUSE_MAX);
+                (pause, patience.outlasts_conflict(pause))
+            } else if failure.is_disconnection() {
                 losses += 1;
                 repeated |= !known;
                 // The pool may hold several connections of a server that was started again.
-                pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX)
+                let pause = pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX);
+                (pause, patience.lasts(pause))
             } else {
-                return Err(failure.into_error(doing, &self.place));
+                (Duration::ZERO, false)
             };
+            if !again {
+                return Err(failure.into_error(doing, &self.place));
+            }
             tracing::debug!(doing, ?failure, pause_ms = pause.as_millis(), "trying again");
             tokio::time::sleep(pause).await;
         }
@@ -238,7 +242,7 @@ impl Runner {
         doing: &'static str,
         query: impl Fn() -> Query<'q, MySql, MySqlArguments>,
     ) -> Result<MySqlRow> {
-        let started = Instant::now();
+        let mut patience = self.patience();
         let mut losses = 0;
         loop {
             let failure = match tokio::time::timeout(self.limit, query().fetch_one(&self.pool)).await {
@@ -246,12 +250,20 @@ impl Runner {
                 Ok(Err(error)) => Failure::from(error),
                 Err(_) => silence(self.limit),
             };
-            if !failure.is_disconnection() || started.elapsed() >= self.patience {
+            losses += 1;
+            let pause = pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX);
+            if !failure.is_disconnection() || !patience.lasts(pause) {
                 return Err(failure.into_error(doing, &self.place));
             }
-            losses += 1;
-            tokio::time::sleep(pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX)).await;
+            tokio::time::sleep(pause).await;
         }
+    }
+
+    /// Patience of an operation that begins now.
+    fn patience(&self) -> Patience {
+        let mut patience = Patience::new(self.patience);
+        patience.begin();
+        patience
     }
 
     /// Run several reads that see the same moment.
@@ -262,7 +274,7 @@ impl Runner {
     {
         let runner = self.clone();
         let reading = tokio::spawn(async move {
-            let started = Instant::now();
+            let mut patience = runner.patience();
             let mut losses = 0;
             loop {
                 let read = async {
@@ -271,12 +283,13 @@ impl Runner {
                     begun.roll_back().await;
                     read
                 };
+                losses += 1;
+                let pause = pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX);
                 match read.await {
                     Ok(read) => return Ok(read),
-                    Err(failure) if failure.is_disconnection() && started.elapsed() < runner.patience => losses += 1,
+                    Err(failure) if failure.is_disconnection() && patience.lasts(pause) => tokio::time::sleep(pause).await,
                     Err(failure) => return Err(failure.into_error(doing, &runner.place)),
                 }
-                tokio::time::sleep(pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX)).await;
             }
         });
         reading.await.unwrap_or(Err(Error::Closed))

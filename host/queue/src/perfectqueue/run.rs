@@ -2,7 +2,7 @@
 //! what passes by itself.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::mysql::MySqlConnection;
@@ -10,10 +10,8 @@ use sqlx::mysql::MySqlConnection;
 use super::Shared;
 use super::table::Names;
 use crate::mysql::failure::Failure;
-use crate::{Error, Result};
+use crate::{Error, Result, patience};
 
-/// How often an operation is done again that met another transaction. PerfectQueue's number.
-const CONFLICTS_MAX: u32 = 10;
 /// The first pause before another try.
 const PAUSE_FIRST: Duration = Duration::from_millis(10);
 /// The longest.
@@ -32,29 +30,29 @@ pub(super) trait Operation: Send + Sync + 'static {
 
 /// Whether and when to try again.
 pub(super) struct Patience {
-    started: Instant,
-    patience: Duration,
-    conflicts: u32,
+    patience: patience::Patience,
     pause: Duration,
 }
 
 impl Patience {
-    pub(super) fn new(patience: Duration) -> Self {
-        Self { started: Instant::now(), patience, conflicts: 0, pause: PAUSE_FIRST }
+    /// Of an operation that begins now.
+    pub(super) fn new(length: Duration) -> Self {
+        let mut patience = patience::Patience::new(length);
+        patience.begin();
+        Self { patience, pause: PAUSE_FIRST }
     }
 
     /// The pause before the next try, or the failure if there is none.
     pub(super) fn after(&mut self, failure: Failure) -> Result<Duration, Failure> {
+        let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
         let again = if failure.is_conflict() {
-            self.conflicts += 1;
-            self.conflicts <= CONFLICTS_MAX
+            self.patience.outlasts_conflict(pause)
         } else {
-            is_connection_trouble(&failure) && self.started.elapsed() < self.patience
+            is_connection_trouble(&failure) && self.patience.lasts(pause)
         };
         if !again {
             return Err(failure);
         }
-        let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
         self.pause = (self.pause * 2).min(PAUSE_MAX);
         Ok(pause)
     }

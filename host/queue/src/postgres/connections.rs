@@ -5,13 +5,14 @@
 //! transaction, or not at all; one that has died in the meantime is noticed by its next operation, which begins again on another.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
 use sqlx::{ConnectOptions, Connection};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::failure::{self, Failure};
+use crate::patience::Patience;
 use crate::{Config, Error, Result, Tls};
 
 /// The oldest version that keeps all promises.
@@ -38,6 +39,25 @@ pub(super) struct Connections {
     statement_timeout: Duration,
     permits: Semaphore,
     idle: Mutex<Vec<PgConnection>>,
+}
+
+/// Leave to use a connection.
+pub(super) struct Turn<'c> {
+    owner: &'c Connections,
+    permit: SemaphorePermit<'c>,
+}
+
+impl<'c> Turn<'c> {
+    /// A connection that nobody else uses: an idle one, or a new one.
+    pub(super) async fn take(self) -> Result<Taken<'c>, Failure> {
+        let Self { owner, permit } = self;
+        let idle = owner.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let connection = match idle {
+            Some(connection) => connection,
+            None => owner.connect().await?,
+        };
+        Ok(Taken { connection: Some(connection), owner, _permit: permit })
+    }
 }
 
 /// A connection in use. Dropped without [`Taken::give_back`], it is closed.
@@ -67,21 +87,26 @@ impl Connections {
             permits: Semaphore::new(usize::try_from(settings.max.clamp(1, 100)).unwrap_or(1)),
             idle: Mutex::default(),
         };
-        let started = Instant::now();
+        let mut patience = Patience::new(config.patience);
         let mut pause = Duration::from_millis(50);
-        let mut connection = loop {
-            match connections.connect().await {
+        let connection = loop {
+            match connections.connect_and_look().await {
                 Ok(connection) => break connection,
-                Err(failure) if failure.is_lost() && started.elapsed() + pause < config.patience => {
+                Err(failure) if failure.is_lost() && patience.lasts(pause) => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                 }
                 Err(failure) => return Err(failure.into_error("connecting", &connections.place)),
             }
         };
-        connections.look(&mut connection).await?;
         connections.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
         Ok(connections)
+    }
+
+    async fn connect_and_look(&self) -> Result<PgConnection, Failure> {
+        let mut connection = self.connect().await?;
+        self.look(&mut connection).await?;
+        Ok(connection)
     }
 
     /// Whether the server can be used as it is.
@@ -122,15 +147,10 @@ impl Connections {
         self.statement_timeout + self.connect_timeout
     }
 
-    /// A connection that nobody else uses: an idle one, or a new one. Waits while as many are in use as there may be.
-    pub(super) async fn take(&self) -> Result<Taken<'_>, Failure> {
+    /// Wait while as many connections are in use as there may be.
+    pub(super) async fn turn(&self) -> Result<Turn<'_>, Failure> {
         let permit = self.permits.acquire().await.map_err(|_| Failure::from(Error::Closed))?;
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let connection = match idle {
-            Some(connection) => connection,
-            None => self.connect().await?,
-        };
-        Ok(Taken { connection: Some(connection), owner: self, _permit: permit })
+        Ok(Turn { owner: self, permit })
     }
 
     async fn connect(&self) -> Result<PgConnection, Failure> {

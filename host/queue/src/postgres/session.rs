@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
@@ -19,6 +19,7 @@ use super::failure::Failure;
 use super::held::Held;
 use super::listen::{Bell, Listener};
 use super::mark::Marks;
+use crate::patience::Patience;
 use crate::{Error, HostId, LeaseRef, Result};
 
 /// Operations at once, those that wait for a connection included.
@@ -221,16 +222,17 @@ impl Shared {
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
-        let started = Instant::now();
+        let mut patience = Patience::new(self.patience);
         let mut again = false;
         let mut pause = Duration::from_millis(4);
         loop {
-            let failure = match self.attempt(&mut operation, &mut again).await {
+            let failure = match self.attempt(&mut operation, &mut again, &mut patience).await {
                 Ok(outcome) => return Ok(outcome),
                 Err(failure) => failure,
             };
-            let may_pass = failure.is_lost() || failure.is_contention();
-            if !may_pass || started.elapsed() + pause >= self.patience {
+            let may_pass =
+                (failure.is_lost() && patience.lasts(pause)) || (failure.is_contention() && patience.outlasts_conflict(pause));
+            if !may_pass {
                 return Err(failure.into_error(doing, self.connections.place()));
             }
             tracing::debug!(doing, ?failure, "trying again");
@@ -244,14 +246,16 @@ impl Shared {
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
-        self.attempt(&mut operation, &mut false).await
+        self.attempt(&mut operation, &mut false, &mut Patience::new(Duration::ZERO)).await
     }
 
-    async fn attempt<T, F>(self: &Arc<Self>, operation: &mut F, again: &mut bool) -> Result<T, Failure>
+    async fn attempt<T, F>(self: &Arc<Self>, operation: &mut F, again: &mut bool, patience: &mut Patience) -> Result<T, Failure>
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
-        let mut taken = self.connections.take().await?;
+        let turn = self.connections.turn().await?;
+        patience.begin();
+        let mut taken = turn.take().await?;
         let mut session =
             Session { connection: None, again: *again, begun: false, afterwards: Vec::new(), shared: Arc::clone(self) };
         std::mem::swap(&mut session.connection, &mut taken.connection);
