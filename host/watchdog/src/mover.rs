@@ -111,15 +111,7 @@ impl<S: Store> Mover<S> {
             let problem = format!("{} bytes, at most {ROOT_BYTES_MAX} are allowed where items become tasks", root.len());
             return Err(Error::config("root", root, problem).into());
         }
-        let session = queue.session();
-        let options = CreateMode::Persistent.with_acls(session.access());
-        let made = session.repeat(|| session.client().mkdir(markers.path(), &options)).await;
-        made.map_err(|source| Error::of("creating", markers.path(), source))?;
-        // So that nobody clears it for a queue.
-        if session.fetch_node(markers.path()).await?.data != MARKERS_ROOT {
-            let written = session.repeat(|| session.client().set_data(markers.path(), MARKERS_ROOT, None)).await;
-            written.map_err(|source| Error::of("writing", markers.path(), source))?;
-        }
+        make_markers(queue.session(), &markers).await?;
         let mover = Mover { queue, markers, store, guard: None };
         mover.recover().await?;
         Ok(mover)
@@ -341,6 +333,34 @@ fn escape(key: &str) -> String {
 
 fn unescape(name: &str) -> String {
     name.replace("%2F", "/").replace("%25", "%")
+}
+
+/// Makes the root of the markers if it is not there, with what is above it. It says from its first moment what it is, so that no master takes it
+/// for a queue's and clears it.
+async fn make_markers(session: &Session, markers: &Root) -> Result<()> {
+    let options = CreateMode::Persistent.with_acls(session.access());
+    loop {
+        match session.repeat(|| session.client().create(markers.path(), MARKERS_ROOT, &options)).await {
+            Ok(_) => return Ok(()),
+            Err(Zk::NodeExists) => match session.fetch_node(markers.path()).await {
+                Ok(node) if node.data == MARKERS_ROOT => return Ok(()),
+                Ok(_) => match session.repeat(|| session.client().set_data(markers.path(), MARKERS_ROOT, None)).await {
+                    Ok(_) => return Ok(()),
+                    Err(Zk::NoNode) => {}
+                    Err(source) => return Err(Error::of("writing", markers.path(), source)),
+                },
+                // Cleared between our two looks.
+                Err(Error::NoNode(_)) => {}
+                Err(error) => return Err(error),
+            },
+            Err(Zk::NoNode) if markers.parent() != "/" => {
+                let made = session.repeat(|| session.client().mkdir(markers.parent(), &options)).await;
+                made.map_err(|source| Error::of("creating", markers.parent(), source))?;
+            }
+            Err(Zk::NoNode) => return Err(Error::NoParent { root: markers.path().to_owned(), parent: "the chroot".to_owned() }),
+            Err(source) => return Err(Error::of("creating", markers.path(), source)),
+        }
+    }
 }
 
 #[cfg(test)]

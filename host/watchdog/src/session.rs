@@ -256,13 +256,14 @@ impl Session {
                 });
             }
         };
-        if options.rejoin.is_some() {
-            // The server at hand may be behind the one that we were connected to before.
-            client.sync("/").await.map_err(|source| Error::of(DOING, "/", source))?;
-        }
         let state = follow(&client);
         tracing::debug!(session = %SessionId(client.session_id().0), timeout = ?client.session_timeout(), "connected to ZooKeeper");
-        Ok(Session { client, state, access: options.access.list().into() })
+        let session = Session { client, state, access: options.access.list().into() };
+        if options.rejoin.is_some() {
+            // The server at hand may be behind the one that we were connected to before.
+            session.repeat(|| session.client.sync("/")).await.map_err(|source| Error::of(DOING, "/", source))?;
+        }
+        Ok(session)
     }
 
     /// The session's number.

@@ -81,7 +81,9 @@ async fn one_session<H: Host>(
         error = publish(&session, identity, acts, standing) => error,
         () = told_to_leave(&mut leaving) => {
             let timer = current_timer.borrow().clone();
-            leave(session, &timer).await;
+            // They hold the session as well, and it closes when nobody does.
+            drop((watcher, current_timer));
+            leave(session, timer).await;
             return Parted::Left;
         }
         Err(error) = kick(host.clone(), options.timer, current_timer.clone(), beat) => error,
@@ -105,10 +107,11 @@ async fn join(options: &Options) -> Result<(Session, Timer)> {
 }
 
 /// The timer goes before the session, which may be in use elsewhere. If the servers do not answer, both go with the session's timeout.
-async fn leave(session: Session, timer: &Timer) {
+async fn leave(session: Session, timer: Arc<Timer>) {
     if let Ok(Err(error)) = tokio::time::timeout(session.timeout(), timer.delete()).await {
         tracing::debug!(%error, "the timer could not be ended, and ends with its session");
     }
+    drop(timer);
     session.close().await;
 }
 

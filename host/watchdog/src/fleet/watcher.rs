@@ -220,7 +220,8 @@ impl<'a, H: Host> Watcher<'a, H> {
         let mut looks = interval_at(tokio::time::Instant::now() + every, every);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut reconciler = Reconciler::default();
-        let mut confirmed = tokio::time::Instant::now();
+        // The one who acted before us may have lost its timer to somebody's hand just now.
+        let mut confirmed = tokio::time::Instant::now() + CONFIRMATION;
         let Some(mut changes) = self.view.gone(self.view.options.root.path()).await? else { return Ok(()) };
         let mut look: u32 = 0;
         loop {
