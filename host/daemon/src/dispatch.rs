@@ -77,6 +77,10 @@ pub(crate) struct Dispatcher {
     ending: Option<Ending>,
     /// Threads lost at the last look.
     stuck: u32,
+    /// When the threads were looked at last.
+    looked_at: Instant,
+    /// Since when every look has come in time. Before that, this process itself did not run, and its guests' silence says nothing about them.
+    awake_since: Instant,
     /// The fleet under whose identity tasks are claimed; None without one.
     membership: Option<Membership>,
     /// Who watches over this loop; None if nobody does.
@@ -139,6 +143,8 @@ impl Dispatcher {
             alone: Alone::No,
             ending: None,
             stuck: 0,
+            looked_at: Instant::now(),
+            awake_since: Instant::now(),
             membership,
             turning,
             broken: None,
@@ -173,7 +179,7 @@ impl Dispatcher {
                 () = self.shared.backend.wakeup(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
                 () = tokio::time::sleep_until(poll_at), if may_claim => {}
                 () = sleep_until_some(deadline) => self.end(Manner::Immediate),
-                _ = looks.tick(), if !self.running.is_empty() || self.shared.engine.abandoned() > 0 => self.look_for_stuck(),
+                _ = looks.tick(), if self.may_have_stuck() => self.look_for_stuck(),
                 () = changed(&mut self.membership) => {}
                 () = ticked(&mut turns) => {}
             }
@@ -181,8 +187,7 @@ impl Dispatcher {
     }
 
     fn why_broken(&self) -> Option<Broken> {
-        let lost = self.shared.engine.lost(self.shared.config.child_heartbeat_limit);
-        if lost > STUCK_MAX { Some(Broken::TooManyStuck(lost)) } else { self.broken }
+        if self.stuck > STUCK_MAX { Some(Broken::TooManyStuck(self.stuck)) } else { self.broken }
     }
 
     /// What was claimed under an identity that is over is lost: its guests are stopped, and somebody else has or gets their tasks.
@@ -400,9 +405,23 @@ impl Dispatcher {
         }
     }
 
+    /// Whether there is a thread that may be stuck, or one that was at the last look: its return has to be told, even if nothing runs by then.
+    fn may_have_stuck(&self) -> bool {
+        !self.running.is_empty() || self.shared.engine.abandoned() > 0 || self.stuck > 0
+    }
+
     /// A guest whose thread shows no sign of life is given up: its task goes back, its slot serves others, its thread is counted and replaced.
     fn look_for_stuck(&mut self) {
         let limit = self.shared.config.child_heartbeat_limit;
+        let now = Instant::now();
+        // A look this late means that the process was stopped, or its machine busy with others: its guests could not give a sign of life either.
+        if now - self.looked_at > self.shared.config.child_heartbeat_interval + limit / 2 {
+            self.awake_since = now;
+        }
+        self.looked_at = now;
+        if now - self.awake_since <= limit {
+            return;
+        }
         let lost = self.shared.engine.lost(limit);
         let mut given_up = 0;
         for running in self.running.values() {
@@ -433,6 +452,8 @@ impl Dispatcher {
                 threads_lost_max = STUCK_MAX,
                 "too many threads are stuck in handlers: this host drains, and ends"
             );
+            // Also if one of them comes back meanwhile: nobody has told this host to end, so it does not end well.
+            self.broken.get_or_insert(Broken::TooManyStuck(lost));
             self.end(Manner::Graceful);
         }
     }

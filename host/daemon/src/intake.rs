@@ -38,8 +38,6 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 const LOOK_SHARE: u32 = 20;
 /// Between two looks for what other hosts began to move and did not finish.
 const RECOVER_INTERVAL: Duration = Duration::from_secs(5);
-/// How long the end of the intake waits for its timer's.
-const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Which items become which tasks.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,12 +98,12 @@ impl Intake {
         self.phase.send_modify(|phase| *phase = (*phase).max(Phase::Draining));
     }
 
-    /// End the timer and the session. Bounded by a few seconds; then they end with the session's timeout.
+    /// End the timer and the session. Bounded by the session's timeout, after which they end by themselves.
     pub(crate) async fn close(&self) {
         self.phase.send_replace(Phase::Closed);
         let mut life = self.life.lock().await;
         // It ends by itself; a panic in it was reported when it happened.
-        let _ = tokio::time::timeout(LEAVE_PATIENCE, &mut *life).await;
+        let _ = tokio::time::timeout(self.config.zookeeper.session_timeout, &mut *life).await;
     }
 }
 

@@ -37,6 +37,8 @@ const ORDER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long an immediate end waits for a database that does not take the last settlements. What is not written then comes back by itself:
 /// the host's life ends with its process.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
+/// What patience is made of: a stretch for which this process did not run counts as one of them.
+const NAP: Duration = Duration::from_millis(100);
 
 /// Why a service ended.
 pub(crate) enum Next {
@@ -252,7 +254,7 @@ impl Service<'_> {
                 if self.ending == Some(Manner::Immediate) { FLUSH_PATIENCE } else { self.config.alive_time + FLUSH_PATIENCE };
             tokio::select! {
                 _ = &mut writer => return true,
-                () = tokio::time::sleep(patience) => {
+                () = awake_for(patience) => {
                     tracing::error!("the database does not take the last settlements; their tasks are run again");
                     return false;
                 }
@@ -335,6 +337,15 @@ impl Service<'_> {
             store.rescan().await;
             let _ = orders.send(Order::Replace(manner)).await;
         });
+    }
+}
+
+/// Resolves after this long by the process's own time: while it is stopped, or its machine busy with others, what it waits for gets no further.
+async fn awake_for(patience: Duration) {
+    let mut naps = tokio::time::interval(NAP);
+    naps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    for _ in 0..=patience.as_millis() / NAP.as_millis() {
+        naps.tick().await;
     }
 }
 

@@ -96,7 +96,10 @@ async fn database(config: &Config) -> anyhow::Result<String> {
         }
     };
     let queue = if is_ours { host::open_queue(config).await? } else { Queue::open(&config.queue).await? };
-    let (status, drift, now) = (queue.schema_status().await, queue.backend().drift().await, queue.backend().now().await);
+    let (status, drift) = (queue.schema_status().await, queue.backend().drift().await);
+    let asked = machine();
+    let now = queue.backend().now().await;
+    let answered = machine();
     queue.close().await;
     let (status, drift) = (status?, drift?);
     // Of a table that somebody else made, what is missing says more than a version that is written nowhere.
@@ -110,21 +113,27 @@ async fn database(config: &Config) -> anyhow::Result<String> {
         return Err(Complaint::new(Exit::Database, message, hint.to_owned()).into());
     }
     let version = host::fit(config, &status)?;
-    let clock = if is_ours { String::new() } else { format!("\nclock          {}", ahead(now?)) };
+    let clock = if is_ours { String::new() } else { format!("\nclock          {}", ahead(now?, asked, answered)) };
     Ok(format!("database       {}: schema {version}{clock}", config.queue.place()))
 }
 
-/// Workers in Ruby go by the clock of their machine: one that is ahead takes leases that live. Ours goes by the server's, and is only told.
+/// The machine's clock, in seconds.
 #[expect(clippy::disallowed_methods, reason = "the difference is what is asked for; no lease and no schedule depends on it")]
-fn ahead(server: Timestamp) -> String {
-    let machine = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-    let seconds = machine - server.0 as f64 / 1_000.0;
-    match seconds {
-        2.0.. => {
-            format!("this machine is {seconds:.0} s ahead of the server: a Ruby worker here takes leases of others too early")
-        }
-        ..=-2.0 => format!("this machine is {:.0} s behind the server: a Ruby worker here finds tasks late", -seconds),
-        _ => "this machine and the server agree within 2 s".to_owned(),
+fn machine() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Workers in Ruby go by the clock of their machine: one that is ahead takes leases that live. Ours goes by the server's, and is only told.
+/// The server read its clock between `asked` and `answered`: an answer that takes long is no difference.
+fn ahead(server: Timestamp, asked: f64, answered: f64) -> String {
+    let server = server.0 as f64 / 1_000.0;
+    let (ahead, behind) = (asked - server, server - answered);
+    if ahead >= 2.0 {
+        format!("this machine is {ahead:.0} s ahead of the server: a Ruby worker here takes leases of others too early")
+    } else if behind >= 2.0 {
+        format!("this machine is {behind:.0} s behind the server: a Ruby worker here finds tasks late")
+    } else {
+        "this machine and the server agree within 2 s".to_owned()
     }
 }
 

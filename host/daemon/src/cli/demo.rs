@@ -23,8 +23,8 @@ const EDITION_2: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/access-log-2.
 
 /// How long the demo takes to submit its tasks, so that there is something to watch.
 const SUBMITTING: Duration = Duration::from_secs(4);
-/// How long anything may take before the demo gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the demo may wait for the next thing to happen before it gives up: a slow machine may take its time, and one that gets on is waited for.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks at the queue.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -162,7 +162,8 @@ impl Demo {
 
     /// Wait until that many tasks are finished.
     async fn until_finished(&mut self, count: u32, bar: &ProgressBar) -> anyhow::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let mut deadline = Instant::now() + PATIENCE;
+        let mut finished = 0;
         let mut looks = tokio::time::interval(LOOK);
         loop {
             looks.tick().await;
@@ -170,6 +171,9 @@ impl Demo {
             bar.set_position(stats.finished);
             if stats.finished >= u64::from(count) {
                 return Ok(());
+            }
+            if stats.finished > finished {
+                (finished, deadline) = (stats.finished, Instant::now() + PATIENCE);
             }
             self.alive()?;
             if stats.failed > 0 || Instant::now() > deadline {

@@ -190,7 +190,7 @@ mod tests {
         });
         tokio::task::yield_now().await;
         control.cancel(Cancellation::Immediate);
-        let patience = Duration::from_secs(10);
+        let patience = Duration::from_secs(120);
         tokio::time::timeout(patience, waiter).await.expect("woken").expect("no panic");
         tokio::time::timeout(patience, control.until(Control::is_halted)).await.expect("at once");
     }

@@ -311,7 +311,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const PATIENCE: Duration = Duration::from_secs(120);
 
     fn eventually(what: &str, condition: impl Fn() -> bool) {
         let patience = Instant::now() + PATIENCE;
