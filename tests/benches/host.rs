@@ -110,7 +110,7 @@ async fn rate_of(system: System, tasks: usize) -> f64 {
 
 /// Tasks a second of a host on an empty database, or on SQLite.
 async fn host(url: Option<String>, kind: Kind, tasks: usize) -> f64 {
-    let site = Site::alone().await;
+    let site = Site::new().await;
     site.plug_guest("noop");
     let url = url.unwrap_or_else(|| site.url().to_owned());
     let is_compat = matches!(kind, Kind::PerfectQueue(_));

@@ -17,8 +17,11 @@ pub enum Database {
     PerfectQueue,
 }
 
-/// The name of PerfectQueue's table in tests.
-pub(crate) const PERFECTQUEUE_TABLE: &str = "tasks";
+/// The name of PerfectQueue's table in tests. Each test process has its own: the lock under which tasks are acquired is called after the table,
+/// and is the whole server's.
+pub(crate) fn perfectqueue_table() -> String {
+    format!("tasks_{}", std::process::id())
+}
 
 tokio::task_local! {
     static DATABASE: Database;

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::Site;
-use crate::patience::PATIENCE;
+use crate::patience::{PATIENCE, waiting_for};
 use crate::program::has_faults;
 
 /// A `laelaps run` process. Killed when dropped; if the test is failing then, the end of its log is printed.
@@ -95,7 +95,7 @@ impl Host {
     /// # Panics
     /// If it does not within the patience.
     pub async fn exited(&mut self, patience: Duration) -> ExitStatus {
-        match timeout(patience, self.child.wait()).await {
+        match waiting_for("the host's end", timeout(patience, self.child.wait())).await {
             Ok(status) => status.expect("a child can be waited for"),
             Err(_) => panic!("the host did not end within {patience:?}"),
         }
@@ -124,7 +124,7 @@ impl Host {
                 status = self.child.wait() => Err(status.expect("a child can be waited for")),
             }
         };
-        match timeout(patience, awaited).await {
+        match waiting_for(&format!("{notice} from the host"), timeout(patience, awaited)).await {
             Ok(Ok(())) => {}
             Ok(Err(status)) => {
                 self.lines.finished().await;
@@ -147,7 +147,8 @@ impl Host {
     /// # Panics
     /// If there are fewer within the patience.
     pub async fn logged_times(&self, text: &str, count: usize, patience: Duration) -> String {
-        match timeout(patience, self.lines.wait_for(text, count)).await {
+        let line = self.lines.wait_for(text, count);
+        match waiting_for(&format!("a log line with {text:?}"), timeout(patience, line)).await {
             Ok(line) => line,
             Err(_) => panic!("{} of {count} log lines with {text:?} within {patience:?}", self.lines.with(text).len()),
         }

@@ -15,13 +15,12 @@ mod program;
 mod proxy;
 mod queue;
 mod site;
-mod turn;
 
 pub use database::{Database, on};
 pub use figures::{Figure, measured, promised, scaled};
 pub use guests::{digest, guest, with_edition};
 pub use host::Host;
-pub use patience::{LONG, PATIENCE, eventually};
+pub use patience::{LONG, PATIENCE, eventually, waiting_for};
 pub use program::{Answer, has_faults, laelaps, workspace_file};
 pub use proxy::Proxy;
 pub use queue::{all_tasks, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats};

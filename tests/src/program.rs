@@ -103,6 +103,11 @@ pub fn has_faults() -> bool {
     program.windows(VARIABLE.len()).any(|bytes| bytes == VARIABLE)
 }
 
+/// A folder for compiled plugins that all hosts of tests share: the guests are compiled once, and not at each of some hundred starts.
+pub(crate) fn compiled() -> PathBuf {
+    laelaps().with_file_name("compiled-for-tests")
+}
+
 /// The program that was built with the running test: `target/debug/laelaps` for `target/debug/deps/suite-...`.
 ///
 /// # Panics

@@ -6,7 +6,7 @@ use laelaps_queue::{Config, Filter, Kind, NewTask, PerfectQueue, Queue, State, S
 use serde_json::Value;
 
 use crate::Site;
-use crate::database::{Database, PERFECTQUEUE_TABLE};
+use crate::database::{Database, perfectqueue_table};
 use crate::patience::eventually;
 
 impl Site {
@@ -19,7 +19,7 @@ impl Site {
     pub async fn queue_at(&self, url: &str) -> Queue {
         let mut config = Config::new(url);
         if self.database() == Database::PerfectQueue {
-            let table = PERFECTQUEUE_TABLE.to_owned();
+            let table = perfectqueue_table();
             config.kind = Kind::PerfectQueue(PerfectQueue { table, cleanup_interval: 200, side_table: true });
         }
         let queue = Queue::open(&config).await.expect("the queue opens");

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::database::{self, Database, PERFECTQUEUE_TABLE};
-use crate::turn::Turn;
+use crate::database::{self, Database, perfectqueue_table};
+use crate::program::compiled;
 
 /// A temporary folder with `laelaps.yml`, `plugins/`, `marks/` (granted to guests as `/marks`) and, on SQLite,
 /// `queue.db`. Gone when dropped.
@@ -16,24 +16,14 @@ pub struct Site {
     folder: TempDir,
     database: Database,
     url: String,
-    _turn: Turn,
 }
 
 impl Site {
-    /// A site whose test runs beside others.
+    /// A new site.
     pub async fn new() -> Self {
-        Self::with(Turn::shared().await).await
-    }
-
-    /// A site whose test has the machine to itself, because it measures time.
-    pub async fn alone() -> Self {
-        Self::with(Turn::alone().await).await
-    }
-
-    async fn with(turn: Turn) -> Self {
         let folder = TempDir::with_prefix("laelaps-").expect("a temporary folder");
         let url = database::url(folder.path()).await;
-        let site = Self { folder, database: database::database(), url, _turn: turn };
+        let site = Self { folder, database: database::database(), url };
         for folder in ["plugins", "marks"] {
             fs::create_dir(site.path(folder)).expect("a new folder");
         }
@@ -78,15 +68,18 @@ impl Site {
             "type": "rdb",
             "url": self.url,
             "plugins": self.path("plugins"),
+            "plugin_cache": compiled(),
             "processors": 2,
             "poll_interval": 0.1,
+            // Tests count finished tasks, however long a busy machine takes until the last one is.
+            "retention_time": 86_400,
             "routes": [self.route(json!({ "pattern": "." }))],
         });
         let members = section.as_object_mut().expect("a section is an object");
         if self.database == Database::PerfectQueue {
             members.extend([
                 ("type".to_owned(), json!("rdb_compat")),
-                ("table".to_owned(), json!(PERFECTQUEUE_TABLE)),
+                ("table".to_owned(), json!(perfectqueue_table())),
                 ("side_table".to_owned(), json!(true)),
             ]);
         }

@@ -7,10 +7,12 @@ use laelaps_tests::{
     Database, Host, LONG, PATIENCE, Signal, Site, all_tasks, eventually, measured, promised, scaled, submit, task,
     wait_for_finished, wait_for_state,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-/// A re-run of interrupted work begins this soon after the next start; the lease would still last for almost 300 s.
+/// A re-run of interrupted work begins this soon after the next start.
 const RERUN_PROMISE: Duration = Duration::from_secs(2);
+/// A lease that ends in no test: nothing comes back because of it.
+const NEVER_S: u32 = 86_400;
 
 /// A site whose host is in the middle of many tasks; two of them are held at the gate, so they run for sure when fate strikes.
 struct Middle {
@@ -22,16 +24,15 @@ struct Middle {
 
 impl Middle {
     async fn reach() -> Self {
+        Self::reach_with(NEVER_S).await
+    }
+
+    /// The same with leases that last so long, in seconds.
+    async fn reach_with(alive_time: u32) -> Self {
         let count = scaled(1_000).max(200);
-        let site = Site::alone().await;
+        let site = Site::new().await;
         site.plug_guest("zoo");
-        let mut section = json!({ "processors": 4, "task_prefetch": 4 });
-        if site.database() != Database::Sqlite {
-            // Nobody but its lease tells a server that a host is dead. On SQLite alive_time stays at its default of 300 s: nothing here can
-            // come from a lease that ran out.
-            section["alive_time"] = json!(3);
-        }
-        site.configure(section);
+        site.configure(Self::section(alive_time));
         let queue = site.queue().await;
         let held = (0..2)
             .map(|number| task(format!("held-{number}"), "silent", json!({ "mark": "/marks/held", "gate": "/marks/gate" })));
@@ -45,6 +46,10 @@ impl Middle {
         })
         .await;
         Self { site, queue, host, count }
+    }
+
+    fn section(alive_time: u32) -> Value {
+        json!({ "processors": 4, "task_prefetch": 4, "alive_time": alive_time })
     }
 
     /// The held tasks begin again; says how long after `since`.
@@ -62,7 +67,7 @@ impl Middle {
         if self.site.database() == Database::Sqlite {
             promised("first re-run after kill -9 and start", rerun, RERUN_PROMISE);
         } else {
-            measured("first re-run after kill -9 and start, when its lease of 3 s has ended", format!("{rerun:?}"));
+            measured("first re-run after kill -9 and start, when its lease of 10 s has ended", format!("{rerun:?}"));
         }
     }
 
@@ -79,11 +84,14 @@ impl Middle {
 
 laelaps_tests::on_every_database! {
     async fn after_kill_9_the_next_start_runs_the_interrupted_tasks_within_two_seconds() {
-        let mut middle = Middle::reach().await;
+        // Nobody but its leases tells a server that a host is dead. They are renewed every 2 s, so they do not end before.
+        let is_known_by_its_leases = Site::database_of_the_test() != Database::Sqlite;
+        let mut middle = Middle::reach_with(if is_known_by_its_leases { 10 } else { NEVER_S }).await;
         middle.host.kill().await;
         let stats = middle.queue.backend().stats().await.unwrap();
         assert!(stats.running >= 2, "the killed host still holds its tasks: {stats:?}");
 
+        middle.site.configure(Middle::section(NEVER_S));
         let started = Instant::now();
         middle.host = middle.site.start().await;
         let rerun = middle.held_tasks_run_again(started).await;
@@ -157,9 +165,10 @@ laelaps_tests::on_every_database! {
 
     async fn a_task_that_kills_its_host_ends_failed_and_the_others_finish() {
         let good = scaled(499).max(49);
-        let site = Site::alone().await;
+        let site = Site::new().await;
         site.plug_guest("zoo");
-        let alive_time = if site.database() == Database::Sqlite { 300 } else { 2 };
+        let is_known_by_its_leases = site.database() != Database::Sqlite;
+        let alive_time = if is_known_by_its_leases { 5 } else { NEVER_S };
         site.configure(json!({ "processors": 4, "alive_time": alive_time }));
         let queue = site.queue().await;
         let tasks = (0..good).map(|number| task(format!("good-{number}"), "compute", json!({ "ms": 2 })));
@@ -189,7 +198,8 @@ laelaps_tests::on_every_database! {
             assert!(deaths <= 5, "lost twice in company, then three times alone: no host more");
         }
         measured("hosts killed by one task before it failed (bound 5)", deaths);
-        assert_eq!(deaths, 5);
+        // A host that did not run for as long as its leases last has lost the task as well, without a death.
+        assert!(deaths == 5 || deaths < 5 && is_known_by_its_leases, "{deaths} hosts");
         let poison = wait_for_state(&queue, "poison", State::Failed, PATIENCE).await;
         assert_eq!((poison.lost, poison.attempts), (5, 0));
         assert!(poison.error_message.as_ref().is_some_and(|message| message.contains("lost")), "it says why: {poison:?}");

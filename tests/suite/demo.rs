@@ -10,7 +10,8 @@ use laelaps_tests::{laelaps, workspace_file};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than the demo waits by itself for anything.
+const PATIENCE: Duration = Duration::from_secs(900);
 
 /// The demo, with a folder of its own for temporary files and nothing else to start from.
 fn demo(folder: &Path, tasks: &str) -> Command {

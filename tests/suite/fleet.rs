@@ -29,17 +29,24 @@ async fn hosts_that_seemed_dead_register_again_and_work_on() {
 
 /// Stops a host's process at a moment when it does not hold SQLite's lock, which would stop everybody.
 pub(crate) async fn freeze(host: &Host, queue: &Queue) {
-    for number in 0..100 {
+    for number in 1..=100 {
         host.signal(Signal::STOP);
         let mut probe = task(format!("probe-{number}"), "silent", json!({}));
         probe.run_at = Some(laelaps_queue::Timestamp(4_000_000_000_000));
-        if tokio::time::timeout(Duration::from_millis(500), queue.backend().submit(&[probe])).await.is_ok() {
+        // Longer at each try: a machine that is only slow must not look like a lock that is held.
+        let patience = Duration::from_secs(1) * number;
+        if tokio::time::timeout(patience, queue.backend().submit(&[probe])).await.is_ok() {
             return;
         }
         host.signal(Signal::CONT);
     }
     panic!("the host never lets go of SQLite's lock");
 }
+
+/// Leases of so many seconds run out only when their host is dead or frozen, since it renews them all the time.
+const SHORT_LEASE_S: u32 = 10;
+/// A lease that ends in no test.
+const ENDLESS_LEASE_S: u32 = 86_400;
 
 async fn held_has_begun(site: &Site, times: usize) {
     eventually(PATIENCE, &format!("the held task has begun {times} times"), async || {
@@ -53,14 +60,14 @@ laelaps_tests::on_every_database! {
     async fn a_living_host_takes_over_what_a_dead_one_held() {
         let site = Site::new().await;
         site.plug_guest("zoo");
-        if site.database() != Database::Sqlite {
-            // A server knows of a host's death by its leases; on SQLite they would last for 300 s.
-            site.configure(json!({ "alive_time": 3 }));
-        }
+        // A server knows of a host's death by its leases, SQLite does not need them.
+        let is_known_by_its_leases = site.database() != Database::Sqlite;
+        site.configure(json!({ "alive_time": if is_known_by_its_leases { SHORT_LEASE_S } else { ENDLESS_LEASE_S } }));
         let queue = site.queue().await;
         submit(&queue, &[task("held", "silent", json!({ "mark": "/marks/held", "gate": "/marks/gate" }))]).await;
         let mut first = site.start().await;
         held_has_begun(&site, 1).await;
+        site.configure(json!({ "alive_time": ENDLESS_LEASE_S }));
         let second = site.start().await;
         first.kill().await;
         held_has_begun(&site, 2).await;
@@ -78,7 +85,7 @@ laelaps_tests::on_every_database! {
         let count = scaled(10_000);
         let site = Site::new().await;
         site.plug_guest("zoo");
-        site.configure(json!({ "processors": 4, "task_prefetch": 16 }));
+        site.configure(json!({ "processors": 4, "task_prefetch": 16, "alive_time": ENDLESS_LEASE_S }));
         let queue = site.queue().await;
         let tasks: Vec<_> =
             (0..count).map(|number| task(format!("task-{number}"), "silent", json!({ "mark": "/marks/all" }))).collect();
@@ -132,13 +139,15 @@ laelaps_tests::on_every_database! {
     async fn a_host_that_slept_past_its_lease_changes_nothing_when_it_wakes() {
         let site = Site::new().await;
         site.plug_guest("zoo");
-        site.configure(json!({ "processors": 1, "alive_time": 2, "task_heartbeat_interval": 0.5, "max_attempts": 5 }));
+        let section = |alive_time: u32| json!({ "processors": 1, "alive_time": alive_time, "task_heartbeat_interval": 0.5, "max_attempts": 5 });
+        site.configure(section(SHORT_LEASE_S));
         let queue = site.queue().await;
         submit(&queue, &[task("held", "echo", json!({ "mark": "/marks/held", "gate": "/marks/gate" }))]).await;
         let mut sleeper = site.start().await;
         held_has_begun(&site, 1).await;
         freeze(&sleeper, &queue).await;
 
+        site.configure(section(ENDLESS_LEASE_S));
         let other = site.start().await;
         held_has_begun(&site, 2).await;
         site.open_gate("gate");

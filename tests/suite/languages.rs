@@ -9,7 +9,7 @@ async fn host(guest: &str) -> (Site, Queue, Host) {
     let site = Site::new().await;
     site.plug_guest(guest);
     site.configure(json!({ "retry_wait": 0.05, "routes": [{
-        "pattern": ".", "plugin": guest, "memory": "256MiB", "time_limit": 60, "max_attempts": 2, "settings": { "greeting": "hello" },
+        "pattern": ".", "plugin": guest, "memory": "256MiB", "time_limit": 600, "max_attempts": 2, "settings": { "greeting": "hello" },
     }] }));
     let queue = site.queue().await;
     // A Python runtime takes ten seconds to compile on an idle machine.

@@ -54,6 +54,8 @@ async fn after_perform_runs_even_if_perform_failed() {
     let (_site, queue, host) = steps(json!({ "perform": "fail" })).await;
     let one = wait_for_state(&queue, "one", State::Failed, PATIENCE).await;
     assert_eq!(one.attempts, 2);
+    host.logged_times("after_perform", 2, PATIENCE).await;
+    host.logged_times("unexpected_error_raised", 2, PATIENCE).await;
     let steps = log(&host);
     assert_eq!(steps.iter().filter(|step| *step == "after_perform").count(), 2, "{steps:?}");
     assert_eq!(

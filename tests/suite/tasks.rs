@@ -1,6 +1,6 @@
 //! What follows each outcome, through the whole path: a component says it, the host settles it, the database holds it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use laelaps_queue::{Compression, Queue, State, Task, Timestamp};
 use laelaps_tests::{
@@ -32,9 +32,9 @@ async fn waits_after(queue: &Queue, key: &str, attempts: usize) -> Task {
 }
 
 async fn waits_after_unrouted(queue: &Queue) {
-    eventually(PATIENCE, "the stranger was tried and waits", async || {
+    eventually(PATIENCE, "the stranger was tried three times and waits", async || {
         let history = queue.backend().attempts("stranger").await.unwrap();
-        if history.is_empty() { Err("never tried".to_owned()) } else { Ok(()) }
+        if history.len() >= 3 { Ok(()) } else { Err(format!("tried {} times", history.len())) }
     })
     .await;
 }
@@ -43,7 +43,7 @@ laelaps_tests::on_every_database! {
     async fn the_handler_sees_the_task_as_it_was_submitted() {
         let (site, queue, host) = zoo(json!({})).await;
         drop(host);
-        site.configure(json!({ "routes": [site.route(json!({ "type": "describe", "time_limit": 20, "settings": { "text": "t", "number": 7, "yes": true } }))] }));
+        site.configure(json!({ "routes": [site.route(json!({ "type": "describe", "time_limit": 3_600, "settings": { "text": "t", "number": 7, "yes": true } }))] }));
         let host = site.start().await;
         let mut described = task("a key / with ümlaut", "describe", json!({ "setting": "yes", "deep": { "er": [null, 1.5] } }));
         described.user = Some("rex".to_owned());
@@ -61,20 +61,23 @@ laelaps_tests::on_every_database! {
         assert_eq!(seen["settings"], json!({ "number": "7", "text": "t", "yes": "true" }));
         assert_eq!(seen["setting"], "true");
         let deadline = Timestamp(seen["deadline"].as_i64().unwrap());
-        assert!(deadline > finished.created_at && deadline.since(finished.created_at) < Duration::from_secs(60), "{seen}");
+        // The attempt may have begun some time after the submit. The clocks count milliseconds.
+        let after = deadline.since(finished.created_at);
+        assert!((Duration::from_millis(3_599_900)..Duration::from_secs(2 * 3_600)).contains(&after), "{seen}");
         host.stop().await;
     }
 
     async fn finish_retry_release_and_failures_settle_as_the_table_says() {
-        let (site, queue, host) = zoo(json!({ "retry_wait": 600 })).await;
-        let minute = json!({ "delay_ms": 60_000 });
+        // Longer than any test takes: what is said to wait does not run again while it is looked at.
+        let (site, queue, host) = zoo(json!({ "retry_wait": 36_000 })).await;
+        let day = json!({ "delay_ms": 86_400_000 });
         submit(
             &queue,
             &[
                 task("finish", "finish", json!({ "output": { "a": 1 }, "retention_ms": 3_600_000 })),
                 task("retry", "retry", json!({})),
-                task("retry-delay", "retry", minute.clone()),
-                task("release-delay", "release", minute),
+                task("retry-delay", "retry", day.clone()),
+                task("release-delay", "release", day),
                 task("fail", "fail", json!({ "code": "bad-moon", "message": "it rises" })),
                 task("reject", "fail", json!({ "kind": "reject", "code": "bad-address" })),
                 task("panic", "panic", json!({ "message": "oh no" })),
@@ -92,13 +95,13 @@ laelaps_tests::on_every_database! {
         assert!(kept.abs_diff(Duration::from_secs(3_600)) <= rounded, "the handler's retention: {kept:?}");
 
         for (key, wait_s, attempts) in [
-            ("retry", 600, 1),
-            ("retry-delay", 60, 1),
-            ("release-delay", 60, 0),
-            ("fail", 600, 1),
-            ("panic", 600, 1),
-            ("huge", 600, 1),
-            ("flaky", 600, 1),
+            ("retry", 36_000, 1),
+            ("retry-delay", 86_400, 1),
+            ("release-delay", 86_400, 0),
+            ("fail", 36_000, 1),
+            ("panic", 36_000, 1),
+            ("huge", 36_000, 1),
+            ("flaky", 36_000, 1),
         ] {
             let waiting = waits_after(&queue, key, 1).await;
             assert_eq!(waiting.attempts, attempts, "{key}: counted attempts");
@@ -133,7 +136,7 @@ laelaps_tests::on_every_database! {
     }
 
     async fn updated_data_survives_the_trap_that_follows() {
-        let (_site, queue, host) = zoo(json!({ "retry_wait": 600 })).await;
+        let (_site, queue, host) = zoo(json!({ "retry_wait": 36_000 })).await;
         let data = json!({ "kept": 1, "members": { "step": 2, "type": "evil", "key": "evil" } });
         let mut compressed = task("compressed", "update-then-panic", data.clone());
         compressed.compression = Compression::Gzip;
@@ -154,22 +157,25 @@ laelaps_tests::on_every_database! {
     }
 
     async fn follow_ups_come_with_finish_retry_and_release_and_with_nothing_else() {
-        let (_site, queue, host) = zoo(json!({ "retry_wait": 600, "routes": null })).await;
-        drop(host);
-        let (site, ..) = (&_site,);
-        site.configure(json!({ "retry_wait": 600, "routes": [site.route(json!({ "pattern": ".", "time_limit": 2 }))] }));
-        let host = site.start().await;
+        let (site, queue, host) = zoo(json!({ "retry_wait": 36_000 })).await;
         let parent = |then: &str| task(then, "submit", json!({ "count": 3, "then": then }));
-        submit(&queue, &[parent("finish"), parent("retry"), parent("release"), parent("fail"), parent("panic"), parent("spin")])
-            .await;
+        submit(&queue, &[parent("finish"), parent("retry"), parent("release"), parent("fail"), parent("panic")]).await;
         for key in ["finish", "retry", "release"] {
             wait_for_state(&queue, key, State::Finished, PATIENCE).await;
             for number in 0..3 {
                 wait_for_state(&queue, &format!("{key}-follow-up-{number}"), State::Finished, PATIENCE).await;
             }
         }
-        for key in ["fail", "panic", "spin"] {
+        for key in ["fail", "panic"] {
             waits_after(&queue, key, 1).await;
+        }
+        host.stop().await;
+        // One that runs into its time limit; what the others need has no limit.
+        site.configure(json!({ "retry_wait": 36_000, "routes": [site.route(json!({ "pattern": ".", "time_limit": 2 }))] }));
+        let host = site.start().await;
+        submit(&queue, &[parent("spin")]).await;
+        waits_after(&queue, "spin", 1).await;
+        for key in ["fail", "panic", "spin"] {
             assert!(queue.backend().get(&format!("{key}-follow-up-0")).await.unwrap().is_none(), "{key} drops its follow-ups");
         }
         host.stop().await;
@@ -247,7 +253,11 @@ laelaps_tests::on_every_database! {
             limited
         });
         submit(&queue, &tasks.collect::<Vec<_>>()).await;
-        wait_for_stats(&queue, "two run", PATIENCE, |stats| stats.running == 2).await;
+        eventually(PATIENCE, "two run", async || {
+            let begun = site.marks("limited").len();
+            if begun >= 2 { Ok(()) } else { Err(begun.to_string()) }
+        })
+        .await;
         // Others pass by while they wait.
         submit(&queue, &(0..10).map(|number| task(format!("other-{number}"), "silent", json!({}))).collect::<Vec<_>>()).await;
         wait_for_finished(&queue, 10, PATIENCE).await;
@@ -332,10 +342,20 @@ laelaps_tests::on_every_database! {
     }
 
     async fn a_lease_is_renewed_for_as_long_as_the_handler_runs() {
-        let (site, queue, host) = zoo(json!({ "alive_time": 1, "task_heartbeat_interval": 0.2 })).await;
-        submit(&queue, &[task("long", "compute", json!({ "ms": 4_000, "mark": "/marks/begun" }))]).await;
+        let (site, queue, host) = zoo(json!({ "task_heartbeat_interval": 0.2 })).await;
+        submit(&queue, &[task("long", "silent", json!({ "mark": "/marks/begun", "gate": "/marks/gate" }))]).await;
+        let mut ends = Timestamp(0);
+        // The first is the claim's.
+        for renewal in 0..=4 {
+            ends = eventually(PATIENCE, &format!("the end of its lease has moved {renewal} times"), async || {
+                let until = get(&queue, "long").await.until;
+                until.filter(|until| *until > ends).ok_or_else(|| format!("{until:?}, before {ends:?}"))
+            })
+            .await;
+        }
+        site.open_gate("gate");
         let long = wait_for_state(&queue, "long", State::Finished, PATIENCE).await;
-        assert_eq!((long.attempts, long.lost, site.marks("begun").len()), (1, 0, 1), "four times its alive_time, one attempt");
+        assert_eq!((long.attempts, long.lost, site.marks("begun").len()), (1, 0, 1), "one attempt");
         host.stop().await;
     }
 }
@@ -350,6 +370,7 @@ mod unrouted {
             site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "type": "echo" }))] }));
             host.signal(laelaps_tests::Signal::USR1);
             host.logged_times("ready", 2, PATIENCE).await;
+            let submitted = Instant::now();
             submit(&queue, &[task("stranger", "silent", json!({}))]).await;
             let line = host.logged("wait for a plugin", PATIENCE).await;
             assert!(line.contains("WARN") && line.contains("no route takes the type"), "{line}");
@@ -358,7 +379,8 @@ mod unrouted {
             host.signal(laelaps_tests::Signal::USR1);
             let stranger = wait_for_state(&queue, "stranger", State::Finished, PATIENCE).await;
             assert_eq!((stranger.attempts, stranger.lost), (1, 0), "the waiting counted for nothing");
-            assert_eq!(host.lines_with("wait for a plugin").len(), 1, "one warning, not one for every try");
+            let minutes = usize::try_from(submitted.elapsed().as_secs() / 60).unwrap();
+            assert!(host.lines_with("wait for a plugin").len() <= 1 + minutes, "one warning a minute, not one for every try");
             host.stop().await;
         }
     }

@@ -42,7 +42,11 @@ async fn tell(site: &Site, arguments: &[&str], input: &str) -> String {
 /// A site whose configuration names everything relative to it.
 async fn site() -> Site {
     let site = Site::new().await;
-    site.configure(json!({ "url": "sqlite:queue.db", "plugins": "plugins", "routes": [{ "type": "echo", "plugin": "zoo" }] }));
+    let routes = json!([{ "type": "echo", "plugin": "zoo" }]);
+    // What is told names lines of it, so it has nothing that only makes tests quick.
+    site.configure(
+        json!({ "url": "sqlite:queue.db", "plugins": "plugins", "plugin_cache": null, "retention_time": null, "routes": routes }),
+    );
     site
 }
 
@@ -446,7 +450,7 @@ async fn a_schema_of_a_newer_program() {
 #[tokio::test]
 async fn a_locked_database() {
     let site = site_with_task().await;
-    site.configure(json!({ "url": "sqlite:queue.db", "plugins": "plugins", "pq_connect_timeout": 0.3 }));
+    site.configure(json!({ "url": "sqlite:queue.db", "plugins": "plugins", "pq_connect_timeout": 3 }));
     let mut holder = database(&site).await;
     holder.execute("BEGIN IMMEDIATE").await.expect("the lock");
     let told = tell(&site, &["-c", "laelaps.yml", "submit", "k", "echo", "{}"], "").await;

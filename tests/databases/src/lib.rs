@@ -4,11 +4,16 @@ mod certificates;
 #[path = "../../src/guarded.rs"]
 mod guarded;
 pub mod mariadb;
+#[path = "../../src/names.rs"]
+mod names;
 #[path = "../../src/patience.rs"]
 mod patience;
+#[path = "../../src/ports.rs"]
+mod ports;
 pub mod postgres;
 mod server;
 
 pub use certificates::Certificates;
-pub use patience::{LONG, PATIENCE, eventually};
+pub use names::unique_name;
+pub use patience::{LONG, PATIENCE, eventually, waiting_for};
 pub use server::Durability;

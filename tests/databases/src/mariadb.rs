@@ -1,5 +1,6 @@
 //! MariaDB.
 
+use std::path::Path;
 use std::process::Command;
 
 use rustix::process::Signal;
@@ -8,19 +9,28 @@ use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
-use crate::server::{self, Durability, PORT_TRIES};
-use crate::{Certificates, LONG, eventually};
+use crate::ports::{PORT_TRIES, free_ports};
+use crate::server::{self, Durability};
+use crate::{Certificates, LONG, eventually, unique_name};
 
-/// The server that all tests of this process share; each makes a database of its own.
+/// The port of a server that all test processes share.
+pub const SHARED_PORT: &str = "LAELAPS_TEST_MARIADB_PORT";
+
+/// The server that all tests share, each in a database of its own: the one that `tests/run` has started, else one for this process.
 pub async fn shared() -> &'static Server {
     static SERVER: OnceCell<Server> = OnceCell::const_new();
-    SERVER.get_or_init(|| Server::start(Durability::Process)).await
+    let server = async || match server::shared_port(SHARED_PORT) {
+        Some(port) => Server::at(port),
+        None => Server::start(Durability::Process).await,
+    };
+    SERVER.get_or_init(server).await
 }
 
 /// One server. Its superuser is `root`, without password.
 #[derive(Debug)]
 pub struct Server {
-    folder: TempDir,
+    /// None if another process started the server.
+    folder: Option<TempDir>,
     port: u16,
     durability: Durability,
     certificates: Option<Certificates>,
@@ -44,6 +54,11 @@ impl Server {
         Self::start_with(Durability::Process, Some(Certificates::make())).await
     }
 
+    /// One that another process started.
+    fn at(port: u16) -> Self {
+        Self { folder: None, port, durability: Durability::Process, certificates: None, process: None }
+    }
+
     async fn start_with(durability: Durability, certificates: Option<Certificates>) -> Self {
         let folder = server::folder();
         let mut install = Command::new("mariadb-install-db");
@@ -52,9 +67,9 @@ impl Server {
         install.args(["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]);
         install.current_dir(folder.path());
         server::prepare(install);
-        let mut server = Self { folder, port: 0, durability, certificates, process: None };
+        let mut server = Self { folder: Some(folder), port: 0, durability, certificates, process: None };
         for _ in 0..PORT_TRIES {
-            server.port = server::free_port();
+            server.port = free_ports(1)[0];
             server.launch();
             if server.comes_up().await {
                 return server;
@@ -86,7 +101,7 @@ impl Server {
     /// # Panics
     /// If the server does not serve.
     pub async fn create_database(&self) -> String {
-        let name = server::database_name();
+        let name = unique_name("test");
         let mut connection = MySqlConnection::connect(&self.url("mysql")).await.expect("the server serves");
         let create = format!("CREATE DATABASE {name}");
         sqlx::query(AssertSqlSafe(create)).execute(&mut connection).await.expect("a superuser may make databases");
@@ -102,13 +117,13 @@ impl Server {
     /// Starts it again on its data, and waits until it serves.
     pub async fn restart(&mut self) {
         self.process = None;
-        eventually(LONG, "MariaDB serves again", async || {
+        let up = eventually(LONG, "MariaDB serves again", async || {
             if self.process.is_none() {
                 self.launch();
             }
             if self.comes_up().await { Ok(()) } else { Err(self.log()) }
-        })
-        .await;
+        });
+        Box::pin(up).await;
     }
 
     /// Stops it in its tracks (SIGSTOP).
@@ -126,14 +141,14 @@ impl Server {
     }
 
     fn launch(&mut self) {
-        let folder = self.folder.path().display();
+        let folder = self.folder().display();
         let (data, socket, pid) =
             (format!("--datadir={folder}/data"), format!("--socket={folder}/socket"), format!("--pid-file={folder}/pid"));
         let port = format!("--port={}", self.port);
         // A server that starts removes what looks like a temporary table from its folder for such; in a shared one, another server's as well.
         let temporary = format!("--tmpdir={folder}");
         let mut command = vec!["mariadbd", "--no-defaults", &data, &socket, &pid, &temporary, &port, "--bind-address=127.0.0.1"];
-        command.extend(["--skip-name-resolve", "--max-connections=300", "--performance-schema=OFF"]);
+        command.extend(["--skip-name-resolve", "--max-connections=600", "--performance-schema=OFF"]);
         match self.durability {
             Durability::Process => command.extend(["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=2"]),
             Durability::Disk => command.push("--innodb-buffer-pool-size=1G"),
@@ -143,7 +158,7 @@ impl Server {
             [format!("--ssl-cert={}", certificate.display()), format!("--ssl-key={}", key.display())]
         });
         command.extend(encryption.iter().flatten().map(String::as_str));
-        self.process = Some(Guarded::start(self.folder.path(), &command, server::user()));
+        self.process = Some(Guarded::start(self.folder(), &command, server::user()));
     }
 
     /// False if it ended instead, which it does when its port is taken.
@@ -164,7 +179,12 @@ impl Server {
         up
     }
 
+    /// Where its files are; only asked of a server that this process started.
+    fn folder(&self) -> &Path {
+        self.folder.as_ref().expect("a server of this process").path()
+    }
+
     fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
+        std::fs::read_to_string(self.folder().join("server.log")).unwrap_or_default()
     }
 }

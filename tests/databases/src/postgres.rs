@@ -9,19 +9,28 @@ use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
-use crate::server::{self, Durability, PORT_TRIES};
-use crate::{Certificates, LONG, eventually};
+use crate::ports::{PORT_TRIES, free_ports};
+use crate::server::{self, Durability};
+use crate::{Certificates, LONG, eventually, unique_name};
 
-/// The server that all tests of this process share; each makes a database of its own.
+/// The port of a server that all test processes share.
+pub const SHARED_PORT: &str = "LAELAPS_TEST_POSTGRES_PORT";
+
+/// The server that all tests share, each in a database of its own: the one that `tests/run` has started, else one for this process.
 pub async fn shared() -> &'static Server {
     static SERVER: OnceCell<Server> = OnceCell::const_new();
-    SERVER.get_or_init(|| Server::start(Durability::Process)).await
+    let server = async || match server::shared_port(SHARED_PORT) {
+        Some(port) => Server::at(port),
+        None => Server::start(Durability::Process).await,
+    };
+    SERVER.get_or_init(server).await
 }
 
 /// One server. Its superuser is `postgres`, without password.
 #[derive(Debug)]
 pub struct Server {
-    folder: TempDir,
+    /// None if another process started the server.
+    folder: Option<TempDir>,
     port: u16,
     durability: Durability,
     certificates: Option<Certificates>,
@@ -45,6 +54,11 @@ impl Server {
         Self::start_with(Durability::Process, Some(Certificates::make())).await
     }
 
+    /// One that another process started.
+    fn at(port: u16) -> Self {
+        Self { folder: None, port, durability: Durability::Process, certificates: None, process: None }
+    }
+
     async fn start_with(durability: Durability, certificates: Option<Certificates>) -> Self {
         let folder = server::folder();
         let mut initdb = Command::new(program("initdb"));
@@ -60,9 +74,9 @@ impl Server {
         ]);
         initdb.current_dir(folder.path());
         server::prepare(initdb);
-        let mut server = Self { folder, port: 0, durability, certificates, process: None };
+        let mut server = Self { folder: Some(folder), port: 0, durability, certificates, process: None };
         for _ in 0..PORT_TRIES {
-            server.port = server::free_port();
+            server.port = free_ports(1)[0];
             server.launch();
             if server.comes_up().await {
                 return server;
@@ -94,7 +108,7 @@ impl Server {
     /// # Panics
     /// If the server does not serve.
     pub async fn create_database(&self) -> String {
-        let name = server::database_name();
+        let name = unique_name("test");
         let mut connection = PgConnection::connect(&self.url("postgres")).await.expect("the server serves");
         let create = format!("CREATE DATABASE {name}");
         sqlx::query(AssertSqlSafe(create)).execute(&mut connection).await.expect("a superuser may make databases");
@@ -111,13 +125,13 @@ impl Server {
     pub async fn restart(&mut self) {
         self.process = None;
         // The memory of the killed one may be in use for a moment.
-        eventually(LONG, "PostgreSQL serves again", async || {
+        let up = eventually(LONG, "PostgreSQL serves again", async || {
             if self.process.is_none() {
                 self.launch();
             }
             if self.comes_up().await { Ok(()) } else { Err(self.log()) }
-        })
-        .await;
+        });
+        Box::pin(up).await;
     }
 
     /// Stops it in its tracks (SIGSTOP): it accepts no connection; sessions that are there go on.
@@ -135,11 +149,11 @@ impl Server {
     }
 
     fn launch(&mut self) {
-        let (data, port) = (self.folder.path().join("data").display().to_string(), self.port.to_string());
-        let sockets = format!("unix_socket_directories={}", self.folder.path().display());
+        let (data, port) = (self.folder().join("data").display().to_string(), self.port.to_string());
+        let sockets = format!("unix_socket_directories={}", self.folder().display());
         let postgres = program("postgres").display().to_string();
         let mut command = vec![postgres.as_str(), "-D", &data, "-p", &port, "-c", &sockets];
-        command.extend(["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=300", "-c", "shared_buffers=128MB"]);
+        command.extend(["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=600", "-c", "shared_buffers=128MB"]);
         if self.durability == Durability::Process {
             command.extend(["-c", "fsync=off", "-c", "max_wal_size=256MB"]);
         }
@@ -150,7 +164,7 @@ impl Server {
         for setting in encryption.iter().flatten() {
             command.extend(["-c", "ssl=on", "-c", setting]);
         }
-        self.process = Some(Guarded::start(self.folder.path(), &command, server::user()));
+        self.process = Some(Guarded::start(self.folder(), &command, server::user()));
     }
 
     /// False if it ended instead, which it does when its port is taken.
@@ -171,8 +185,13 @@ impl Server {
         up
     }
 
+    /// Where its files are; only asked of a server that this process started.
+    fn folder(&self) -> &Path {
+        self.folder.as_ref().expect("a server of this process").path()
+    }
+
     fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("server.log")).unwrap_or_default()
+        std::fs::read_to_string(self.folder().join("server.log")).unwrap_or_default()
     }
 }
 

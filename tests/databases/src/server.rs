@@ -1,15 +1,10 @@
 //! What both servers have in common.
 
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::chown;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::process::geteuid;
 use tempfile::TempDir;
-
-/// Ports are taken and given back before the server takes them; another process may be quicker.
-pub(crate) const PORT_TRIES: usize = 5;
 
 /// Whose name a server runs under if the tests run as root, under which none of them would: nobody's.
 const NOBODY: u32 = 65_534;
@@ -53,14 +48,9 @@ pub(crate) fn prepare(mut command: Command) {
     );
 }
 
-/// A port that nobody used a moment ago.
-pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    listener.local_addr().expect("bound").port()
-}
-
-/// A name that no other database of this server has.
-pub(crate) fn database_name() -> String {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    format!("test_{}", NUMBER.fetch_add(1, Ordering::Relaxed))
+/// The port of a server that `tests/run` started for all test processes together, if it did.
+#[expect(clippy::disallowed_methods, reason = "tests read what tests/run sets")]
+pub(crate) fn shared_port(variable: &str) -> Option<u16> {
+    let port = std::env::var_os(variable)?;
+    Some(port.to_str().and_then(|port| port.parse().ok()).unwrap_or_else(|| panic!("{variable} is {port:?}, and no port")))
 }

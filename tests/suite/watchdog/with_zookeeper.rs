@@ -2,9 +2,10 @@
 
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
-use laelaps_test_zookeeper::{Server, shared};
-use laelaps_tests::{Answer, PATIENCE, Signal, Site, eventually, laelaps};
+use laelaps_test_zookeeper::{Server, shared, unique_name};
+use laelaps_tests::{Answer, LONG, PATIENCE, Proxy, Signal, Site, eventually, laelaps, waiting_for};
 use laelaps_watchdog::fleet::{Dead, Fleet, Health, Host, HostError, Identity, Options, Standing};
 use laelaps_watchdog::{NewQueue, Root, WatchdogQueue};
 use rustix::process::{Pid, kill_process};
@@ -16,10 +17,16 @@ mod foreign_client;
 mod hosts;
 mod intake;
 
+/// A session that outlives every pause which a busy machine makes, where a test does not wait for its end.
+const LONG_SESSION: Duration = Duration::from_secs(60);
+/// A session that a busy machine does not end either, for tests that wait for its end.
+const SESSION: Duration = Duration::from_secs(10);
+
 /// A site and a chroot of its own on a server.
 struct Place {
     site: Site,
     servers: String,
+    chroot: String,
 }
 
 impl Place {
@@ -28,27 +35,27 @@ impl Place {
         Place::on(&shared().await.address(), name).await
     }
 
-    /// The same with the machine to itself, because its test measures time.
-    async fn alone(name: &str) -> Place {
-        Place::at(Site::alone().await, &shared().await.address(), name).await
-    }
-
     async fn on(address: &str, name: &str) -> Place {
-        Place::at(Site::new().await, address, name).await
+        let site = Site::new().await;
+        // Other processes have tests of this name on the same servers.
+        let chroot = unique_name(&format!("/{name}"));
+        let marker = WatchdogQueue::new(&options(address), &format!("{chroot}/marker")).await;
+        let mut marker = marker.expect("the server lets us in");
+        let new = NewQueue { parents: true, ..NewQueue::default() };
+        marker.create_queue(&new, PATIENCE).await.expect("a chroot for the test");
+        marker.clear_timers().await.expect("only the chroot stays");
+        Place { site, servers: format!("{address}{chroot}"), chroot }
     }
 
-    async fn at(site: Site, address: &str, name: &str) -> Place {
-        let chroot = WatchdogQueue::new(&laelaps_watchdog::Options::new(address), &format!("/{name}/marker")).await;
-        let mut chroot = chroot.expect("the server lets us in");
-        let new = NewQueue { parents: true, ..NewQueue::default() };
-        chroot.create_queue(&new, PATIENCE).await.expect("a chroot for the test");
-        chroot.clear_timers().await.expect("only the chroot stays");
-        Place { site, servers: format!("{address}/{name}") }
+    /// Where to connect through a cable to the servers.
+    fn through(&self, cable: &Proxy) -> String {
+        format!("127.0.0.1:{}{}", cable.port(), self.chroot)
     }
 
     /// `laelaps watchdog COMMAND ARGUMENTS` on our servers.
     async fn watchdog(&self, arguments: &[&str]) -> Answer {
-        self.site.laelaps(["watchdog", "--servers", &self.servers].iter().chain(arguments)).await
+        let session = seconds(LONG_SESSION);
+        self.site.laelaps(["watchdog", "--servers", &self.servers, "--session-timeout", &session].iter().chain(arguments)).await
     }
 
     /// What such a command prints, which has to succeed.
@@ -58,7 +65,8 @@ impl Place {
 
     /// A shell script that calls the program as `watchdog COMMAND`, in the site's folder.
     fn script(&self, script: &str) -> Child {
-        let script = format!("watchdog() {{ \"$LAELAPS\" watchdog \"$@\"; }}\n{script}");
+        let session = seconds(LONG_SESSION);
+        let script = format!("watchdog() {{ \"$LAELAPS\" watchdog --session-timeout {session} \"$@\"; }}\n{script}");
         let mut command = Command::new("sh");
         command.args(["-eu", "-c", &script]).current_dir(self.site.folder()).kill_on_drop(true);
         command.env("LAELAPS", laelaps()).env("LAELAPS_WATCHDOG_SERVERS", &self.servers).env("NO_COLOR", "1");
@@ -67,8 +75,14 @@ impl Place {
 
     /// `laelaps watchdog create-timer ARGUMENTS -- sh -c SCRIPT`.
     fn under_timer(&self, arguments: &[&str], script: &str) -> Child {
+        self.under_timer_of(LONG_SESSION, arguments, script)
+    }
+
+    /// The same with a session of this timeout.
+    fn under_timer_of(&self, session: Duration, arguments: &[&str], script: &str) -> Child {
         let mut command = Command::new(laelaps());
-        command.args(["watchdog", "--servers", &self.servers, "create-timer", "/q"]).args(arguments);
+        command.args(["watchdog", "--servers", &self.servers, "--session-timeout", &seconds(session)]);
+        command.args(["create-timer", "/q"]).args(arguments);
         command.args(["--", "sh", "-c", script]).current_dir(self.site.folder()).kill_on_drop(true);
         command.env("LAELAPS", laelaps()).env("NO_COLOR", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("laelaps starts")
@@ -77,6 +91,12 @@ impl Place {
     async fn timers(&self) -> Vec<Value> {
         let told = self.says(&["get-timers", "/q", "--json"]).await;
         told.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+
+    /// Writes a line to the script's pipe of this name, as soon as the script reads it.
+    async fn go(&self, name: &str) {
+        let written = tokio::fs::write(self.site.path(name), "go\n");
+        tokio::time::timeout(LONG, written).await.expect("the script reads its pipe").expect("a pipe takes a line");
     }
 
     /// Waits until the script has made a pipe of this name.
@@ -95,8 +115,19 @@ impl Place {
     }
 }
 
+/// How to connect, with a [`LONG_SESSION`].
+fn options(servers: &str) -> laelaps_watchdog::Options {
+    laelaps_watchdog::Options { session_timeout: LONG_SESSION, ..laelaps_watchdog::Options::new(servers) }
+}
+
+/// As an argument.
+fn seconds(time: Duration) -> String {
+    format!("{}s", time.as_secs())
+}
+
 async fn end(child: Child) -> Answer {
-    let ended = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.expect("it ends").expect("its output");
+    let ended = waiting_for("a command's end", tokio::time::timeout(LONG, child.wait_with_output())).await;
+    let ended = ended.expect("it ends").expect("its output");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
     Answer { code: ended.status.code(), stdout: text(ended.stdout), stderr: text(ended.stderr) }
 }
@@ -122,8 +153,18 @@ async fn shell_scripts_as_master_and_children_work_off_a_queue() {
         if answer.code == Some(0) { Ok(()) } else { Err(answer.stderr) }
     })
     .await;
-    let work = r#"while item=$("$LAELAPS" watchdog consume); do echo "$item" >>done; done"#;
-    let children = [place.under_timer(&["--process", "a"], work), place.under_timer(&["--process", "b"], work)];
+    // Nobody works before both are there: the first to come could do it all, and the master would clear the queue before the other one.
+    let work = |name: &str| {
+        let begin = format!("mkfifo go-{name}; echo up >up-{name}; read line <go-{name}");
+        format!("{begin}; while item=$(\"$LAELAPS\" watchdog --session-timeout 60s consume); do echo \"$item\" >>done; done")
+    };
+    let children = ["a", "b"].map(|name| place.under_timer(&["--process", name], &work(name)));
+    for name in ["a", "b"] {
+        place.appears(&format!("up-{name}")).await;
+    }
+    for name in ["a", "b"] {
+        place.go(&format!("go-{name}")).await;
+    }
     for child in children {
         let _ = end(child).await.success();
     }
@@ -166,7 +207,7 @@ async fn every_no_and_every_refusal_has_its_exit_code_and_a_hint() {
         &["kick-dog", "/q", "timer-0000000000"],
         &["kick-dog", "/q", "sync"],
         &["create-timer", "/q", "--", "./no-such-command"],
-        &["wait-sync", "/q", "--wait", "10ms"],
+        &["wait-sync", "/q", "--wait", "10m"],
         &["clear-timers", "/q"],
         &["create-queue", "/a/b/q", "--parents", "--json"],
     ] {
@@ -257,8 +298,7 @@ async fn a_master_that_clears_the_queue_ends_the_commands_unless_they_go_on() {
         (answer.code, answer.stderr.as_str()),
         (Some(41), "warning: the master has cleared the queue; ending the command\n")
     );
-    let go = tokio::fs::write(place.site.path("b"), "go\n");
-    tokio::time::timeout(PATIENCE, go).await.expect("the other one still reads").unwrap();
+    place.go("b").await;
     let answer = end(goes_on).await;
     assert_eq!(answer.code, Some(0), "{answer:?}");
 }
@@ -267,7 +307,8 @@ async fn a_master_that_clears_the_queue_ends_the_commands_unless_they_go_on() {
 async fn a_command_that_kicks_by_itself_is_seen_to_hang_and_to_live() {
     let place = Place::new("hangs").await;
     let _ = place.says(&["create-queue", "/q"]).await;
-    let script = r#"mkfifo go; read line <go; "$LAELAPS" watchdog kick-dog; echo kicked $? >kicked; read line <go"#;
+    let script =
+        r#"mkfifo go; read line <go; "$LAELAPS" watchdog --session-timeout 60s kick-dog; echo kicked $? >kicked; read line <go"#;
     let child = place.under_timer(&["--no-kick", "--process", "slow"], script);
     eventually(PATIENCE, "the timer expires", async || {
         let answer = place.watchdog(&["check-timers", "/q", "--timer", "300ms"]).await;
@@ -282,11 +323,11 @@ async fn a_command_that_kicks_by_itself_is_seen_to_hang_and_to_live() {
     let before: Value = serde_json::from_str(&expired).unwrap();
     assert_eq!((&before["process"], &before["timer"]), (&json!("slow"), &json!("timer-0000000000")));
     place.appears_as_pipe("go").await;
-    tokio::fs::write(place.site.path("go"), "\n").await.unwrap();
+    place.go("go").await;
     assert_eq!(place.appears("kicked").await, "kicked 0\n");
     let version = place.says(&["fetch-node", "/q/timer-0000000000", "--json"]).await;
     assert_eq!(serde_json::from_str::<Value>(&version).unwrap()["version"], 1, "kicked once, by the command");
-    tokio::fs::write(place.site.path("go"), "\n").await.unwrap();
+    place.go("go").await;
     let _ = end(child).await.success();
 }
 
@@ -296,22 +337,22 @@ async fn a_command_whose_session_expired_gets_a_new_timer() {
     let place = Place::on(&server.address(), "expired").await;
     let _ = place.says(&["create-queue", "/q"]).await;
     let script = "mkfifo a; echo up >up; read line <a; exit 3";
-    let mut child = place.under_timer(&["--session-timeout", "1s", "--kick", "50ms"], script);
+    let mut child = place.under_timer_of(SESSION, &["--kick", "50ms"], script);
     place.appears("up").await;
     let first = place.timers().await[0].clone();
     let mut complaints = BufReader::new(child.stderr.take().expect("piped")).lines();
     server.freeze();
     // After seven fifths of the timeout the client takes its session for lost.
-    let complaint = tokio::time::timeout(PATIENCE, complaints.next_line()).await.expect("a complaint").unwrap().unwrap();
+    let complaint = tokio::time::timeout(LONG, complaints.next_line()).await.expect("a complaint").unwrap().unwrap();
     assert!(complaint.contains("the ZooKeeper session has expired"), "{complaint}");
     server.thaw();
-    let second = eventually(PATIENCE, "one timer, under another session", async || match place.timers().await.as_slice() {
+    let second = eventually(LONG, "one timer, under another session", async || match place.timers().await.as_slice() {
         [timer] if timer["session"] != first["session"] => Ok(timer.clone()),
         other => Err(format!("{other:?}")),
     })
     .await;
     assert_eq!(second["process"], first["process"]);
-    tokio::fs::write(place.site.path("a"), "go\n").await.unwrap();
+    place.go("a").await;
     let answer = end(child).await;
     assert_eq!(answer.code, Some(3), "{answer:?}");
     let told = complaints.next_line().await.unwrap().expect("a second line");
@@ -324,19 +365,19 @@ async fn a_command_that_kicks_by_itself_gets_no_timer_that_it_does_not_know() {
     let place = Place::on(&server.address(), "expired_no_kick").await;
     let _ = place.says(&["create-queue", "/q"]).await;
     let script = "mkfifo a; echo up >up; read line <a; exit 3";
-    let mut child = place.under_timer(&["--session-timeout", "1s", "--no-kick"], script);
+    let mut child = place.under_timer_of(SESSION, &["--no-kick"], script);
     place.appears("up").await;
     let mut complaints = BufReader::new(child.stderr.take().expect("piped")).lines();
     server.freeze();
-    let complaint = tokio::time::timeout(PATIENCE, complaints.next_line()).await.expect("a complaint").unwrap().unwrap();
+    let complaint = tokio::time::timeout(LONG, complaints.next_line()).await.expect("a complaint").unwrap().unwrap();
     assert!(complaint.contains("the timer is gone, and kick-dog answers so"), "{complaint}");
     server.thaw();
-    eventually(PATIENCE, "no timer is left", async || match place.timers().await.as_slice() {
+    eventually(LONG, "no timer is left", async || match place.timers().await.as_slice() {
         [] => Ok(()),
         other => Err(format!("{other:?}")),
     })
     .await;
-    tokio::fs::write(place.site.path("a"), "go\n").await.unwrap();
+    place.go("a").await;
     let answer = end(child).await;
     assert_eq!(answer.code, Some(3), "{answer:?}");
     assert_eq!(complaints.next_line().await.unwrap(), None, "it was not connected again");
@@ -367,9 +408,9 @@ impl Host for Idle {
 async fn a_fleet_is_shown_and_never_cleared() {
     let place = Place::new("fleet").await;
     let options = Options {
-        session: laelaps_watchdog::Options::new(&place.servers),
+        session: options(&place.servers),
         root: Root::new("/hosts").unwrap(),
-        timer: PATIENCE,
+        timer: LONG,
         description: json!({ "name": "ann", "process": 4 }).as_object().unwrap().clone(),
     };
     let fleet = Fleet::join(options, Arc::new(Idle)).unwrap();

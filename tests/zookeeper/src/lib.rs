@@ -2,9 +2,14 @@
 
 #[path = "../../src/guarded.rs"]
 mod guarded;
+#[path = "../../src/names.rs"]
+mod names;
 #[path = "../../src/patience.rs"]
 mod patience;
+#[path = "../../src/ports.rs"]
+mod ports;
 mod server;
 
-pub use patience::{LONG, PATIENCE, eventually};
-pub use server::{Ensemble, Server, TICK, shared};
+pub use names::unique_name;
+pub use patience::{LONG, PATIENCE, eventually, waiting_for};
+pub use server::{Ensemble, SHARED_PORT, Server, TICK, shared};

@@ -1,6 +1,7 @@
 //! One server process, and three that elect a leader.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -10,27 +11,43 @@ use tokio::net::TcpStream;
 use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
-use crate::{LONG, PATIENCE, eventually};
+use crate::ports::{PORT_TRIES, free_ports};
+use crate::{LONG, eventually};
 
 /// The servers' tick: sessions expire when one of these ends.
 pub const TICK: Duration = Duration::from_millis(500);
 
-/// Ports are taken and given back before the server takes them; another process may be quicker.
-const PORT_TRIES: usize = 5;
+/// The longest session that the servers grant. Their own choice, twenty ticks, would end the sessions of a process that a busy machine keeps
+/// waiting; a session must be able to outlast every pause that its test does not order.
+const SESSION_MAX: Duration = Duration::from_secs(3_600);
 
-/// How long a server that serves may take to answer a four-letter word.
+/// When a four-letter word is asked again. A server that is asked while it starts may accept and never answer.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 
-/// The server that all tests of this process share; each works below a chroot of its own.
+/// The port of a server that all test processes share.
+pub const SHARED_PORT: &str = "LAELAPS_TEST_ZOOKEEPER_PORT";
+
+/// The server that all tests share, each below a root of its own: the one that `tests/run` has started, else one for this process.
 pub async fn shared() -> &'static Server {
     static SERVER: OnceCell<Server> = OnceCell::const_new();
-    SERVER.get_or_init(Server::start).await
+    let server = async || match shared_port() {
+        Some(port) => Server { folder: None, port, process: None },
+        None => Server::start().await,
+    };
+    SERVER.get_or_init(server).await
+}
+
+#[expect(clippy::disallowed_methods, reason = "tests read what tests/run sets")]
+fn shared_port() -> Option<u16> {
+    let port = std::env::var_os(SHARED_PORT)?;
+    Some(port.to_str().and_then(|port| port.parse().ok()).unwrap_or_else(|| panic!("{SHARED_PORT} is {port:?}, and no port")))
 }
 
 /// One server.
 #[derive(Debug)]
 pub struct Server {
-    folder: TempDir,
+    /// None if another process started the server.
+    folder: Option<TempDir>,
     port: u16,
     process: Option<Guarded>,
 }
@@ -39,7 +56,7 @@ impl Server {
     /// Starts a server that stands alone, and waits until it serves.
     ///
     /// # Panics
-    /// If it does not serve within the patience; ZooKeeper or Java may be missing.
+    /// If it does not serve; ZooKeeper or Java may be missing.
     pub async fn start() -> Server {
         Server::start_with("").await
     }
@@ -53,7 +70,7 @@ impl Server {
             let folder = tempfile::tempdir().expect("a folder for ZooKeeper");
             let port = free_ports(1)[0];
             write_configuration(&folder, port, lines);
-            let mut server = Server { folder, port, process: None };
+            let mut server = Server { folder: Some(folder), port, process: None };
             server.launch();
             if server.comes_up().await {
                 return server;
@@ -78,20 +95,31 @@ impl Server {
     }
 
     /// Starts it again on its data, and waits until it serves.
+    ///
+    /// # Panics
+    /// If it does not serve; another process may hold its port.
     pub async fn restart(&mut self) {
-        self.launch();
-        self.mode(LONG).await;
+        for _ in 0..PORT_TRIES {
+            self.launch();
+            if self.comes_up().await {
+                return;
+            }
+        }
+        panic!("ZooKeeper did not start again on port {}", self.port);
     }
 
     /// Starts it again on its data; in an ensemble it may have to wait for others.
     pub fn launch(&mut self) {
-        let folder = self.folder.path().display();
+        let path = self.folder();
+        let folder = path.display();
         let classes =
             format!("{folder}:/usr/share/java/zookeeper.jar:/usr/share/java/slf4j-log4j12.jar:/usr/share/java/log4j-1.2.jar");
         let configuration = format!("{folder}/zoo.cfg");
-        let mut command = vec!["java", "-Xmx128m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", &classes];
+        // Servers are killed here, and machines are not: what the operating system has outlives a server, and a busy disk stalls none.
+        let mut command = vec!["java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dzookeeper.forceSync=no"];
+        command.extend(["-cp", &classes]);
         command.extend(["org.apache.zookeeper.server.quorum.QuorumPeerMain", &configuration]);
-        self.process = Some(Guarded::start(self.folder.path(), &command, None));
+        self.process = Some(Guarded::start(path, &command, None));
     }
 
     /// Stops it in its tracks (SIGSTOP), as a machine that swaps or a disk that hangs does.
@@ -108,42 +136,39 @@ impl Server {
         self.process.as_ref().expect("a running server").signal(signal);
     }
 
-    /// What it answers to one of its four-letter words, such as `mntr`.
-    ///
-    /// # Errors
-    /// As the operating system says.
-    pub async fn ask(&self, word: &str) -> std::io::Result<String> {
-        ask(self.port, word).await
+    /// What it answers to one of its four-letter words, such as `mntr`; it is asked until it answers.
+    pub async fn ask(&self, word: &str) -> String {
+        eventually(LONG, word, async || ask(self.port, word).await.map_err(|error| error.to_string())).await
     }
 
     /// A number of `mntr`, such as `zk_packets_received`.
     pub async fn monitor(&self, name: &str) -> u64 {
-        let answer = self.ask("mntr").await.expect("mntr is answered");
+        let answer = self.ask("mntr").await;
         let line = answer.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
         line.unwrap_or_else(|| panic!("{name} is not in {answer}"))
     }
 
-    /// `standalone`, `leader` or `follower`, as soon as it serves.
-    async fn mode(&self, patience: Duration) -> String {
-        eventually(patience, "ZooKeeper serves", async || self.mode_now().await).await
-    }
-
-    async fn mode_now(&self) -> Result<String, String> {
-        mode_at(self.port).await
+    /// `standalone`, `leader` or `follower`, if it serves.
+    async fn mode(&self) -> Result<String, String> {
+        mode(self.port, self.folder()).await
     }
 
     /// False if it ended instead, which it does when its port is taken.
     async fn comes_up(&mut self) -> bool {
-        let port = self.port;
+        let (port, folder) = (self.port, self.folder().to_owned());
         let process = self.process.as_mut().expect("launched");
-        eventually(PATIENCE, "ZooKeeper serves, or ends", async || {
-            if process.has_ended() { Ok(false) } else { mode_at(port).await.map(|_| true) }
+        eventually(LONG, "ZooKeeper serves, or ends", async || {
+            if process.has_ended() { Ok(false) } else { mode(port, &folder).await.map(|_| true) }
         })
         .await
     }
+
+    fn folder(&self) -> &Path {
+        self.folder.as_ref().expect("a server of this process").path()
+    }
 }
 
-/// What a server answers to one of its four-letter words. One that is asked while it starts may accept and never answer.
+/// What a server answers to one of its four-letter words.
 async fn ask(port: u16, word: &str) -> std::io::Result<String> {
     tokio::time::timeout(ANSWER_PATIENCE, ask_patiently(port, word)).await?
 }
@@ -156,10 +181,18 @@ async fn ask_patiently(port: u16, word: &str) -> std::io::Result<String> {
     Ok(answer)
 }
 
-async fn mode_at(port: u16) -> Result<String, String> {
+/// The mode of the server that has this folder. Another test's may have been quicker to take the port.
+async fn mode(port: u16, folder: &Path) -> Result<String, String> {
+    let configuration = ask(port, "conf").await.map_err(|error| error.to_string())?;
+    if !configuration.contains(&folder.display().to_string()) {
+        return Err(configuration);
+    }
     let answer = ask(port, "srvr").await.map_err(|error| error.to_string())?;
     answer.lines().find_map(|line| line.strip_prefix("Mode: ")).map(str::to_owned).ok_or(answer)
 }
+
+/// How many ticks a follower may be silent. The death of a server is told by its closed connections, not by this.
+const FOLLOWER_TICKS: u32 = 120;
 
 /// Three servers that elect a leader.
 #[derive(Debug)]
@@ -178,9 +211,9 @@ impl Ensemble {
             let mut members = Vec::new();
             for (n, port) in ports[..3].iter().enumerate() {
                 let folder = tempfile::tempdir().expect("a folder for ZooKeeper");
-                write_configuration(&folder, *port, &format!("initLimit=10\nsyncLimit=5\n{peers}"));
+                write_configuration(&folder, *port, &format!("initLimit={FOLLOWER_TICKS}\nsyncLimit={FOLLOWER_TICKS}\n{peers}"));
                 std::fs::write(folder.path().join("data/myid"), (n + 1).to_string()).expect("myid");
-                let mut server = Server { folder, port: *port, process: None };
+                let mut server = Server { folder: Some(folder), port: *port, process: None };
                 server.launch();
                 members.push(server);
             }
@@ -204,7 +237,7 @@ impl Ensemble {
     pub async fn leader(&self) -> usize {
         eventually(LONG, "the ensemble has a leader", async || {
             for (number, member) in self.members.iter().enumerate() {
-                if member.process.is_some() && member.mode_now().await.is_ok_and(|mode| mode == "leader") {
+                if member.process.is_some() && member.mode().await.is_ok_and(|mode| mode == "leader") {
                     return Ok(number);
                 }
             }
@@ -217,16 +250,10 @@ impl Ensemble {
 fn write_configuration(folder: &TempDir, port: u16, more: &str) {
     let data = folder.path().join("data");
     std::fs::create_dir_all(&data).expect("a data folder");
-    let configuration = format!(
-        "tickTime={}\ndataDir={}\nclientPortAddress=127.0.0.1\nclientPort={port}\nmaxClientCnxns=0\n4lw.commands.whitelist=*\nadmin.enableServer=false\n{more}",
-        TICK.as_millis(),
-        data.display()
-    );
+    let mut lines = vec![format!("tickTime={}", TICK.as_millis()), format!("maxSessionTimeout={}", SESSION_MAX.as_millis())];
+    lines.extend([format!("dataDir={}", data.display()), format!("clientPort={port}")]);
+    lines.extend(["clientPortAddress=127.0.0.1", "maxClientCnxns=0", "4lw.commands.whitelist=*"].map(str::to_owned));
+    lines.extend(["admin.enableServer=false".to_owned(), more.to_owned()]);
+    let configuration = lines.join("\n");
     std::fs::write(folder.path().join("zoo.cfg"), configuration).expect("zoo.cfg");
-}
-
-/// Ports that nobody used a moment ago, all different.
-fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port")).collect();
-    listeners.iter().map(|listener| listener.local_addr().expect("bound").port()).collect()
 }

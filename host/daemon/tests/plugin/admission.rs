@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::guests;
-use crate::support::{Turn, config};
+use crate::support::config;
 
 fn engine() -> Arc<Engine> {
     Engine::new(&config()).expect("engine")
@@ -110,7 +110,6 @@ async fn the_self_test_refuses_what_cannot_start() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn compiling_a_bomb_ends_in_a_refusal_and_costs_nobody_anything() {
-    let _turn = Turn::shared().await;
     let bomb = guests::bomb(200);
     let memory = CompileLimits { memory_bytes: 48 << 20, ..CompileLimits::default() };
     let little = Engine::new(&Config { compile_limits: memory, ..config() }).expect("engine");

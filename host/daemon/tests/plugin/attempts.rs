@@ -8,8 +8,10 @@ use laelaps_queue::{Event, FailureKind};
 
 use crate::support::{Bench, Held, PATIENCE, config, number, output};
 
-/// An attempt is answered for this soon after its stop. The promise is 100 ms; debug builds, and two cores, get five times that.
-const ANSWER_BOUND: Duration = Duration::from_millis(500);
+/// An attempt is answered for before a task of the same runtime has had so many naps of [`NAP`]: a second on an idle machine, and on a busy one as
+/// much longer as everything takes there. The promise, 100 ms, is measured by the suite's `offenders`, and held to by tests/soak.
+const ANSWER_NAPS: u32 = 100;
+const NAP: Duration = Duration::from_millis(10);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_outcome_of_a_handler_arrives_as_it_was_meant() {
@@ -58,21 +60,21 @@ async fn a_handler_that_allocates_without_end_is_out_of_memory_and_never_gets_mo
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handler_that_loops_is_stopped_at_its_time_limit() {
-    let mut bench = Bench::alone().await;
+    let mut bench = Bench::new().await;
     let limit = Duration::from_millis(200);
     bench.limits.time = Some(limit);
     for kind in ["w", "c", "g", "m"] {
         let begun = Instant::now();
-        let completion = bench.run(kind, b"").await;
+        let completion = answered_soon(kind, limit, bench.run(kind, b"")).await;
         let took = begun.elapsed();
         assert!(matches!(completion.event, Event::TimedOut { .. }), "{kind}: {:?}", completion.event);
-        assert!(took >= limit && took < limit + ANSWER_BOUND, "{kind}: answered after {took:?}");
+        assert!(took >= limit, "{kind}: answered after {took:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_immediate_stop_is_answered_at_once_whatever_the_guest_does() {
-    let bench = Arc::new(Bench::alone().await);
+    let bench = Arc::new(Bench::new().await);
     *bench.services.lease.lock().expect("no panic") = Held::Unknown;
     // Loops, waits in a loop, logs, fills memory, and waits for a database that does not answer.
     for kind in ["w", "c", "g", "m", "h"] {
@@ -102,20 +104,31 @@ async fn a_guest_that_cannot_be_interrupted_is_answered_for_and_counted_until_it
     let mut bench = Bench::with(laelaps::plugin::Config { memory_bytes_max: 2 << 30, instances_max: 2, ..config() }).await;
     bench.limits.memory_bytes = 2 << 30;
     let bench = Arc::new(bench);
+    // One fill of 1 GiB of fresh memory takes half a second, without a single look at the clock: a thread that gives no sign of life. On a busy
+    // machine it may be over before this test has had its turn; then there is another one.
+    let patience = Instant::now() + PATIENCE;
+    while !is_answered_for_while_it_fills(&bench).await {
+        assert!(Instant::now() < patience, "no guest was counted that was answered for while it filled");
+    }
+    assert_eq!(bench.engine.lost(PATIENCE), 0, "and not lost for that");
+    assert_eq!(output(&bench.run("f", b"{}").await), b"{}", "the other slot serves");
+    until(|| bench.engine.abandoned() == 0).await;
+}
+
+/// Stop a fill in the middle: whether it was still under way, and counted, when it was answered for.
+async fn is_answered_for_while_it_fills(bench: &Arc<Bench>) -> bool {
     let control = Arc::new(Control::new());
-    // One fill of 1 GiB of fresh memory takes half a second, without a single look at the clock: a thread that gives no sign of life.
-    let mut attempt = tokio::spawn({
+    let attempt = tokio::spawn({
         let (bench, control) = (bench.clone(), control.clone());
         async move { bench.invoke("M", b"", &control).await }
     });
     let fills = || control.turns() > 0 && control.silence() > Some(Duration::from_millis(60));
-    goes_on(&mut attempt, fills).await;
+    until(|| fills() || attempt.is_finished()).await;
     control.cancel(Cancellation::Immediate);
-    assert_eq!(attempt.await.expect("no panic").event, Event::Stopped);
-    assert_eq!(bench.engine.abandoned(), 1, "it is still filling");
-    assert_eq!(bench.engine.lost(PATIENCE), 0, "and not lost for that");
-    assert_eq!(output(&bench.run("f", b"{}").await), b"{}", "the other slot serves");
-    until(|| bench.engine.abandoned() == 0).await;
+    let stopped = attempt.await.expect("no panic").event == Event::Stopped;
+    let abandoned = bench.engine.abandoned();
+    assert!(abandoned <= 1, "{abandoned} were counted for one");
+    stopped && abandoned == 1
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -148,7 +161,7 @@ async fn a_graceful_order_only_asks() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_lease_is_told_to_the_handler_and_stops_it() {
-    let bench = Arc::new(Bench::alone().await);
+    let bench = Arc::new(Bench::new().await);
     *bench.services.lease.lock().expect("no panic") = Held::No;
     let completion = bench.run("h", b"").await;
     assert_eq!(number(&completion), 0, "the heartbeat answers false, and the handler may see it");
@@ -221,21 +234,24 @@ async fn the_context_answers_deadline_creation_and_settings() {
     assert_eq!(output(&bench.run("k", b"").await), b"blue");
     let rest = number(&bench.run("K", b"").await);
     assert_eq!(rest, 0x01_00_00_01, "one setting, no most attempts, debug lines not kept, info lines kept: {rest:#x}");
-    bench.limits.time = Some(Duration::from_secs(20));
+    bench.limits.time = Some(Duration::from_secs(10_000));
     let deadline = number(&bench.run("d", b"").await);
-    assert!((1_700_000_015_000..=1_700_000_020_000).contains(&deadline), "{deadline}");
+    assert!((1_700_005_000_000..=1_700_010_000_000).contains(&deadline), "{deadline}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn endless_logs_neither_grow_nor_slow_the_host() {
     let mut bench = Bench::new().await;
-    bench.limits = Limits { time: Some(Duration::from_millis(300)), log_bytes: 4 << 10, ..Limits::default() };
+    bench.limits = Limits { log_bytes: 4 << 10, ..Limits::default() };
     let bench = Arc::new(bench);
-    let noisy = tokio::spawn({
-        let bench = bench.clone();
-        async move { bench.run("g", b"").await }
+    let control = Arc::new(Control::new());
+    let mut noisy = tokio::spawn({
+        let (bench, control) = (bench.clone(), control.clone());
+        async move { bench.invoke("g", b"", &control).await }
     });
     assert_eq!(output(&bench.run("f", b"{}").await), b"{}");
+    goes_on(&mut noisy, || control.turns() >= 50).await;
+    control.cancel(Cancellation::Immediate);
     let captured = noisy.await.expect("no panic").captured;
     assert!(captured.lines.iter().map(|line| line.text.len()).sum::<usize>() <= 4 << 10);
     assert!(captured.dropped_lines > 1_000, "{}", captured.dropped_lines);
@@ -336,12 +352,25 @@ fn computes(control: &Control) -> bool {
 
 /// Order the attempt to end, and hold its answer to the promised time.
 async fn answered_after(order: Cancellation, control: &Control, attempt: tokio::task::JoinHandle<Completion>) -> Completion {
-    let ordered = Instant::now();
     control.cancel(order);
-    let completion = attempt.await.expect("no panic");
-    let took = ordered.elapsed();
-    assert!(took < ANSWER_BOUND, "{order:?} was answered after {took:?}");
-    completion
+    answered_soon(&format!("{order:?}"), Duration::ZERO, attempt).await.expect("no panic")
+}
+
+/// An answer that must come [`ANSWER_NAPS`] after a time at the latest.
+async fn answered_soon<T>(to_what: &str, after: Duration, answer: impl Future<Output = T>) -> T {
+    let naps = tokio::spawn(async move {
+        tokio::time::sleep(after).await;
+        let mut naps = tokio::time::interval(NAP);
+        naps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        for _ in 0..=ANSWER_NAPS {
+            naps.tick().await;
+        }
+    });
+    tokio::select! {
+        biased;
+        answer = answer => answer,
+        _ = naps => panic!("{to_what}: not answered for within {ANSWER_NAPS} naps of {NAP:?}"),
+    }
 }
 
 /// Wait for something that has to come true.

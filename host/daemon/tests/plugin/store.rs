@@ -11,7 +11,7 @@ use laelaps::plugin::{Config, Digest, Engine, Error, PluginStatus, Store};
 use tempfile::TempDir;
 
 use crate::guests;
-use crate::support::{PATIENCE, Turn, config};
+use crate::support::{PATIENCE, config};
 
 /// A store that watches a folder of its own.
 struct Kennel {
@@ -19,7 +19,6 @@ struct Kennel {
     folder: PathBuf,
     handler: Vec<u8>,
     _home: TempDir,
-    _turn: Turn,
 }
 
 impl Kennel {
@@ -31,10 +30,9 @@ impl Kennel {
     }
 
     async fn on(home: TempDir, folder: PathBuf) -> Self {
-        let turn = Turn::shared().await;
         let config = Config { folder: folder.clone(), ..config() };
         let store = Store::open(Engine::new(&config).expect("engine"), config).await.expect("opened");
-        Self { store, folder, handler: guests::handler(), _home: home, _turn: turn }
+        Self { store, folder, handler: guests::handler(), _home: home }
     }
 
     fn edition(&self, number: u32) -> Vec<u8> {

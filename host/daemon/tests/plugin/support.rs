@@ -8,12 +8,11 @@ use async_trait::async_trait;
 use laelaps::plugin::{Completion, Config, Control, Engine, Grants, Invocation, Level, Limits, Services, Version};
 use laelaps_queue::{ClaimedTask, Compression, Event, Lease, LeaseAnswer, LeaseRef, Progress, TaskId, Timestamp};
 use tempfile::TempDir;
-use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::guests;
 
-/// How long a test waits for what has to happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a test waits for what has to happen: it only ends a wait that is hopeless.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A configuration whose compiler is the real program, and whose compiled code all tests of a run share.
 pub(crate) fn config() -> Config {
@@ -25,28 +24,6 @@ pub(crate) fn config() -> Config {
     }
 }
 
-/// Who has the machine: most tests run side by side, those that measure time alone.
-static MACHINE: RwLock<()> = RwLock::const_new(());
-
-/// The right to use the machine, until dropped.
-#[expect(dead_code, reason = "held for its drop")]
-pub(crate) enum Turn {
-    /// Beside others.
-    Shared(RwLockReadGuard<'static, ()>),
-    /// Alone.
-    Alone(RwLockWriteGuard<'static, ()>),
-}
-
-impl Turn {
-    pub(crate) async fn shared() -> Self {
-        Self::Shared(MACHINE.read().await)
-    }
-
-    async fn alone() -> Self {
-        Self::Alone(MACHINE.write().await)
-    }
-}
-
 /// An engine with the handler of guest.wat. A test makes one, first of all.
 pub(crate) struct Bench {
     pub(crate) engine: Arc<Engine>,
@@ -55,7 +32,6 @@ pub(crate) struct Bench {
     pub(crate) limits: Limits,
     pub(crate) max_requests: Option<u32>,
     _cache: TempDir,
-    _turn: Turn,
 }
 
 impl Bench {
@@ -63,29 +39,12 @@ impl Bench {
         Self::with(config()).await
     }
 
-    /// For a test that measures time.
-    pub(crate) async fn alone() -> Self {
-        Self::in_turn(config(), Turn::alone().await).await
-    }
-
-    pub(crate) async fn with(config: Config) -> Self {
-        Self::in_turn(config, Turn::shared().await).await
-    }
-
-    async fn in_turn(mut config: Config, turn: Turn) -> Self {
+    pub(crate) async fn with(mut config: Config) -> Self {
         let cache = tempfile::tempdir().expect("folder");
         config.cache_folder = Some(cache.path().join("code"));
         let engine = Engine::new(&config).expect("engine");
         let version = engine.load("guest", &guests::handler()).await.expect("the handler is admitted");
-        Self {
-            engine,
-            version,
-            services: Arc::default(),
-            limits: Limits::default(),
-            max_requests: None,
-            _cache: cache,
-            _turn: turn,
-        }
+        Self { engine, version, services: Arc::default(), limits: Limits::default(), max_requests: None, _cache: cache }
     }
 
     /// Run one attempt to its end.

@@ -2,18 +2,17 @@
 
 use std::error::Error as _;
 use std::path::Path;
-use std::time::Duration;
 
 use laelaps_queue::{Config, Connections, Error, Queue, Tls};
 use laelaps_test_databases::{Certificates, mariadb, postgres};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection, PgConnection};
 
-use crate::fixture::task;
+use crate::fixture::{patient, task};
 
 /// A task goes to the database and comes back; or what the error, its hint and its causes say.
 async fn there_and_back(url: &str, tls: Option<Tls>, authority: Option<&Path>) -> Result<(), String> {
-    let connections = Connections { tls, certificate_authority: authority.map(Path::to_path_buf), ..Connections::default() };
-    let config = Config { connections, patience: Duration::from_millis(50), ..Config::new(url) };
+    let connections = Connections { tls, certificate_authority: authority.map(Path::to_path_buf), ..patient() };
+    let config = Config { connections, ..Config::new(url) };
     let used = async {
         let queue = Queue::open(&config).await?;
         queue.init().await?;
@@ -75,7 +74,7 @@ mod on_postgres {
         let server = postgres::Server::start_encrypted().await;
         let url = server.create_database().await;
         for (tls, encrypted) in [(None, true), (Some(Tls::Required), true), (Some(Tls::Disabled), false)] {
-            let connections = Connections { tls, ..Connections::default() };
+            let connections = Connections { tls, ..patient() };
             let queue = Queue::open(&Config { connections, ..Config::new(&url) }).await.unwrap();
             const SEEN: &str = "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
                 WHERE datname = current_database() AND application_name = 'laelaps'";

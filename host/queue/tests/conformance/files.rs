@@ -2,12 +2,13 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use laelaps_queue::{Config, Error, LeaseAnswer, PollOptions, Queue, State};
+use laelaps_test_databases::{PATIENCE, eventually};
 use sqlx::Connection;
 
-use crate::fixture::{Database, Fixture, PATIENCE, task};
+use crate::fixture::{Database, Fixture, task};
 
 fn at(path: &Path) -> Config {
     Config { patience: Duration::from_millis(200), ..Config::new(format!("sqlite:{}", path.display())) }
@@ -167,13 +168,17 @@ async fn work(queue: &Queue, polls: usize) -> usize {
     finished
 }
 
-/// Run as a child process, it works on the database that it was given for as long as it is let; else on one of its own.
+/// Run as a child process, it works on the database that it was given, leaves most of its tasks to others, and holds some until it is killed; else it
+/// works on a database of its own.
 #[tokio::test]
 #[expect(clippy::disallowed_methods, reason = "the only way to hand something to a child that is this very test program")]
 async fn a_worker_finishes_what_it_polls() {
     if let Some(path) = std::env::var_os(CHILD_DATABASE) {
         let queue = Queue::open(&Config::new(format!("sqlite:{}", Path::new(&path).display()))).await.unwrap();
-        work(&queue, usize::MAX).await;
+        work(&queue, 200).await;
+        let held = queue.poll_many(&PollOptions { limit: 5, ..PollOptions::default() }).await.unwrap();
+        assert_eq!(held.len(), 5);
+        std::future::pending::<()>().await;
     }
     let fixture = Fixture::new(Database::Sqlite).await;
     fixture.submit_some("a", 23).await;
@@ -191,11 +196,11 @@ async fn a_killed_process_loses_nothing_and_its_tasks_come_back_at_once() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let started = Instant::now();
-    while fixture.queue.stats().await.unwrap().finished < 20 {
-        assert!(started.elapsed() < PATIENCE, "the child does not work");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
+    eventually(PATIENCE, "the child works", async || {
+        let finished = fixture.queue.stats().await.unwrap().finished;
+        if finished >= 20 { Ok(()) } else { Err(format!("{finished} finished")) }
+    })
+    .await;
     child.kill().unwrap();
     child.wait().unwrap();
     fixture.audit().await;

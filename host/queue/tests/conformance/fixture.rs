@@ -2,13 +2,17 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{
-    Attempt, Backend, Backoff, Claim, ClaimedTask, Config, Event, HostDescription, HostId, NewTask, Policy, Queue, Settlement,
-    State, Task, Timestamp,
+    Attempt, Backend, Backoff, Claim, ClaimedTask, Config, Connections, Event, HostDescription, HostId, NewTask, Policy, Queue,
+    Settlement, State, Task, Timestamp,
 };
+use laelaps_test_databases::{LONG as PATIENCE_MAX, eventually};
 use tempfile::TempDir;
+
+pub(crate) use laelaps_test_databases::PATIENCE;
 
 mod mariadb;
 pub(crate) mod postgres;
@@ -22,10 +26,8 @@ pub(crate) enum Database {
     MariaDb,
 }
 
-/// How long to wait for what has to happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// A lease that does not end within a test.
-pub(crate) const LONG: Duration = Duration::from_secs(300);
+/// A lease that does not end within a test, however slow the machine is.
+pub(crate) const LONG: Duration = Duration::from_secs(3_600);
 
 pub(crate) struct Fixture {
     database: Database,
@@ -63,7 +65,7 @@ impl Fixture {
 
     async fn over(database: Database, folder: TempDir, url: String) -> Self {
         let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), ..Policy::default() };
-        let config = Config { policy, ..Config::new(url) };
+        let config = Config { policy, patience: PATIENCE_MAX, connections: patient(), ..Config::new(url) };
         let queue = Queue::open(&config).await.expect("the database can be opened");
         Self { database, folder, config, queue }
     }
@@ -190,6 +192,29 @@ impl Fixture {
             Database::Postgres => postgres::audit(&self.config).await,
             Database::MariaDb => mariadb::audit(&self.config).await,
         }
+    }
+}
+
+/// Connections whose time limits no busy machine reaches.
+pub(crate) fn patient() -> Connections {
+    Connections { connect_timeout: PATIENCE, statement_timeout: PATIENCE_MAX, ..Connections::default() }
+}
+
+/// Does something to those who work, once and then again each time after they have done `step` more, until they have done `total`. So they get
+/// on between any two of these, however slow the machine is.
+pub(crate) async fn after_each(step: usize, total: usize, done: &AtomicUsize, mut fault: impl AsyncFnMut()) {
+    let mut next = 1;
+    loop {
+        eventually(PATIENCE_MAX, "the work gets on", async || {
+            let done = done.load(Ordering::SeqCst);
+            if done >= next { Ok(()) } else { Err(format!("{done} of {total} done")) }
+        })
+        .await;
+        if done.load(Ordering::SeqCst) >= total {
+            return;
+        }
+        fault().await;
+        next = (done.load(Ordering::SeqCst) + step).min(total);
     }
 }
 

@@ -1,12 +1,12 @@
 //! Tasks handed on from hosts that somebody who watches them (a watchdog) says are gone, whether or not their leases have ended.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use laelaps_queue::{
     Beat, Claim, ClaimedTask, Error, Event, HostDescription, HostId, LeaseAnswer, NewTask, Queue, Reclaimed, State,
 };
 
-use crate::fixture::{Database, Fixture, LONG, finish, keys, settled, task, task_of};
+use crate::fixture::{Database, Fixture, LONG, PATIENCE, finish, keys, settled, task, task_of};
 use crate::promises;
 
 async fn hand_on(fixture: &Fixture, identities: &[&str]) -> Reclaimed {
@@ -226,7 +226,11 @@ promises! {
             fixture.submit(&tasks).await;
             let host = process.backend().register_host(&description).await.unwrap();
             let claims: Vec<_> = (0..4).map(|_| tokio::spawn(claim_to_the_end(process.clone(), host))).collect();
-            tokio::time::sleep(Duration::from_millis(10 + round * 3)).await;
+            // In the middle of them, a little later in each round.
+            let started = Instant::now();
+            while fixture.queue.stats().await.unwrap().running <= round * 20 {
+                assert!(started.elapsed() < PATIENCE, "the host claims");
+            }
             while !hand_on(fixture, &[&identity]).await.tasks.is_empty() {}
             // From here on the host has nothing any more, whatever it believes.
             assert_eq!(fixture.queue.stats().await.unwrap().running, 0, "round {round}");

@@ -7,7 +7,7 @@ use laelaps_queue::{Claim, Config, Connections, Event, HostDescription, LeaseAns
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::fixture::{Database, Fixture, LONG, finish, keys, settled};
+use crate::fixture::{Database, Fixture, LONG, finish, keys, patient, settled};
 
 /// Stands between the queue and the server, and can swallow the server's next answer to what contains `committing`, and cut the connection
 /// instead.
@@ -60,8 +60,8 @@ async fn pass_on(mut client: TcpStream, mut server: TcpStream, armed: Arc<Atomic
 pub(crate) async fn what_was_done_although_the_answer_was_lost_is_told_as_done(database: Database, committing: &'static [u8]) {
     let fixture = Fixture::new(database).await;
     let swallower = Swallower::before(&fixture.config.url, committing).await;
-    let connections = Connections { listen: false, ..Connections::default() };
-    let queue = Queue::open(&Config { connections, ..Config::new(&swallower.url) }).await.unwrap();
+    let connections = Connections { listen: false, ..patient() };
+    let queue = Queue::open(&Config { connections, url: swallower.url.clone(), ..fixture.config.clone() }).await.unwrap();
     let lose_the_next_answer = || swallower.armed.store(true, Ordering::Release);
     let was_lost = || assert!(!swallower.armed.load(Ordering::Acquire), "an answer was lost");
     let backend = queue.backend();

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use laelaps_queue::{
     Claim, Config, Error, Event, HostDescription, LeaseAnswer, NewTask, Queue, SchemaStatus, Settlement, State, Submitted,
 };
-use laelaps_test_databases::{LONG as PATIENCE, eventually, mariadb};
+use laelaps_test_databases::{PATIENCE, eventually, mariadb, unique_name};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 
-use crate::fixture::{Database, Fixture, LONG, finish, keys, settled, task, task_of};
+use crate::fixture::{Database, Fixture, LONG, after_each, finish, keys, patient, settled, task, task_of};
 use crate::{behind, lost};
 
 /// Tasks of a storm, and the hosts that work in it.
@@ -47,7 +47,8 @@ async fn work(queue: Queue, settled_tasks: Arc<AtomicUsize>) {
     queue.close().await;
 }
 
-/// A storm of which every task has to be settled once, whatever `fault` does meanwhile.
+/// A storm of which every task has to be settled once, whatever `fault` does meanwhile. A task that was claimed for nobody would be missing for the
+/// hour that its lease lasts.
 async fn weathered(fixture: &Fixture, fault: impl AsyncFnOnce(&AtomicUsize)) {
     let tasks: Vec<NewTask> = (0..STORM_TASKS)
         .map(|number| match number % 4 {
@@ -61,10 +62,12 @@ async fn weathered(fixture: &Fixture, fault: impl AsyncFnOnce(&AtomicUsize)) {
     for _ in 0..STORM_HOSTS {
         hosts.spawn(work(fixture.another().await, Arc::clone(&settled_tasks)));
     }
-    fault(&settled_tasks).await;
-    while let Some(host) = hosts.join_next().await {
-        host.expect("no host gives up");
-    }
+    let working = async {
+        while let Some(host) = hosts.join_next().await {
+            host.expect("no host gives up");
+        }
+    };
+    tokio::join!(working, fault(&settled_tasks));
     assert_eq!(settled_tasks.load(Ordering::SeqCst), STORM_TASKS, "no task is settled twice");
     let stats = fixture.queue.stats().await.unwrap();
     assert_eq!((stats.finished, stats.ready, stats.running), (STORM_TASKS as u64, 0, 0));
@@ -92,17 +95,15 @@ async fn connections_that_are_killed_in_the_middle_of_a_storm_lose_nothing() {
     weathered(&fixture, async |settled_tasks| {
         let mut killer = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
         let mut killed = 0;
-        while settled_tasks.load(Ordering::SeqCst) < STORM_TASKS {
-            match kill_some(&mut killer, &database).await {
-                Ok(more) => killed += more,
-                Err(error) => {
-                    eprintln!("the server did not survive it, and is started again: {error}");
-                    server.restart().await;
-                    killer = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
-                }
+        after_each(20, STORM_TASKS, settled_tasks, async || match kill_some(&mut killer, &database).await {
+            Ok(more) => killed += more,
+            Err(error) => {
+                eprintln!("the server did not survive it, and is started again: {error}");
+                Box::pin(server.restart()).await;
+                killer = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
             }
-            tokio::time::sleep(Duration::from_millis(15)).await;
-        }
+        })
+        .await;
         assert!(killed > 0);
     })
     .await;
@@ -113,15 +114,11 @@ async fn a_server_that_is_killed_and_started_again_in_the_middle_of_a_storm_lose
     let mut server = mariadb::Server::start(laelaps_test_databases::Durability::Process).await;
     let fixture = Fixture::on(Database::MariaDb, server.create_database().await).await;
     weathered(&fixture, async |settled_tasks| {
-        for part in 1..=2 {
-            eventually(PATIENCE, "the storm is under way", async || {
-                let done = settled_tasks.load(Ordering::SeqCst);
-                if done >= STORM_TASKS * part / 4 { Ok(()) } else { Err(format!("{done} settled")) }
-            })
-            .await;
+        after_each(STORM_TASKS / 3, STORM_TASKS, settled_tasks, async || {
             server.kill();
-            server.restart().await;
-        }
+            Box::pin(server.restart()).await;
+        })
+        .await;
     })
     .await;
 }
@@ -150,7 +147,7 @@ async fn what_enters_before_the_mark_is_claimed_within_the_bound() {
 }
 
 async fn refused(url: String) -> Error {
-    let config = Config { patience: Duration::from_secs(1), ..Config::new(url) };
+    let config = Config { patience: Duration::from_millis(50), connections: patient(), ..Config::new(url) };
     match Queue::open(&config).await {
         Err(error) => error,
         Ok(queue) => queue.init().await.expect_err("the server refuses"),
@@ -163,17 +160,19 @@ async fn what_a_server_refuses_is_told_with_a_hint_and_without_the_password() {
     let mut root = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
     let url = server.create_database().await;
     let database = url.rsplit_once('/').unwrap().1;
+    // Users are the whole server's, which other programs may use as well.
+    let (reader, stranger) = (unique_name("reader"), unique_name("stranger"));
     let users = format!(
-        "CREATE USER reader@'127.0.0.1' IDENTIFIED BY 'secret'; GRANT SELECT ON {database}.* TO reader@'127.0.0.1';
-        CREATE USER stranger@'127.0.0.1' IDENTIFIED BY 'secret';"
+        "CREATE USER {reader}@'127.0.0.1' IDENTIFIED BY 'secret'; GRANT SELECT ON {database}.* TO {reader}@'127.0.0.1';
+        CREATE USER {stranger}@'127.0.0.1' IDENTIFIED BY 'secret';"
     );
     sqlx::raw_sql(AssertSqlSafe(users)).execute(&mut root).await.unwrap();
     let at = |user: &str, database: &str| format!("mysql://{user}@127.0.0.1:{}/{database}", server.port());
     let cases = [
-        (at("reader:wrong-secret", database), "user or password is wrong"),
-        (at("stranger:secret", database), "the user may not use this database"),
+        (at(&format!("{reader}:wrong-secret"), database), "user or password is wrong"),
+        (at(&format!("{stranger}:secret"), database), "the user may not use this database"),
         (at("root", "no_such_database"), "there is no such database"),
-        (at("reader:secret", database), "the user lacks a privilege"),
+        (at(&format!("{reader}:secret"), database), "the user lacks a privilege"),
         (format!("{url}?ssl-mode=required"), "the server does not offer the encryption"),
         ("mysql://root:secret@127.0.0.1:1/q".to_owned(), "the server cannot be reached"),
     ];
@@ -383,9 +382,11 @@ async fn data_that_grows_and_shrinks_over_its_parts_stays_whole() {
 #[tokio::test]
 async fn a_host_that_nobody_saw_for_long_is_struck_off_once_it_has_nothing() {
     let fixture = Fixture::new(Database::MariaDb).await;
-    let host = fixture.host().await;
+    // Its process never says that it is here, as it would while it reclaims.
+    let silent = fixture.beside().await;
+    let host = silent.host().await;
     fixture.submit(&[task("a")]).await;
-    let claimed = fixture.claim(host, 1).await;
+    let claimed = silent.claim(host, 1).await;
     fixture.meddle("UPDATE laelaps_host SET seen_at = 1").await;
     let reclaimed = fixture.backend().reclaim(&fixture.config.policy).await.unwrap();
     assert!(reclaimed.tasks.is_empty() && reclaimed.dead_hosts.is_empty(), "it has a lease that lasts: {reclaimed:?}");
@@ -397,8 +398,23 @@ async fn a_host_that_nobody_saw_for_long_is_struck_off_once_it_has_nothing() {
     assert!(fixture.backend().hosts().await.unwrap().is_empty());
 }
 
-/// A claim that is stopped in the middle of it by a lock on where its task waits, while its host is handed on.
-async fn handed_on_in_the_middle_of_a_claim(user: &str) {
+/// How long a session waits for a lock before the server gives its statement up, as the crate sets it (src/mysql/connect.rs).
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// How often to look if the machine is so busy that this is not long enough.
+const TRIES: usize = 20;
+
+/// Whether a statement like this runs in the database.
+async fn runs(watcher: &mut MySqlConnection, like: &str) -> Result<(), String> {
+    const RUNS: &str = "SELECT EXISTS (SELECT 1 FROM information_schema.processlist WHERE db = DATABASE() AND info LIKE ?)";
+    match sqlx::query_scalar::<_, bool>(RUNS).bind(like).fetch_one(watcher).await.unwrap() {
+        true => Ok(()),
+        false => Err(format!("nothing like {like}")),
+    }
+}
+
+/// A claim that is stopped in the middle of it by a lock on where its task waits, while its host is handed on. False if that took so long that the
+/// server may have given the claim's wait up, which lets the hand-on go first: that says nothing.
+async fn handed_on_in_the_middle_of_a_claim(user: &str) -> bool {
     let fixture = Fixture::new(Database::MariaDb).await;
     let host = fixture.host_as("s1").await;
     fixture.submit(&[NewTask { user: Some(user.to_owned()), ..task("a") }]).await;
@@ -406,33 +422,38 @@ async fn handed_on_in_the_middle_of_a_claim(user: &str) {
     sqlx::raw_sql("START TRANSACTION; SELECT task FROM laelaps_ready_of_user FOR UPDATE").execute(&mut stopper).await.unwrap();
     let (claimer, policy) = (fixture.queue.clone(), fixture.config.policy.clone());
     let claim = Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None };
+    let (mut watcher, handing) = (producer(&fixture).await, fixture.another().await);
+    let begun = Instant::now();
     let claiming = tokio::spawn(async move { claimer.backend().claim(&claim).await });
-    let mut watcher = producer(&fixture).await;
-    let started = std::time::Instant::now();
-    while !sqlx::query_scalar::<_, bool>(
-        "SELECT EXISTS (SELECT 1 FROM information_schema.processlist WHERE db = DATABASE()
-            AND info LIKE 'DELETE r FROM JSON\\\\_TABLE%laelaps\\\\_ready\\\\_of\\\\_user%')",
-    )
-    .fetch_one(&mut watcher)
-    .await
-    .unwrap()
-    {
-        assert!(started.elapsed() < PATIENCE, "the claim does not come to where it is stopped");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let handing = fixture.another().await;
-    let mut handing = tokio::spawn(async move { handing.backend().hand_on(&["s1".to_owned()], &policy).await });
-    let early = tokio::time::timeout(Duration::from_millis(300), &mut handing).await;
-    assert!(early.is_err(), "the claim is waited for: {early:?}");
+    eventually(PATIENCE, "the claim comes to where it is stopped", async || {
+        runs(&mut watcher, "DELETE r FROM JSON_TABLE%laelaps_ready_of_user%").await
+    })
+    .await;
+    let handing = tokio::spawn(async move { handing.backend().hand_on(&["s1".to_owned()], &policy).await });
+    let waits = eventually(PATIENCE, "the claim is waited for", async || match handing.is_finished() {
+        true => Ok(false),
+        false => runs(&mut watcher, "UPDATE%laelaps_host%left_at%").await.map(|()| true),
+    })
+    .await;
     sqlx::raw_sql("COMMIT").execute(&mut stopper).await.unwrap();
+    if begun.elapsed() >= LOCK_WAIT {
+        return false;
+    }
+    assert!(waits, "the claim is waited for");
     assert_eq!(keys(&claiming.await.unwrap().unwrap().tasks), ["a"]);
     let taken = handing.await.unwrap().unwrap();
     assert_eq!((taken.tasks.len(), taken.dead_hosts.len()), (1, 1), "and what it took is taken back");
     assert_eq!(fixture.state("a").await, State::Waiting);
     fixture.audit().await;
+    true
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_is_handed_on_after_its_claims_that_are_under_way() {
-    handed_on_in_the_middle_of_a_claim("u").await;
+    for _ in 0..TRIES {
+        if handed_on_in_the_middle_of_a_claim("u").await {
+            return;
+        }
+    }
+    panic!("each of {TRIES} times it took longer than {LOCK_WAIT:?} to look");
 }

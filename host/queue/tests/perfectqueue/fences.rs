@@ -13,13 +13,14 @@ async fn a_lease_stands_in_the_row_and_goes_with_a_release() {
     let site = Site::new().await;
     let (host, mut ruby) = (site.host().await, site.ruby().await);
     site.submit(&[task("a"), task("b")]).await;
+    let before = ruby.now().await;
     let claimed = site.claim(host, 2).await;
     assert_eq!(keys(&claimed), ["a", "b"]);
     let row = ruby.row("a").await;
     assert_eq!((row.4, row.0 * 1_000), (claimed[0].lease_ref.lease.0.unsigned_abs(), claimed[0].until.0));
     assert!(row.4 >> 62 == 1, "no connection has this number");
     let now = ruby.now().await;
-    assert!(row.0 >= now + 300 && row.0 <= now + 306, "rounded up, and apart from what Ruby would write");
+    assert!((before + 303..=now + 306).contains(&row.0), "rounded up, and apart from what Ruby would write");
     assert_eq!(site.settle(&claimed[0], Event::Release { delay: None }).await, LeaseAnswer::Held);
     assert_eq!(site.settle(&claimed[1], Event::Retry { delay: Some(Duration::from_secs(60)) }).await, LeaseAnswer::Held);
     let (released, retried) = (ruby.row("a").await, ruby.row("b").await);
@@ -89,17 +90,26 @@ async fn a_finish_by_ruby_of_what_we_run_ends_our_lease() {
 #[tokio::test]
 async fn a_late_heartbeat_of_ruby_is_noticed_by_our_next_one() {
     // At whatever moment of the seconds after our write, with the same alive time as ours.
-    for rounds in 0..4 {
-        let site = Site::new().await;
-        let (host, mut ruby) = (site.host().await, site.ruby().await);
-        ruby.submit("a", br#"{"type":"t"}"#).await;
-        assert_eq!(ruby.acquire_fair(0, 1).await, ["a"]);
-        let ours = site.claim(host, 1).await.remove(0);
-        for _ in 0..rounds {
-            let now = site.backend().now().await.unwrap();
-            site.passes(now.plus(Duration::from_millis(600))).await;
-        }
-        assert!(ruby.heartbeat("a", 300).await);
+    for rounds in [0, 1, 2, 3] {
+        let (site, mut ruby, host, ours) = loop {
+            let site = Site::new().await;
+            let (host, mut ruby) = (site.host().await, site.ruby().await);
+            ruby.submit("a", br#"{"type":"t"}"#).await;
+            assert_eq!(ruby.acquire_fair(0, 1).await, ["a"]);
+            let begun = ruby.now().await;
+            let ours = site.claim(host, 1).await.remove(0);
+            for _ in 0..rounds {
+                let now = site.backend().now().await.unwrap();
+                site.passes(now.plus(Duration::from_millis(600))).await;
+            }
+            let written = ruby.row("a").await.0;
+            assert!(ruby.heartbeat("a", 300).await);
+            if ruby.row("a").await.0 != written {
+                break (site, ruby, host, ours);
+            }
+            // Three seconds and more after our claim Ruby may write the very value that stands there; a host has renewed by then.
+            assert!(ruby.now().await >= begun + 3);
+        };
         assert_eq!(site.beat(&ours).await, LeaseAnswer::Lost, "round {rounds}");
         site.changes_nothing(&ours).await;
         assert!(site.claim(host, 1).await.is_empty(), "Ruby has it again");
@@ -128,9 +138,13 @@ async fn leases_that_run_out_go_to_another_host_and_are_counted() {
     let (host, second) = (site.host().await, other.host().await);
     site.submit(&[task("a")]).await;
     let stale = site.claim_for(host, 1, SHORT).await.remove(0);
-    assert!(other.claim(second, 1).await.is_empty());
-    site.passes(stale.until).await;
-    let taken = other.claim(second, 1).await.remove(0);
+    let mut taken = other.claim(second, 1).await;
+    if taken.is_empty() {
+        site.passes(stale.until).await;
+        taken = other.claim(second, 1).await;
+    }
+    assert!(site.backend().now().await.unwrap() >= stale.until, "not before its end");
+    let taken = taken.remove(0);
     assert_eq!((taken.lost, taken.attempt, taken.alone), (1, 1, false));
     site.changes_nothing(&stale).await;
     assert_eq!(other.settle(&taken, finish()).await, LeaseAnswer::Held);

@@ -2,30 +2,28 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use laelaps_queue::{
-    Accepts, Attempt, Backend, Backoff, Beat, Claim, Claimed, ClaimedTask, Config, Event, HostDescription, HostId, Kind,
-    LeaseAnswer, NewTask, PerfectQueue, Policy, Queue, Settlement, State, Task, Timestamp,
+    Accepts, Attempt, Backend, Backoff, Beat, Claim, Claimed, ClaimedTask, Config, Connections, Event, HostDescription, HostId,
+    Kind, LeaseAnswer, NewTask, PerfectQueue, Policy, Queue, Settlement, State, Task, Timestamp,
 };
-use laelaps_test_databases::mariadb;
+use laelaps_test_databases::{LONG as PATIENCE_MAX, PATIENCE, eventually, mariadb};
 
 use crate::ruby::Ruby;
 
 /// A lease that does not end within a test.
 pub(crate) const LONG: Duration = Duration::from_secs(300);
-/// How long to wait for what has to happen.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) struct Site {
     pub(crate) config: Config,
     pub(crate) queue: Queue,
 }
 
-/// A table with a name of its own: by it goes the lock, which is the whole server's.
+/// A table with a name of its own, whichever process makes it: by it goes the lock, which is the whole server's.
 pub(crate) fn table(side_table: bool) -> PerfectQueue {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let table = format!("tasks{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+    let table = format!("tasks{}_{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     PerfectQueue { table, cleanup_interval: 20, side_table }
 }
 
@@ -48,9 +46,16 @@ impl Site {
 
     /// A database without tables.
     pub(crate) async fn empty(table: PerfectQueue) -> Self {
-        let url = mariadb::shared().await.create_database().await;
+        Self::on(mariadb::shared().await.create_database().await, table).await
+    }
+
+    /// A database without tables, on whichever server.
+    pub(crate) async fn on(url: String, table: PerfectQueue) -> Self {
         let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), retry_wait: Duration::ZERO, ..Policy::default() };
-        let config = Config { policy, kind: Kind::PerfectQueue(table), ..Config::new(url) };
+        // Time limits that no busy machine reaches.
+        let connections = Connections { connect_timeout: PATIENCE, statement_timeout: PATIENCE_MAX, ..Connections::default() };
+        let kind = Kind::PerfectQueue(table);
+        let config = Config { policy, kind, connections, patience: PATIENCE_MAX, ..Config::new(url) };
         let queue = Queue::open(&config).await.expect("the server serves");
         Self { config, queue }
     }
@@ -130,11 +135,11 @@ impl Site {
 
     /// Wait until the server's clock is past a moment.
     pub(crate) async fn passes(&self, moment: Timestamp) {
-        let started = Instant::now();
-        while self.backend().now().await.unwrap() <= moment {
-            assert!(started.elapsed() < PATIENCE, "the server's clock does not get past {moment:?}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        eventually(PATIENCE, "the server's clock gets past a moment", async || {
+            let now = self.backend().now().await.unwrap();
+            if now > moment { Ok(()) } else { Err(format!("{now:?}, not past {moment:?}")) }
+        })
+        .await;
     }
 
     /// Whatever a worker may do with a task, by one who has lost it: nothing changes.

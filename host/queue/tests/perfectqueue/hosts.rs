@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use laelaps_queue::{Beat, Error, Event, LeaseAnswer, NewTask, Policy, State};
+use laelaps_test_databases::LONG as PATIENCE_MAX;
 
 use crate::fixture::{LONG, Site, asking, finish, keys, settled, task};
 
@@ -32,7 +33,7 @@ async fn what_a_dead_host_runs_is_handed_on_at_once_and_nothing_else() {
     assert_eq!(struck_off, [(dead, Some("dead"), 2)]);
     assert_eq!(ruby.text(rows).await, before);
     // Both kinds of workers may have them now.
-    ruby.run("UPDATE {t} SET timeout = timeout + 100 WHERE id = 'waiting'").await;
+    ruby.run("UPDATE {t} SET timeout = timeout + 3600 WHERE id = 'waiting'").await;
     assert_eq!(ruby.acquire_fair(300, 1).await, ["a0000"]);
     assert_eq!(keys(&other.claim(second, 9).await), ["a0001"]);
     assert!(other.hand_on("dead").await.is_empty(), "neither Ruby's nor the other host's");
@@ -99,10 +100,11 @@ async fn what_was_handed_on_is_not_handed_on_again_while_ruby_has_it() {
 async fn what_waits_for_its_time_is_left_alone() {
     let site = Site::new().await;
     let (host, mut ruby) = (site.watched("h").await, site.ruby().await);
-    let soon = site.backend().now().await.unwrap().plus(Duration::from_secs(20));
+    let later = Duration::from_secs(200);
+    let soon = site.backend().now().await.unwrap().plus(later);
     site.submit(&[task("retried"), task("released"), task("stopped"), task("running")]).await;
     site.submit(&[NewTask { run_at: Some(soon), ..task("scheduled") }]).await;
-    let later = Some(Duration::from_secs(20));
+    let later = Some(later);
     for task in site.claim(host, 9).await {
         let event = match task.key.as_str() {
             "retried" => Event::Retry { delay: later },
@@ -234,7 +236,7 @@ async fn whatever_is_claimed_meanwhile_nothing_stays_with_a_host_that_is_handed_
         }
         handed_on.extend(some);
     }
-    let claiming = tokio::time::timeout(Duration::from_secs(60), claiming);
+    let claiming = tokio::time::timeout(PATIENCE_MAX, claiming);
     let mut claimed = claiming.await.expect("the host is told that it is gone").unwrap();
     handed_on.sort();
     claimed.sort();
@@ -247,7 +249,7 @@ async fn what_a_host_has_renewed_is_handed_on_too() {
     let site = Site::new().await;
     let (host, other) = (site.watched("h").await, site.another().await);
     site.submit(&tasks("a", 2)).await;
-    let claimed = site.claim_for(host, 2, Duration::from_secs(9)).await;
+    let claimed = site.claim_for(host, 2, LONG / 2).await;
     assert_eq!(site.beat(&claimed[0]).await, LeaseAnswer::Held);
     let beat = Beat { lease_ref: claimed[1].lease_ref, alive_time: LONG * 2, progress: None };
     assert_eq!(site.backend().heartbeat(&[beat]).await.unwrap(), [LeaseAnswer::Held]);

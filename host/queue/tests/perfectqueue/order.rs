@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use laelaps_queue::{Event, NewTask};
+use laelaps_test_databases::PATIENCE;
 
 use crate::fixture::{Site, finish, keys, task, task_of};
 
@@ -82,7 +83,7 @@ async fn a_user_behind_a_long_backlog_does_not_wait_for_its_end() {
     site.submit(&[task_of("small", "one", Some(1))]).await;
     let started = std::time::Instant::now();
     while !site.claim(host, 2).await.iter().any(|task| task.key == "one") {
-        assert!(started.elapsed() < std::time::Duration::from_secs(30), "the walk comes to its end");
+        assert!(started.elapsed() < PATIENCE, "the walk comes to its end");
     }
     let flood = ruby.number("SELECT COUNT(*) FROM {t} WHERE timeout <= UNIX_TIMESTAMP()").await;
     assert!(flood > 20_000, "{flood} of the backlog left: it was not waited for");

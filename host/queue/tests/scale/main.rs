@@ -1,6 +1,6 @@
 //! What `tests/bench storage` shows at full size, at a tenth and below: claims from a large backlog, under an old transaction, and beside
-//! many tasks that have ended. A time is held to five times what was promised, since a test may share its machine. One at a time, so that none
-//! is measured beside another.
+//! many tasks that have ended. A time is held against another one of the same run, five times as far from it as was promised: whatever else a
+//! machine does slows down both. One at a time, so that none is measured beside another.
 
 #![expect(clippy::unwrap_used, reason = "a test may stop where it stands")]
 

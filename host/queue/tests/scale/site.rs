@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Attempt, Claim, ClaimedTask, Config, Event, HostDescription, LeaseAnswer, Policy, Queue, Settlement};
-use laelaps_test_databases::{mariadb, postgres};
+use laelaps_queue::{
+    Attempt, Claim, ClaimedTask, Config, Connections, Event, HostDescription, LeaseAnswer, Policy, Queue, Settlement,
+};
+use laelaps_test_databases::{LONG, PATIENCE, mariadb, postgres};
 use tempfile::TempDir;
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -44,7 +46,10 @@ impl Turn {
             Database::Postgres => (postgres::shared().await.create_database().await, None),
             Database::MariaDb => (mariadb::shared().await.create_database().await, None),
         };
-        let queue = Queue::open(&Config::new(url.as_str())).await.expect("the database can be opened");
+        // Time limits that no busy machine reaches.
+        let connections = Connections { connect_timeout: PATIENCE, statement_timeout: LONG, ..Connections::default() };
+        let config = Config { connections, patience: LONG, ..Config::new(url.as_str()) };
+        let queue = Queue::open(&config).await.expect("the database can be opened");
         queue.init().await.expect("an empty database can be initialised");
         Site { queue, url, _folder: folder }
     }
@@ -78,14 +83,22 @@ impl Site {
     }
 }
 
-/// The median time of something, done several times.
-pub(crate) async fn median_of(times: usize, mut something: impl AsyncFnMut()) -> Duration {
-    let mut taken = Vec::with_capacity(times);
+/// The median times of two things, done several times in turn, so that whatever else slows the machine down slows down both.
+pub(crate) async fn medians_of(times: usize, mut one: impl AsyncFnMut(), mut other: impl AsyncFnMut()) -> (Duration, Duration) {
+    let (mut of_one, mut of_other) = (Vec::with_capacity(times), Vec::with_capacity(times));
     for _ in 0..times {
         let begun = Instant::now();
-        something().await;
-        taken.push(begun.elapsed());
+        one().await;
+        of_one.push(begun.elapsed());
+        let begun = Instant::now();
+        other().await;
+        of_other.push(begun.elapsed());
     }
-    taken.sort_unstable();
-    taken[times / 2]
+    (median(&mut of_one), median(&mut of_other))
+}
+
+/// The median of at least one time.
+pub(crate) fn median(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
 }

@@ -14,8 +14,9 @@ from kazoo.exceptions import NoNodeError
 
 class Peer:
     def __init__(self, servers, root):
-        self.zk = KazooClient(hosts=servers, timeout=10)
-        self.zk.start(timeout=20)
+        # Longer than a busy machine keeps a process or the servers waiting.
+        self.zk = KazooClient(hosts=servers, timeout=60)
+        self.zk.start(timeout=300)
         self.root = root
         self.timer = 120
         self.own = None

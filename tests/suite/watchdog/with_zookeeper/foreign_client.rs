@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use laelaps_tests::{PATIENCE, workspace_file};
+use laelaps_tests::{LONG, PATIENCE, waiting_for, workspace_file};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -21,10 +21,10 @@ impl Peer {
     pub(super) fn start(place: &Place) -> Peer {
         let python = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../kazoo/bin/python");
         assert!(python.exists(), "{} is missing: tests/run --prepare makes it", python.display());
-        let (servers, chroot) = place.servers.split_once('/').expect("a chroot");
+        let servers = place.servers.strip_suffix(&place.chroot).expect("a chroot");
         let mut process = Command::new(python)
             .arg(workspace_file("host/watchdog/tests/suite/foreign_client.py"))
-            .args([servers, &format!("/{chroot}/q")])
+            .args([servers, &format!("{}/q", place.chroot)])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -37,7 +37,8 @@ impl Peer {
 
     pub(super) async fn call(&mut self, call: Value) -> Value {
         self.calls.write_all(format!("{call}\n").as_bytes()).await.expect("the peer listens");
-        let line = tokio::time::timeout(PATIENCE, self.answers.next_line()).await.expect("the peer answers");
+        let line = waiting_for("a peer's answer", tokio::time::timeout(LONG, self.answers.next_line())).await;
+        let line = line.expect("the peer answers");
         let answer: Value = serde_json::from_str(&line.expect("a line").expect("the peer lives")).expect("JSON");
         assert!(answer.get("error").is_none(), "{call}: {answer}");
         answer["is"].clone()
@@ -48,22 +49,22 @@ impl Peer {
 async fn a_foreign_master_sees_a_command_under_its_timer() {
     let place = Place::new("foreign_master").await;
     let mut master = Peer::start(&place);
-    master.call(json!(["create_queue", 120, ["a", "b"], true])).await;
-    let script =
-        r#"mkfifo go; read line <go; "$LAELAPS" watchdog consume; "$LAELAPS" watchdog consume; echo "exit $?"; read line <go"#;
+    master.call(json!(["create_queue", 3600, ["a", "b"], true])).await;
+    let script = r#"consume() { "$LAELAPS" watchdog --session-timeout 60s consume; }
+        mkfifo go; read line <go; consume; consume; echo "exit $?"; read line <go"#;
     let child = place.under_timer(&["--process", "sh:1"], script);
-    assert_eq!(master.call(json!(["wait_sync", 60])).await, true);
+    assert_eq!(master.call(json!(["wait_sync", 300])).await, true);
     assert_eq!(master.call(json!(["check_timers"])).await, json!([1, 0]));
     assert_eq!(master.call(json!(["get_timers", false])).await.as_object().unwrap().keys().next().unwrap(), "sh:1");
     assert_eq!(master.call(json!(["queue_count"])).await, 2);
     place.appears_as_pipe("go").await;
-    tokio::fs::write(place.site.path("go"), "\n").await.unwrap();
+    place.go("go").await;
     laelaps_tests::eventually(PATIENCE, "both are taken", async || match master.call(json!(["queue_count"])).await {
         Value::Number(left) if left.as_u64() == Some(0) => Ok(()),
         other => Err(other.to_string()),
     })
     .await;
-    tokio::fs::write(place.site.path("go"), "\n").await.unwrap();
+    place.go("go").await;
     let answer = end(child).await.success();
     let mut lines: Vec<&str> = answer.stdout.lines().collect();
     lines.sort_unstable();
@@ -79,7 +80,7 @@ async fn a_foreign_child_works_for_a_shell_master() {
     let told = place.says(&["create-queue", "/q", "a", "b", "--sync-start"]).await;
     assert_eq!(told, "made /q with 2 items and its barrier\n");
     let mut child = Peer::start(&place);
-    child.call(json!(["attach_queue", 120])).await;
+    child.call(json!(["attach_queue", 3600])).await;
     child.call(json!(["create_timer", "perl:1"])).await;
     let _ = place.says(&["wait-sync", "/q"]).await;
     assert_eq!(place.timers().await[0]["process"], "perl:1");

@@ -7,41 +7,63 @@ use laelaps_queue::{Config, Queue, State, Task};
 use laelaps_test_databases::{Durability, postgres};
 use laelaps_test_zookeeper::{Ensemble, Server, TICK, shared};
 use laelaps_tests::{
-    Database, Host, LONG, PATIENCE, Proxy, Signal, Site, all_tasks, eventually, measured, on, promised, submit, task,
+    Database, Host, LONG, PATIENCE, Proxy, Signal, Site, all_tasks, eventually, measured, on, promised, scaled, submit, task,
     wait_for_finished,
 };
 use serde_json::{Value, json};
 
-use super::Place;
+use super::{LONG_SESSION, Place, SESSION};
 
 mod killed;
 mod outages;
 mod stuck;
 
-/// The session timeout of every host here; the servers' tick is 500 ms.
-const SESSION: Duration = Duration::from_secs(2);
-/// The longest that servers with this tick allow.
-const LONGEST_SESSION: Duration = Duration::from_secs(10);
-/// How long a host may go without a kick, where the test is not about that.
-const LONG_TIMER: u64 = 30;
-/// The same where it is.
-const TIMER: Duration = Duration::from_secs(2);
+/// How long a host may go without a kick, where the test is not about that: longer than any test waits. What is noticed then is noticed by
+/// the end of a session. Five times in it a host looks again at what it could not do.
+const LONG_TIMER: Duration = Duration::from_secs(1_500);
+/// The same where it is; half of it is longer than a busy machine keeps a host waiting.
+const TIMER: Duration = Duration::from_secs(20);
+/// Longer than any test waits, so that no lease ends by itself.
+const ALIVE_TIME: Duration = Duration::from_secs(3_600);
+
+/// Whether figures are held to their promises, on a machine that is left alone for it.
+fn is_soak() -> bool {
+    scaled(10) == 10
+}
+
+/// The session timeout of a host that the test takes from its fleet.
+fn session_of_the_lost() -> Duration {
+    if is_soak() { Duration::from_secs(2) } else { SESSION }
+}
+
+/// The promise: one session timeout, one tick of the servers, and a second.
+fn noticed() -> Duration {
+    session_of_the_lost() + TICK + Duration::from_secs(1)
+}
 
 impl Place {
     /// The members of a host's section that put it into the fleet `/fleet`.
-    fn watchdog_at(&self, servers: &str, timer_seconds: u64) -> Value {
-        json!({ "servers": servers, "root": "/fleet", "session_timeout": SESSION.as_secs(), "timer": timer_seconds })
+    fn watchdog_at(&self, servers: &str, session: Duration, timer: Duration) -> Value {
+        json!({ "servers": servers, "root": "/fleet", "session_timeout": session.as_secs(), "timer": timer.as_secs() })
     }
 
-    /// Starts a host of the fleet with so many processors; `changes` replaces members of its section.
-    async fn host(&self, processors: usize, timer_seconds: u64, changes: Value) -> Host {
-        self.configure(processors, timer_seconds, changes);
+    /// A host that the test takes from its fleet.
+    async fn host_to_be_lost(&self, processors: usize, timer: Duration, mut changes: Value) -> Host {
+        changes["watchdog"] = self.watchdog_at(&self.servers, session_of_the_lost(), timer);
+        self.host(processors, timer, changes).await
+    }
+
+    /// Starts a host of the fleet with so many processors; `changes` replaces members of its section. Its session lives as long as it does.
+    async fn host(&self, processors: usize, timer: Duration, changes: Value) -> Host {
+        self.configure(processors, timer, changes);
         self.site.start().await
     }
 
-    fn configure(&self, processors: usize, timer_seconds: u64, changes: Value) {
-        let watchdog = self.watchdog_at(&self.servers, timer_seconds);
-        let mut section = json!({ "processors": processors, "poll_interval": 0.2, "watchdog": watchdog });
+    fn configure(&self, processors: usize, timer: Duration, changes: Value) {
+        let watchdog = self.watchdog_at(&self.servers, LONG_SESSION, timer);
+        let alive_time = ALIVE_TIME.as_secs();
+        let mut section =
+            json!({ "processors": processors, "poll_interval": 0.2, "alive_time": alive_time, "watchdog": watchdog });
         let members = section.as_object_mut().expect("an object");
         members.extend(changes.as_object().expect("changes are an object").clone());
         self.site.configure(section);
@@ -55,7 +77,7 @@ impl Place {
 
     /// Waits until the fleet has so many hosts; their identities.
     async fn has_hosts(&self, count: usize) -> BTreeSet<String> {
-        eventually(PATIENCE, &format!("the fleet has {count} hosts"), async || {
+        eventually(LONG, &format!("the fleet has {count} hosts"), async || {
             let hosts = self.fleet().await;
             let identities = hosts.iter().map(|host| host["identity"].as_str().expect("a text").to_owned()).collect();
             if hosts.len() == count { Ok(identities) } else { Err(format!("{hosts:?}")) }
@@ -105,7 +127,7 @@ async fn a_restart_keeps_a_host_in_its_fleet_and_its_end_leaves_it_at_once() {
     let told = place.site.laelaps(["-c", "laelaps.yml", "watchdog", "status"]).await.success().stdout;
     assert!(told.contains("/fleet: a fleet of 1 host\n") && told.contains("acting"), "{told}");
     let told = place.site.laelaps(["-c", "laelaps.yml", "check"]).await.success().stdout;
-    assert!(told.contains("fleet          /fleet: 1 host, sessions end after 2s"), "{told}");
+    assert!(told.contains("fleet          /fleet: 1 host, sessions end after 60s"), "{told}");
     host.stop().await;
     assert!(place.fleet().await.is_empty(), "a host that ends leaves the fleet, and does not let its session time out");
 }

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use laelaps_test_zookeeper::{PATIENCE, eventually};
+use laelaps_test_zookeeper::Server;
 use laelaps_watchdog::mover::{MoveError, Mover, Store, StoreError};
 use laelaps_watchdog::{Error, Root, WatchdogQueue};
+use tokio::sync::Notify;
 
 use super::place::{Place, TIMER, items, soon};
 
@@ -215,14 +217,22 @@ async fn movers_and_a_peer_race_and_every_item_is_somebodys_once() {
         movers.push(mover(&place, &database).await);
     }
     let peer = place.child().await;
-    let peer = tokio::spawn(async move { consume_all(&peer).await });
+    // Not before there is something to race with: a busy machine could let it take everything first.
+    let has_moved = Arc::new(Notify::new());
+    let begins = has_moved.clone();
+    let peer = tokio::spawn(async move {
+        begins.notified().await;
+        consume_all(&peer).await
+    });
     let movers: Vec<_> = movers
         .into_iter()
         .map(|mut mover| {
+            let has_moved = has_moved.clone();
             tokio::spawn(async move {
                 let mut moved = 0;
                 while mover.move_one().await.unwrap().is_some() {
                     moved += 1;
+                    has_moved.notify_one();
                     if moved % 10 == 0 {
                         mover.recover().await.unwrap();
                     }
@@ -258,19 +268,37 @@ async fn consume_all(peer: &WatchdogQueue) -> Vec<String> {
 
 #[tokio::test]
 async fn a_mover_waits_for_items_without_asking_again_and_again() {
-    let place = Place::new("waits").await;
-    let mut master = place.master(&items(1)).await;
+    let server = Server::start().await;
+    let place = Place::on(&server.address(), "waits").await;
+    let master = place.master(&items(1)).await;
     let child = place.child().await;
     assert!(child.wait_for_items().await.unwrap());
     assert!(child.consume().await.unwrap().is_some());
-    let waiting = tokio::spawn(async move { child.wait_for_items().await });
-    eventually(PATIENCE, "the queue is empty", async || match master.queue_count().await.unwrap() {
-        0 => Ok(()),
-        count => Err(count.to_string()),
-    })
-    .await;
-    assert!(!waiting.is_finished());
+    let before = server.monitor("zk_packets_received").await;
+    let mut waiting = tokio::spawn(async move { child.wait_for_items().await });
+    assert!(tokio::time::timeout(Duration::from_secs(3), &mut waiting).await.is_err(), "nothing is left to be taken");
+    let requests = server.monitor("zk_packets_received").await - before;
+    assert!(requests < 10, "{requests} requests within three seconds");
     master.clear_timers().await.unwrap();
     assert!(!soon("the child hears that the root is cleared", waiting).await.unwrap().unwrap());
-    master.create_queue(&items(0), TIMER).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_master_that_clears_at_the_moment_when_the_root_of_the_markers_is_made_does_not_take_it_for_a_queue() {
+    let place = Place::new("markers_made").await;
+    for round in 0..100 {
+        let markers = Root::new(format!("/markers-{round}")).unwrap();
+        let master = WatchdogQueue::new(&place.options(), markers.path()).await.unwrap();
+        let clearing = tokio::spawn(async move {
+            loop {
+                match master.clear_timers().await {
+                    Err(Error::NoRoot(_)) => tokio::task::yield_now().await,
+                    ended => return ended,
+                }
+            }
+        });
+        Mover::open(place.client().await, markers, Database::default()).await.unwrap();
+        let cleared = clearing.await.unwrap();
+        assert!(matches!(cleared, Err(Error::MarkersRoot(_))), "round {round}: {cleared:?}");
+    }
 }

@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use laelaps_test_zookeeper::{PATIENCE, shared};
+use laelaps_test_zookeeper::{LONG, shared, unique_name, waiting_for};
 use laelaps_watchdog::{NewQueue, Options, Root, Session, WatchdogQueue};
 
 /// How long a queue's child may go without a kick, where a test does not care.
-pub(super) const TIMER: Duration = Duration::from_secs(120);
+pub(super) const TIMER: Duration = Duration::from_secs(3_600);
+/// A session that outlives every pause which a busy machine makes, where a test does not wait for its end.
+pub(super) const LONG_SESSION: Duration = Duration::from_secs(60);
+/// A session that a busy machine does not end either, for tests that wait for its end.
+pub(super) const SESSION: Duration = Duration::from_secs(10);
 
 /// A chroot on the shared server, and who connects to it.
 pub(super) struct Place {
@@ -22,8 +26,9 @@ impl Place {
 
     /// On servers of the test's own.
     pub(super) async fn on(servers: &str, name: &str) -> Place {
-        let chroot = format!("/{name}");
-        let top = Session::connect(&Options::new(servers)).await.expect("the servers let us in");
+        // Other processes have tests of this name on the same servers.
+        let chroot = unique_name(&format!("/{name}"));
+        let top = Session::connect(&options(servers)).await.expect("the servers let us in");
         let marker = Root::new(format!("{chroot}/marker")).expect("a root");
         let mut queue = WatchdogQueue::over(top, marker);
         let made = queue.create_queue(&NewQueue { parents: true, ..NewQueue::default() }, TIMER).await;
@@ -43,12 +48,7 @@ impl Place {
     }
 
     pub(super) fn options(&self) -> Options {
-        Options::new(format!("{}{}", self.servers, self.chroot))
-    }
-
-    /// A session of two seconds, for tests that wait for its end.
-    pub(super) fn short_options(&self) -> Options {
-        Options { session_timeout: Duration::from_secs(2), ..self.options() }
+        options(&format!("{}{}", self.servers, self.chroot))
     }
 
     /// A client with a session of its own, at the root `/q`.
@@ -71,13 +71,20 @@ impl Place {
     }
 }
 
+/// How to connect, with a [`LONG_SESSION`].
+pub(super) fn options(servers: &str) -> Options {
+    Options { session_timeout: LONG_SESSION, ..Options::new(servers) }
+}
+
 /// Items `0`, `1` and so on.
 pub(super) fn items(count: usize) -> NewQueue {
     NewQueue { items: (0..count).map(|n| n.to_string().into_bytes()).collect(), ..NewQueue::default() }
 }
 
-/// Waits for what an event announces, with the usual patience.
+/// Waits for what an event announces.
 pub(super) async fn soon<T>(promise: &str, event: impl Future<Output = T>) -> T {
-    let Ok(value) = tokio::time::timeout(PATIENCE, event).await else { panic!("{promise}: not within {PATIENCE:?}") };
+    let Ok(value) = waiting_for(promise, tokio::time::timeout(LONG, event)).await else {
+        panic!("{promise}: not within {LONG:?}")
+    };
     value
 }

@@ -2,19 +2,19 @@
 
 use super::*;
 
-/// The promise: one session timeout, one tick of the servers, and a second.
-const PROMISED: Duration = Duration::from_millis(2_000 + 500 + 1_000);
-
 /// A host with a hundred running tasks is killed, alone or together with the acting one, and three others are there (two, then).
 async fn a_killed_host_hands_on(with_the_acting_one: bool) {
     const HELD: usize = 100;
-    assert_eq!(PROMISED, SESSION + TICK + Duration::from_secs(1));
-    let place = Place::alone(&format!("killed_{with_the_acting_one}_{:?}", Site::database_of_the_test())).await;
+    let place = Place::new(&format!("killed_{with_the_acting_one}_{:?}", Site::database_of_the_test())).await;
     place.site.plug_guest("zoo");
     let queue = place.site.queue().await;
     // Whoever is there first acts.
-    let mut acting = place.host(1, LONG_TIMER, json!({})).await;
-    let mut victim = place.host(HELD, LONG_TIMER, json!({})).await;
+    let mut acting = if with_the_acting_one {
+        place.host_to_be_lost(1, LONG_TIMER, json!({})).await
+    } else {
+        place.host(1, LONG_TIMER, json!({})).await
+    };
+    let mut victim = place.host_to_be_lost(HELD, LONG_TIMER, json!({})).await;
     submit_held(&queue, 0..HELD + 1).await;
     have_begun(&place.site, HELD + 1).await;
     let others = [place.host(60, LONG_TIMER, json!({})).await, place.host(60, LONG_TIMER, json!({})).await];
@@ -31,16 +31,16 @@ async fn a_killed_host_hands_on(with_the_acting_one: bool) {
     let took = killed.elapsed();
     let what = if with_the_acting_one { "killed together with the acting host" } else { "a killed host" };
     let what = format!("{what}, {:?}: the last of its 100 tasks runs elsewhere", place.site.database());
-    measured(&what, format!("{took:?} (session {SESSION:?}, tick {TICK:?}, alive_time 300 s)"));
-    promised(&what, took, PROMISED);
+    measured(&what, format!("{took:?} (session {:?}, tick {TICK:?}, alive_time {ALIVE_TIME:?})", session_of_the_lost()));
+    promised(&what, took, noticed());
 
-    victim.exited(PATIENCE).await;
+    victim.exited(LONG).await;
     place.site.open_gate("gate");
     wait_for_finished(&queue, HELD + 1, LONG).await;
     let tasks = all_tasks(&queue).await;
     assert_eq!(tasks.iter().filter(|task| task.lost == 1 && task.attempts == 1).count(), lost, "lost once, run once more");
     if with_the_acting_one {
-        acting.exited(PATIENCE).await;
+        acting.exited(LONG).await;
     } else {
         acting.stop().await;
     }

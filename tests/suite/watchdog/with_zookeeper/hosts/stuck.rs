@@ -20,22 +20,22 @@ async fn a_stuck_acting_host_whose_session_lives_loses_its_tasks_to_the_next_one
     place.site.plug_guest("zoo");
     let queue = Queue::open(&Config::new(&url)).await.unwrap();
     queue.init().await.unwrap();
-    let stuck = place.host(5, TIMER.as_secs(), json!({ "url": through_cable, "statement_timeout": 5 })).await;
+    let stuck = place.host(5, TIMER, json!({ "url": through_cable, "statement_timeout": 5 })).await;
     submit_held(&queue, 0..5).await;
     have_begun(&place.site, 5).await;
-    let next = place.host(5, TIMER.as_secs(), json!({ "url": url })).await;
+    let next = place.host(5, TIMER, json!({ "url": url })).await;
     place.has_hosts(2).await;
-    stuck.logged("this host acts for its fleet", PATIENCE).await;
+    stuck.logged("this host acts for its fleet", LONG).await;
     cable.cut();
-    stuck.logged("this host is not well", PATIENCE).await;
-    next.logged("this host acts for its fleet", PATIENCE).await;
+    stuck.logged("this host is not well", LONG).await;
+    next.logged("this host acts for its fleet", LONG).await;
     have_begun(&place.site, 10).await;
     place.site.open_gate("gate");
     all_finish(&queue, 5, |_| 1).await;
     // Its session lived on. When the database answers it learns that it was struck off, and comes back as another.
     cable.mend();
-    stuck.logged("registering again", PATIENCE).await;
-    stuck.logged_times("ready", 2, PATIENCE).await;
+    stuck.logged("registering again", LONG).await;
+    stuck.logged_times("ready", 2, LONG).await;
     next.stop().await;
     submit(&queue, &[task("after", "silent", json!({}))]).await;
     wait_for_finished(&queue, 6, LONG).await;
@@ -50,23 +50,23 @@ mod frozen {
             let place = Place::new(&format!("frozen_{:?}", Site::database_of_the_test())).await;
             place.site.plug_guest("zoo");
             let queue = place.site.queue().await;
-            let frozen = place.host(5, TIMER.as_secs(), json!({ "task_heartbeat_interval": 60 })).await;
+            let frozen = place.host_to_be_lost(5, LONG_TIMER, json!({ "task_heartbeat_interval": 60 })).await;
             submit_held(&queue, 0..5).await;
             have_begun(&place.site, 5).await;
-            let other = place.host(5, TIMER.as_secs(), json!({})).await;
+            let other = place.host(5, LONG_TIMER, json!({})).await;
             let before = place.has_hosts(2).await;
 
             crate::fleet::freeze(&frozen, &queue).await;
             let since = Instant::now();
             have_begun(&place.site, 10).await;
-            promised("a frozen host: the last of its tasks runs elsewhere", since.elapsed(), TIMER + SESSION);
+            promised("a frozen host: the last of its tasks runs elsewhere", since.elapsed(), noticed());
             // Its own guests find the gate open when it wakes, and finish at once, under leases that it has lost.
             place.site.open_gate("gate");
             all_finish(&queue, 5, |_| 1).await;
             let finished = held_tasks(&queue).await;
             frozen.signal(Signal::CONT);
-            frozen.logged("registering again", PATIENCE).await;
-            frozen.logged_times("ready", 2, PATIENCE).await;
+            frozen.logged("registering again", LONG).await;
+            frozen.logged_times("ready", 2, LONG).await;
             let after = place.has_hosts(2).await;
             assert_eq!(before.intersection(&after).count(), 1, "the frozen one has become another: {before:?}, {after:?}");
             for (was, is) in finished.iter().zip(held_tasks(&queue).await) {
@@ -76,7 +76,7 @@ mod frozen {
             // It works on, under its new name.
             other.stop().await;
             submit(&queue, &[task("after", "silent", json!({}))]).await;
-            wait_for_finished(&queue, 6, PATIENCE).await;
+            wait_for_finished(&queue, 6, LONG).await;
             frozen.stop().await;
         }
     }
@@ -117,7 +117,7 @@ impl BlockedDisk {
                 written.push_str(&String::from_utf8_lossy(&bytes[..length]));
             }
         };
-        let found = tokio::time::timeout(PATIENCE, read).await;
+        let found = tokio::time::timeout(LONG, read).await;
         assert!(found.is_ok(), "no {text:?} in {written:?}");
     }
 }
@@ -132,7 +132,7 @@ async fn a_blocked_disk() {
     place.site.plug_guest("zoo");
     let queue = place.site.queue().await;
     let mut disk = BlockedDisk::new(&place.site);
-    place.configure(6, TIMER.as_secs(), json!({}));
+    place.configure(6, TIMER, json!({}));
     let mut blocked = place.site.spawn_with(&["--log", "log.fifo"], &[]);
     disk.take_until("ready").await;
     submit_held(&queue, 0..5).await;
@@ -141,7 +141,7 @@ async fn a_blocked_disk() {
     disk.block();
     // What a handler logs is written down by its host, which comes to stand there.
     submit(&queue, &[task("writes", "log", json!({}))]).await;
-    let other = place.host(6, TIMER.as_secs(), json!({})).await;
+    let other = place.host(6, TIMER, json!({})).await;
     have_begun(&place.site, 10).await;
     place.site.open_gate("gate");
     all_finish(&queue, 6, |_| 1).await;
@@ -156,7 +156,7 @@ async fn a_blocked_disk() {
     other.stop().await;
     blocked.signal(Signal::TERM);
     disk.take_until("ended").await;
-    assert!(blocked.exited(PATIENCE).await.success());
+    assert!(blocked.exited(LONG).await.success());
 }
 
 /// A host that gets stuck in itself: only the program that tests build can be told to.
@@ -168,10 +168,11 @@ mod with_faults {
         on(Database::Postgres, Box::pin(late_takeover())).await;
     }
 
-    /// The acting host is slow: while it is about to hand on what a host had, that host comes back, works on under a new name, and is killed.
+    /// The acting host is slow: while it is about to hand on what a host had, that host comes back and works on under a new name. Then it is
+    /// killed.
     async fn late_takeover() {
         const HELD: usize = 5;
-        let place = Place::on(&shared().await.address(), "late").await;
+        let place = Place::new("late").await;
         let cable = Proxy::to(shared().await.port()).await;
         place.site.plug_guest("zoo");
         let queue = place.site.queue().await;
@@ -179,26 +180,24 @@ mod with_faults {
         let acting = place.site.start_with_fault("block-at=hand-on").await;
         submit_held(&queue, 0..1).await;
         have_begun(&place.site, 1).await;
-        let mut watchdog = place.watchdog_at(&format!("127.0.0.1:{}/late", cable.port()), LONG_TIMER);
-        watchdog["session_timeout"] = 6.into();
+        let watchdog = place.watchdog_at(&place.through(&cable), SESSION, LONG_TIMER);
         let mut victim = place.host(HELD, LONG_TIMER, json!({ "watchdog": watchdog })).await;
         submit_held(&queue, 1..1 + HELD).await;
         have_begun(&place.site, 1 + HELD).await;
         let before = place.has_hosts(2).await;
 
         cable.cut();
-        acting.logged("fault injection: this thread is blocked", PATIENCE).await;
-        victim.logged("ZooKeeper session is over: stopping what it runs", PATIENCE).await;
+        acting.logged("fault injection: this thread is blocked", LONG).await;
+        victim.logged("ZooKeeper session is over: stopping what it runs", LONG).await;
         cable.mend();
-        victim.logged_times("ready", 2, PATIENCE).await;
+        victim.logged_times("ready", 2, LONG).await;
         have_begun(&place.site, 1 + 2 * HELD).await;
         let after = place.has_hosts(2).await;
         let old = before.difference(&after).next().expect("the victim is another one now");
         let other = place.host(HELD, LONG_TIMER, json!({})).await;
 
-        victim.kill().await;
         std::fs::write(place.site.path("unblock"), "").unwrap();
-        let line = acting.logged("the tasks of dead hosts are handed on", PATIENCE).await;
+        let line = acting.logged("the tasks of dead hosts are handed on", LONG).await;
         assert!(line.contains(old.as_str()) && line.contains("tasks=0"), "{old}: {line}");
         let stats = queue.stats().await.unwrap();
         assert_eq!(
@@ -206,6 +205,7 @@ mod with_faults {
             (1 + HELD as u64, 0),
             "the new session lives, and its leases with it: {stats:?}"
         );
+        victim.kill().await;
         have_begun(&place.site, 1 + 3 * HELD).await;
         place.site.open_gate("gate");
         // Given back when the first session was over, lost with the second one.
@@ -223,21 +223,21 @@ mod with_faults {
         let place = Place::new("stuck_in_the_claim_loop").await;
         place.site.plug_guest("zoo");
         let queue = place.site.queue().await;
-        place.configure(5, TIMER.as_secs(), json!({ "task_heartbeat_interval": 60 }));
+        place.configure(5, TIMER, json!({ "task_heartbeat_interval": 60 }));
         let stuck = place.site.start_with_fault("block-at=claimed:2").await;
         submit_held(&queue, 0..1).await;
         have_begun(&place.site, 1).await;
         submit_held(&queue, 1..4).await;
-        stuck.logged("fault injection: this thread is blocked", PATIENCE).await;
-        let other = place.host(5, TIMER.as_secs(), json!({})).await;
+        stuck.logged("fault injection: this thread is blocked", LONG).await;
+        let other = place.host(5, TIMER, json!({})).await;
         // What runs there, and what was claimed and has not begun.
         have_begun(&place.site, 5).await;
         let before = place.has_hosts(2).await;
         place.site.open_gate("gate");
         all_finish(&queue, 4, |_| 1).await;
         std::fs::write(place.site.path("unblock"), "").unwrap();
-        stuck.logged("registering again", PATIENCE).await;
-        stuck.logged_times("ready", 2, PATIENCE).await;
+        stuck.logged("registering again", LONG).await;
+        stuck.logged_times("ready", 2, LONG).await;
         let after = place.has_hosts(2).await;
         assert_eq!(before.intersection(&after).count(), 1, "it is another one now: {before:?}, {after:?}");
         all_finish(&queue, 4, |_| 1).await;
