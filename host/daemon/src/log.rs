@@ -153,6 +153,12 @@ impl<'a> MakeWriter<'a> for Log {
     }
 }
 
+/// Whether a terminal may do something else with a character than show it where it stands.
+pub(crate) fn is_unprintable(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' | '\u{061c}')
+}
+
 /// An event as it may stand in the log: its further lines are marked as such, so that no text of a handler, a producer or a database passes
 /// for an event of its own.
 fn contained(event: &[u8]) -> Cow<'_, [u8]> {

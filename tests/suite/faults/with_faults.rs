@@ -5,7 +5,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{NewTask, Queue, State, Stats};
-use laelaps_tests::{Host, PATIENCE, Signal, Site, eventually, submit, task, wait_for_finished, wait_for_state, wait_for_stats};
+use laelaps_tests::{
+    Host, PATIENCE, Signal, Site, eventually, guest, submit, task, wait_for_finished, wait_for_state, wait_for_stats,
+    with_edition,
+};
 use serde_json::json;
 
 /// `laelaps run` ends so when too many threads are stuck (docs/cli.md).
@@ -251,4 +254,29 @@ async fn a_fault_that_nobody_knows_is_refused() {
     let mut host = site.spawn_with(&[], &[("LAELAPS_FAULT", "abort-at")]);
     assert_eq!(host.exited(PATIENCE).await.code(), Some(2));
     host.logged("LAELAPS_FAULT holds \"abort-at\"", PATIENCE).await;
+}
+
+#[tokio::test]
+async fn a_module_that_a_host_died_with_while_it_admitted_it_is_taken_last_and_named() {
+    let site = Site::new().await;
+    site.plug_guest("zoo");
+    // Admitted before `zoo`, by its name, and with another digest.
+    site.plug("bane", &with_edition(&guest("zoo"), 1));
+    site.configure(json!({}));
+    // The host's database.
+    let _queue = site.queue().await;
+    let mut died = site.spawn_with(&[], &[("LAELAPS_FAULT", "abort-at=admitting")]);
+    assert_eq!(died.exited(PATIENCE).await.signal(), Some(9));
+    let host = site.start().await;
+    let told = host.logged("died while it admitted this file", PATIENCE).await;
+    assert!(told.contains("plugin=bane"), "{told}");
+    host.logged_times("the plugin serves", 2, PATIENCE).await;
+    let order: Vec<bool> = host.lines_with("the plugin serves").iter().map(|line| line.contains("plugin=bane")).collect();
+    assert_eq!(order, [false, true], "the other one serves first");
+    host.stop().await;
+    // It was admitted, so nobody suspects it any more.
+    let host = site.start().await;
+    host.logged_times("the plugin serves", 2, PATIENCE).await;
+    assert!(host.lines_with("died while").is_empty());
+    host.stop().await;
 }

@@ -5,6 +5,8 @@ use std::io::{self, BufWriter, IsTerminal as _, StdoutLock, Write as _};
 use comfy_table::{ContentArrangement, Table, presets};
 use laelaps_queue::{Task, Timestamp};
 
+use crate::log::is_unprintable;
+
 /// Standard output, written in large pieces. A reader that goes away is an error of kind `BrokenPipe`, which ends the program in silence.
 pub(super) struct Output {
     writer: BufWriter<StdoutLock<'static>>,
@@ -98,16 +100,11 @@ pub(super) fn printable(text: &str) -> String {
     for character in text.chars() {
         match character {
             '\n' | '\t' => printable.push(character),
-            control if control.is_control() || is_bidirectional_control(control) => printable.extend(control.escape_default()),
+            control if is_unprintable(control) => printable.extend(control.escape_default()),
             other => printable.push(other),
         }
     }
     printable
-}
-
-/// Characters that make a terminal show text in another order than it stands.
-fn is_bidirectional_control(character: char) -> bool {
-    matches!(character, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
 }
 
 /// As [`printable`], in one line of at most `width` characters.

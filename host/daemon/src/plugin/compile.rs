@@ -1,38 +1,46 @@
 //! Compiling, in a child process of the same program.
 //!
 //! Compiling hostile code is the one step of admission that has no bound of its own on time or memory, so it happens where both can be
-//! bounded and where a crash costs nobody anything. The child gets the module on standard input, writes compiled code to standard output
-//! (a file in the private folder) and a refusal to standard error. It bounds itself before it reads a byte. Standard input stays open while
-//! it works: when it ends early, the parent is gone or has lost interest, and the child ends itself.
+//! bounded and where a crash costs nobody anything. So does everything else that reads a module: a type of a few kilobytes can stand for
+//! gigabytes once it is written out. The child gets the module on standard input, writes a bounded [`Report`] and the compiled code to
+//! standard output (a file in the private folder), and a refusal to standard error. It bounds and confines itself before it reads a byte.
+//! Standard input stays open while it works: when it ends early, the parent is gone or has lost interest, and the child ends itself.
 //!
 //! Compiled code is only ever loaded from that folder, under a name that says which file it came from, which settings it was compiled with
 //! and what it has to hash to; it is read whole and checked first, so a file that was torn by a crash is compiled again, not run.
 
+mod child;
+mod confine;
+mod report;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use rustix::process::{Resource, Rlimit};
 use tempfile::NamedTempFile;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 use wasmtime::component::Component;
 
+pub use self::child::compile_child_main;
+use self::report::{Confinement, MAGIC, Report};
+use super::inspect::Item;
 use super::scratch::Scratch;
-use super::{CompileLimits, Config, Digest, Error, engine};
+use super::{CompileLimits, Config, Digest, Error, fit, reason};
 
 /// The hidden first argument that turns the program into the compiler. Three more follow: memory in bytes, time in seconds, and the size of
 /// the module that comes on standard input.
 pub const COMPILE_ARGUMENT: &str = "compile-plugin";
 
-/// Compiled code cannot be larger than this.
-const CODE_BYTES_MAX: u64 = 4 << 30;
+/// Compiled code cannot be larger than this: the host holds it in memory, twice while it loads it. 18 MB of Python become 35 MB of code.
+const CODE_BYTES_MAX: u64 = 128 << 20;
 /// What is read of the child's standard error.
 const STDERR_BYTES_MAX: u64 = 16 << 10;
 /// Compiled modules that the folder may keep; the one unused for longest goes first.
@@ -41,6 +49,24 @@ const CACHED_MAX: usize = 64;
 const EXIT_REFUSED: i32 = 3;
 /// The child could not do its work.
 const EXIT_UNABLE: i32 = 4;
+
+/// What compiling one module may use, before its size is looked at: memory, memory for each processor (they compile at the same time),
+/// memory for each byte of the module, and time in seconds, and for each mebibyte begun. Python's 18 MB took 421 MiB and 19 s on two cores.
+const MEMORY_BYTES_BASE: u64 = 512 << 20;
+const MEMORY_BYTES_PER_CORE: u64 = 32 << 20;
+const MEMORY_BYTES_PER_BYTE: u64 = 64;
+const TIME_BASE: Duration = Duration::from_secs(60);
+const TIME_PER_MEBIBYTE: Duration = Duration::from_secs(20);
+
+/// A component, and what the compiling child said of it.
+pub(super) struct Compiled {
+    pub(super) imports: Vec<Item>,
+    pub(super) exports: Vec<Item>,
+    /// Imports, exports and functions that are too many to be told.
+    pub(super) left_out: usize,
+    /// The component; or everything that keeps it from fitting the contract, in words.
+    pub(super) component: Result<Component, Vec<String>>,
+}
 
 /// Compiles modules and keeps the results.
 pub(super) struct Compiler {
@@ -51,6 +77,8 @@ pub(super) struct Compiler {
     compatibility: String,
     /// One at a time: the bound on memory is for one.
     turn: tokio::sync::Mutex<()>,
+    /// It was said how far the system confines the child.
+    said_confinement: AtomicBool,
     /// Removes a folder that nobody named. Held for its drop.
     _scratch: Option<Scratch>,
 }
@@ -80,6 +108,8 @@ impl Compiler {
         check_private(&folder)?;
         let mut hasher = DefaultHasher::new();
         wasmtime.precompile_compatibility_hash().hash(&mut hasher);
+        // What the report says depends on both.
+        (MAGIC, fit::contract()).hash(&mut hasher);
         Ok(Self {
             // Not the path this program was started by: that file may have been replaced by an upgrade meanwhile.
             program: config.compiler.clone().unwrap_or_else(|| PathBuf::from("/proc/self/exe")),
@@ -87,20 +117,16 @@ impl Compiler {
             folder,
             compatibility: format!("{:016x}", hasher.finish()),
             turn: tokio::sync::Mutex::new(()),
+            said_confinement: AtomicBool::new(false),
             _scratch: scratch,
         })
     }
 
     /// The component in these bytes: from the folder, or compiled now.
-    pub(super) async fn component(
-        &self,
-        wasmtime: &wasmtime::Engine,
-        bytes: &[u8],
-        digest: Digest,
-    ) -> Result<Component, Failure> {
+    pub(super) async fn component(&self, wasmtime: &wasmtime::Engine, bytes: &[u8], digest: Digest) -> Result<Compiled, Failure> {
         let _turn = self.turn.lock().await;
-        if let Some(component) = self.cached(wasmtime, digest).await {
-            return Ok(component);
+        if let Some(compiled) = self.cached(wasmtime, digest).await {
+            return Ok(compiled);
         }
         refuse_what_is_no_component(bytes)?;
         let output =
@@ -108,19 +134,35 @@ impl Compiler {
         self.run_child(bytes, &output).await?;
         let (path, name_start) = (self.folder.clone(), self.name_start(digest));
         let loaded = blocking(wasmtime, move |wasmtime| {
-            let code = fs::read(output.path()).map_err(|error| error.to_string())?;
-            let component = load(wasmtime, &code)?;
-            let kept = output.as_file().sync_all().and_then(|()| {
-                let name = path.join(format!("{name_start}{}.cwasm", Digest::of(&code).short()));
-                output.persist(name).map(drop).map_err(|error| error.error)
-            });
-            if let Err(error) = kept {
-                tracing::warn!(folder = %path.display(), %error, "compiled code cannot be kept: it will be compiled again next time");
+            let file = read_bounded(output.path()).map_err(|error| error.to_string())?;
+            let (compiled, confinement) = load(wasmtime, &file)?;
+            if compiled.component.is_ok() {
+                let kept = output.as_file().sync_all().and_then(|()| {
+                    let name = path.join(format!("{name_start}{}.cwasm", Digest::of(&file).short()));
+                    output.persist(name).map(drop).map_err(|error| error.error)
+                });
+                if let Err(error) = kept {
+                    tracing::warn!(folder = %path.display(), %error, "compiled code cannot be kept: it will be compiled again next time");
+                }
+                prune(&path);
             }
-            prune(&path);
-            Ok(component)
+            Ok((compiled, confinement))
         });
-        loaded.await.map_err(|reason| Failure::Refused(load_problem(&reason)))
+        let (compiled, confinement) = loaded.await.map_err(|problem| Failure::Refused(load_problem(&problem)))?;
+        self.say_once(confinement);
+        Ok(compiled)
+    }
+
+    fn say_once(&self, confinement: Confinement) {
+        let Confinement { seccomp, landlock } = confinement;
+        let is_whole = seccomp && landlock;
+        if !is_whole && !self.said_confinement.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                seccomp,
+                landlock,
+                "this system does not confine the compiler as it could: a fault in it has all that this user has; its bounds on memory and time hold"
+            );
+        }
     }
 
     /// The name's part before the digest of the code itself.
@@ -128,7 +170,7 @@ impl Compiler {
         format!("{digest}-{}-", self.compatibility)
     }
 
-    async fn cached(&self, wasmtime: &wasmtime::Engine, digest: Digest) -> Option<Component> {
+    async fn cached(&self, wasmtime: &wasmtime::Engine, digest: Digest) -> Option<Compiled> {
         let (folder, name_start) = (self.folder.clone(), self.name_start(digest));
         let cached = blocking(wasmtime, move |wasmtime| {
             let found = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok).find_map(|entry| {
@@ -137,8 +179,8 @@ impl Compiler {
                 Some((entry.path(), hash))
             });
             let Some((path, hash)) = found else { return Ok(None) };
-            let code = fs::read(&path).map_err(|error| error.to_string())?;
-            if Digest::of(&code).short() != hash {
+            let file = read_bounded(&path).map_err(|error| error.to_string())?;
+            if Digest::of(&file).short() != hash {
                 tracing::warn!(file = %path.display(), "compiled code was damaged: it is compiled again");
                 let _ = fs::remove_file(&path);
                 return Ok(None);
@@ -147,7 +189,7 @@ impl Compiler {
             let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
             let _ = fs::File::open(&path)
                 .map(|file| rustix::fs::futimens(file, &rustix::fs::Timestamps { last_access: now, last_modification: now }));
-            load(wasmtime, &code).map(Some)
+            load(wasmtime, &file).map(|(compiled, _)| Some(compiled))
         });
         cached.await.unwrap_or_else(|reason| {
             tracing::warn!(%digest, %reason, "kept code cannot be loaded: it is compiled again");
@@ -157,10 +199,11 @@ impl Compiler {
 
     async fn run_child(&self, bytes: &[u8], output: &NamedTempFile) -> Result<(), Failure> {
         let stdout = output.as_file().try_clone().map_err(|error| self.unable("use a file in", &error))?;
+        let limits = self.limits.for_module(bytes.len());
         let mut child = Command::new(&self.program)
             .arg(COMPILE_ARGUMENT)
-            .arg(self.limits.memory_bytes.to_string())
-            .arg(self.limits.time.as_secs().max(1).to_string())
+            .arg(limits.memory_bytes.to_string())
+            .arg(limits.time.as_secs().max(1).to_string())
             .arg(bytes.len().to_string())
             // Nothing of this process's environment is the compiler's business.
             .env_clear()
@@ -174,45 +217,46 @@ impl Compiler {
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| Failure::Unable(format!("the compiler {} cannot be started: {error}", self.program.display())))?;
-        let patience = self.limits.time.max(Duration::from_secs(1)) * 4;
+        let patience = limits.time.max(Duration::from_secs(1)) * 4;
         let ended = tokio::time::timeout(patience, feed(&mut child, bytes)).await;
         match ended {
-            Ok(Ok((status, stderr))) => self.judge(status, &stderr),
+            Ok(Ok((status, stderr))) => judge(&limits, status, &stderr),
             Ok(Err(error)) => Err(Failure::Unable(format!("the compiler {} cannot be watched: {error}", self.program.display()))),
             // It may be the machine that was too busy.
             Err(_) => Err(Failure::Unable(format!("compiling it takes longer than {} s", patience.as_secs()))),
         }
     }
 
-    fn judge(&self, status: ExitStatus, stderr: &str) -> Result<(), Failure> {
-        if status.success() {
-            return Ok(());
-        }
-        let memory = self.limits.memory_bytes;
-        if stderr.contains("memory allocation of") || stderr.contains("Cannot allocate memory") {
-            return Err(Failure::Refused(format!("compiling it needs more than {memory} bytes of memory")));
-        }
-        match (status.code(), status.signal()) {
-            (Some(EXIT_REFUSED), _) => Err(Failure::Refused(stderr.trim().to_owned())),
-            (Some(EXIT_UNABLE), _) => Err(Failure::Unable(stderr.trim().to_owned())),
-            (_, Some(signal)) if signal == rustix::process::Signal::XCPU.as_raw() => {
-                Err(Failure::Refused(format!("compiling it needs more than {} s of processor time", self.limits.time.as_secs())))
-            }
-            (_, Some(signal)) if signal == rustix::process::Signal::XFSZ.as_raw() => {
-                Err(Failure::Refused(format!("its compiled form is larger than {CODE_BYTES_MAX} bytes")))
-            }
-            (_, Some(signal)) if !is_crash(signal) => Err(Failure::Unable(format!(
-                "the compiler was ended by signal {signal}, perhaps because the system is out of memory"
-            ))),
-            _ => {
-                let first = stderr.lines().next().unwrap_or("without a word");
-                Err(Failure::Refused(format!("the compiler crashed on it ({status}): {first}")))
-            }
-        }
-    }
-
     fn unable(&self, doing: &str, error: &io::Error) -> Failure {
         Failure::Unable(format!("cannot {doing} the folder for compiled code {}: {error}", self.folder.display()))
+    }
+}
+
+/// What the child's end means.
+fn judge(limits: &CompileLimits, status: ExitStatus, stderr: &str) -> Result<(), Failure> {
+    if status.success() {
+        return Ok(());
+    }
+    let memory = limits.memory_bytes;
+    if stderr.contains("memory allocation of") || stderr.contains("Cannot allocate memory") {
+        return Err(Failure::Refused(format!("compiling it needs more than {memory} bytes of memory")));
+    }
+    match (status.code(), status.signal()) {
+        (Some(EXIT_REFUSED), _) => Err(Failure::Refused(reason::tidy(stderr.trim()))),
+        (Some(EXIT_UNABLE), _) => Err(Failure::Unable(reason::tidy(stderr.trim()))),
+        (_, Some(signal)) if signal == rustix::process::Signal::XCPU.as_raw() => {
+            Err(Failure::Refused(format!("compiling it needs more than {} s of processor time", limits.time.as_secs())))
+        }
+        (_, Some(signal)) if signal == rustix::process::Signal::XFSZ.as_raw() => {
+            Err(Failure::Refused(format!("its compiled form is larger than {CODE_BYTES_MAX} bytes")))
+        }
+        (_, Some(signal)) if !is_crash(signal) => Err(Failure::Unable(format!(
+            "the compiler was ended by signal {signal}, perhaps because the system is out of memory"
+        ))),
+        _ => {
+            let first = reason::tidy(stderr.lines().next().unwrap_or("without a word"));
+            Err(Failure::Refused(format!("the compiler crashed on it ({status}): {first}")))
+        }
     }
 }
 
@@ -225,11 +269,11 @@ fn is_crash(signal: i32) -> bool {
 }
 
 /// Why compiled code cannot be loaded, in our words where a plugin can do something about it.
-fn load_problem(reason: &str) -> String {
-    let minimum = reason.split_once("memory has a minimum byte size of ").and_then(|(_, rest)| rest.split_whitespace().next());
+fn load_problem(problem: &str) -> String {
+    let minimum = problem.split_once("memory has a minimum byte size of ").and_then(|(_, rest)| rest.split_whitespace().next());
     match minimum.and_then(|bytes| bytes.parse::<u64>().ok()) {
         Some(bytes) => format!("it needs {bytes} bytes of memory from the start, more than the largest limit of all routes"),
-        None => format!("its compiled form cannot be loaded: {reason}"),
+        None => format!("its compiled form cannot be loaded: {}", reason::tidy(problem)),
     }
 }
 
@@ -274,12 +318,44 @@ async fn feed(child: &mut Child, bytes: &[u8]) -> io::Result<(ExitStatus, String
     Ok((status, text?))
 }
 
-/// Load code that this very process, or one with the same settings, has compiled.
-fn load(wasmtime: &wasmtime::Engine, code: &[u8]) -> Result<Component, String> {
-    // SAFETY: the bytes were written by our own compiler into a folder that only this user can write to, and they hash to the name they
-    // were kept under. They are copied, so nothing that later happens to a file matters.
-    #[allow(unsafe_code, reason = "loading compiled code cannot be checked further; see the SAFETY comment")]
-    unsafe { Component::deserialize(wasmtime, code) }.map_err(|error| format!("{error:#}"))
+/// Load what this very process, or one with the same settings, has compiled.
+fn load(wasmtime: &wasmtime::Engine, file: &[u8]) -> Result<(Compiled, Confinement), String> {
+    let (Report { imports, exports, left_out, problems, confinement }, code) = Report::split(file)?;
+    let component = if problems.is_empty() {
+        // SAFETY: the bytes were written by our own compiler into a folder that only this user can write to, and they hash to the name they
+        // were kept under. They are copied, so nothing that later happens to a file matters.
+        #[allow(unsafe_code, reason = "loading compiled code cannot be checked further; see the SAFETY comment")]
+        Ok(unsafe { Component::deserialize(wasmtime, code) }.map_err(|error| format!("{error:#}"))?)
+    } else {
+        Err(problems)
+    };
+    Ok((Compiled { imports, exports, left_out, component }, confinement))
+}
+
+/// Read a file of the private folder whole.
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let file = fs::File::open(path)?;
+    let size = file.metadata()?.len();
+    if size > CODE_BYTES_MAX {
+        return Err(io::Error::other(format!("it has {size} bytes, more than {CODE_BYTES_MAX}")));
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+    file.take(CODE_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+impl CompileLimits {
+    /// What compiling a module of this size may use, within what is set for any: a small module needs little, and gets no more to waste.
+    fn for_module(&self, size: usize) -> Self {
+        let size = size as u64;
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let memory_bytes = MEMORY_BYTES_BASE
+            .saturating_add(MEMORY_BYTES_PER_CORE.saturating_mul(cores))
+            .saturating_add(MEMORY_BYTES_PER_BYTE.saturating_mul(size));
+        let mebibytes = u32::try_from(size.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+        let time = TIME_BASE.saturating_add(TIME_PER_MEBIBYTE.saturating_mul(mebibytes));
+        Self { memory_bytes: self.memory_bytes.min(memory_bytes), time: self.time.min(time) }
+    }
 }
 
 /// Run what reads and hashes large files where it may block.
@@ -328,85 +404,4 @@ fn prune(folder: &Path) {
     for (_, path) in files.iter().take(files.len().saturating_sub(CACHED_MAX)) {
         let _ = fs::remove_file(path);
     }
-}
-
-/// What `main` does first if the first argument is [`COMPILE_ARGUMENT`]: compile the module on standard input to standard output, within
-/// the bounds that the other arguments name. Exit status 0, 3 (the module is refused) or 4 (it could not be tried), with the
-/// reason on standard error.
-#[expect(clippy::disallowed_methods, reason = "a child that only compiles: nothing to drain, nothing to drop")]
-pub fn compile_child_main() -> ! {
-    let status = match compile_child() {
-        Ok(()) => 0,
-        Err(Failure::Refused(reason)) => {
-            eprintln!("{reason}");
-            EXIT_REFUSED
-        }
-        Err(Failure::Unable(reason)) => {
-            eprintln!("{reason}");
-            EXIT_UNABLE
-        }
-    };
-    std::process::exit(status)
-}
-
-fn compile_child() -> Result<(), Failure> {
-    let numbers: Vec<u64> = std::env::args().skip(2).filter_map(|argument| argument.parse().ok()).collect();
-    let [memory_bytes, seconds, size] = numbers[..] else {
-        return Err(Failure::Unable(format!("`{COMPILE_ARGUMENT}` is how Laelaps calls itself, and no command for people")));
-    };
-    bound_this_process(memory_bytes, seconds).map_err(|error| Failure::Unable(format!("cannot bound the compiler: {error}")))?;
-    let mut bytes = Vec::new();
-    io::stdin()
-        .take(size)
-        .read_to_end(&mut bytes)
-        .map_err(|error| Failure::Unable(format!("cannot read the module: {error}")))?;
-    if bytes.len() as u64 != size {
-        return Err(Failure::Unable("the host is gone".into()));
-    }
-    end_with_the_parent()?;
-    let unable = |error: &wasmtime::Error| Failure::Unable(format!("cannot set up the compiler: {error:#}"));
-    let wasmtime = wasmtime::Engine::new(&engine::code_settings()).map_err(|error| unable(&error))?;
-    let code = wasmtime.precompile_component(&bytes).map_err(|error| Failure::Refused(compile_problem(&error, bytes.len())))?;
-    let mut stdout = io::stdout().lock();
-    stdout
-        .write_all(&code)
-        .and_then(|()| stdout.flush())
-        .map_err(|error| Failure::Unable(format!("cannot write the compiled code: {error}")))
-}
-
-/// The compiler's words, and what they most likely mean.
-fn compile_problem(error: &wasmtime::Error, size: usize) -> String {
-    let text = format!("{error:#}");
-    if text.contains("unexpected end") || text.contains("is out of bounds (bound") {
-        format!("the file is truncated at its {size} bytes, or was never whole: {text}")
-    } else {
-        format!("it is not a valid component: {text}")
-    }
-}
-
-fn bound_this_process(memory_bytes: u64, seconds: u64) -> io::Result<()> {
-    let set = |resource, soft, hard| rustix::process::setrlimit(resource, Rlimit { current: Some(soft), maximum: Some(hard) });
-    // Data counts what is really asked for; address space would count what is only reserved.
-    set(Resource::Data, memory_bytes, memory_bytes)?;
-    set(Resource::Cpu, seconds, seconds + 1)?;
-    set(Resource::Fsize, CODE_BYTES_MAX, CODE_BYTES_MAX)?;
-    set(Resource::Core, 0, 0)?;
-    // Tasks come first, and when memory runs out, this process has to go first. Both are favours that may be denied.
-    let _ = rustix::process::nice(10);
-    let _ = fs::write("/proc/self/oom_score_adj", "1000");
-    Ok(())
-}
-
-/// End this process as soon as standard input ends, which the parent keeps open while it waits.
-fn end_with_the_parent() -> Result<(), Failure> {
-    #[expect(clippy::disallowed_methods, reason = "the parent is gone, and with it everybody who would use the result")]
-    let wait = || {
-        let _ = io::stdin().read(&mut [0]);
-        std::process::exit(EXIT_UNABLE);
-    };
-    std::thread::Builder::new()
-        .name("parent".into())
-        .spawn(wait)
-        .map(drop)
-        .map_err(|error| Failure::Unable(format!("cannot start a thread: {error}")))
 }

@@ -6,6 +6,7 @@
 //! its thread is abandoned: another thread takes the place of its own until it leaves, so that the others have as many as before. The pool
 //! bounds the replacements, since an abandoned guest keeps its slot.
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,7 +22,7 @@ use super::instance::{Instance, Order};
 use super::reuse::Idle;
 use super::threads::{Replacements, Threads};
 use super::ticker::{Presence, Ticker};
-use super::{Config, Control, Error, Limits, fit};
+use super::{Config, Control, Error, Limits, fit, outcome};
 
 /// What one component may consist of, which multiplies into the size of the pool.
 const CORE_INSTANCES_PER_COMPONENT: u32 = 64;
@@ -131,17 +132,13 @@ impl Engine {
         self.guests.spawn(future);
     }
 
-    /// Link a component against each version of the contract, newest first.
+    /// Link a component against each version of the contract, newest first. The compiling child has linked it before.
     ///
     /// # Errors
-    /// Everything that keeps it from fitting, in words.
-    pub(super) fn link(&self, component: &Component) -> Result<PluginPre, Vec<String>> {
+    /// What the linker says.
+    pub(super) fn link(&self, component: &Component) -> Result<PluginPre, String> {
         let linked = self.linker.instantiate_pre(component).and_then(PluginPre::new);
-        let problems = fit::problems(&self.wasmtime, component, &linked);
-        match linked {
-            Ok(pre) if problems.is_empty() => Ok(pre),
-            _ => Err(problems),
-        }
+        linked.map_err(|error| format!("it does not fit {}: {error:#}", fit::contract()))
     }
 
     /// Instantiate a new version once, without calling its handler.
@@ -220,6 +217,7 @@ pub(super) fn code_settings() -> wasmtime::Config {
         .async_stack_size(FIBRE_STACK_BYTES)
         // Frames come from the name section. A module's DWARF is as hostile as the module and would be read on a guest's thread.
         .wasm_backtrace_details(WasmBacktraceDetails::Disable)
+        .wasm_backtrace_max_frames(NonZeroUsize::new(outcome::FRAMES_MAX + 1))
         .wasm_gc(false)
         .wasm_function_references(false)
         .wasm_exceptions(false)
@@ -253,7 +251,8 @@ fn pool(config: &Config) -> PoolingAllocationConfig {
     pool
 }
 
-fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
+/// Everything that a component may import.
+pub(super) fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
     let mut linker = Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
     latest::Plugin::add_to_linker::<_, wasmtime::component::HasSelf<Guest>>(&mut linker, |guest| guest)?;

@@ -2,11 +2,25 @@
 //!
 //! The linker decides. What stands here only finds the words, because the linker's own stop at the first thing they meet and name types
 //! by their place in a table.
+//!
+//! Runs in the compiling child. Even there everything is bounded: eighteen levels of `tuple<T, T>` are a quarter of a million types once
+//! they are written out, and a component may have a million imports.
 
-use wasmtime::component::Component;
 use wasmtime::component::types::{ComponentFunc, ComponentItem, Type};
+use wasmtime::component::{Component, Linker};
 
+use super::abi::PluginPre;
+use super::guest::Guest;
 use super::inspect::Item;
+use super::reason::{self, Bounded};
+
+/// The longest type that is written out, and the longest name. Every type of the contract is much shorter.
+const TYPE_BYTES_MAX: usize = 4_096;
+const NAME_BYTES_MAX: usize = 512;
+/// The most text about all imports and exports together; those of Python's runtime have 30 KB.
+const ITEMS_BYTES_MAX: usize = 256 << 10;
+/// What an item or a function counts beside its text.
+const ITEM_OVERHEAD_BYTES: usize = 32;
 
 /// The contract's package.
 const PACKAGE: &str = "laelaps:worker";
@@ -58,45 +72,102 @@ pub(super) fn contract() -> String {
     format!("{PACKAGE}@{VERSION}")
 }
 
-/// Everything that keeps a component from fitting, in words; nothing if it fits. `linked` is what the linker said: it knows the imports, but
-/// looks at the export's type only when an instance is made.
-pub(super) fn problems<T>(engine: &wasmtime::Engine, component: &Component, linked: &wasmtime::Result<T>) -> Vec<String> {
-    let mut problems = Vec::new();
-    if let Err(error) = linked {
-        problems.extend(imports(engine, component).iter().flat_map(import_problems));
-        problems.extend(export_problem(&exports(engine, component)));
-        if problems.is_empty() {
-            problems.push(format!("it does not fit {}: {error:#}", contract()));
+/// What a component is, seen from the contract.
+pub(super) struct Fit {
+    /// What it needs.
+    pub(super) imports: Vec<Item>,
+    /// What it provides.
+    pub(super) exports: Vec<Item>,
+    /// Imports, exports and functions that did not fit into the bound.
+    pub(super) left_out: usize,
+    /// Everything that keeps it from fitting, in words; nothing if it fits.
+    pub(super) problems: Vec<String>,
+}
+
+/// Look at a component. The linker knows the imports, but looks at the export's type only when an instance is made.
+pub(super) fn examine(engine: &wasmtime::Engine, linker: &Linker<Guest>, component: &Component) -> Fit {
+    let mut room = Room { bytes_left: ITEMS_BYTES_MAX, left_out: 0 };
+    let ty = component.component_type();
+    // The exports first, so that no number of imports hides them.
+    let exports: Vec<Item> = ty.exports(engine).filter_map(|(name, export)| room.item(engine, name, &export.ty)).collect();
+    let imports: Vec<Item> = ty.imports(engine).filter_map(|(name, import)| room.item(engine, name, &import.ty)).collect();
+    let mut problems = Problems::default();
+    if let Err(error) = linker.instantiate_pre(component).and_then(PluginPre::new) {
+        imports.iter().flat_map(import_problems).for_each(|problem| problems.add(problem));
+        problems.extend(export_problem(&exports));
+        if problems.all.is_empty() {
+            problems.add(format!("it does not fit {}: {error:#}", contract()));
         }
     } else {
-        problems.extend(export_problem(&exports(engine, component)));
+        problems.extend(export_problem(&exports));
     }
-    problems
+    Fit { imports, exports, left_out: room.left_out, problems: problems.all }
 }
 
-/// What a component needs.
-pub(super) fn imports(engine: &wasmtime::Engine, component: &Component) -> Vec<Item> {
-    component.component_type().imports(engine).map(|(name, import)| item(engine, name, &import.ty)).collect()
+/// Problems up to a bound. The first of many says what is wrong.
+#[derive(Default)]
+struct Problems {
+    all: Vec<String>,
+    bytes: usize,
 }
 
-/// What a component provides.
-pub(super) fn exports(engine: &wasmtime::Engine, component: &Component) -> Vec<Item> {
-    component.component_type().exports(engine).map(|(name, export)| item(engine, name, &export.ty)).collect()
+impl Problems {
+    fn add(&mut self, problem: String) {
+        self.bytes += problem.len();
+        // The first one always: whoever reads them cuts it.
+        if self.all.is_empty() || self.bytes <= reason::BYTES_MAX {
+            self.all.push(problem);
+        }
+    }
+
+    fn extend(&mut self, problem: Option<String>) {
+        problem.into_iter().for_each(|problem| self.add(problem));
+    }
 }
 
-fn item(engine: &wasmtime::Engine, name: &str, item: &ComponentItem) -> Item {
-    let functions = match item {
-        ComponentItem::ComponentFunc(function) => vec![(name.to_owned(), signature(function))],
-        ComponentItem::ComponentInstance(instance) => instance
-            .exports(engine)
-            .filter_map(|(name, export)| match &export.ty {
-                ComponentItem::ComponentFunc(function) => Some((name.to_owned(), signature(function))),
-                _ => None,
-            })
-            .collect(),
-        _ => Vec::new(),
-    };
-    Item { name: name.to_owned(), is_instance: matches!(item, ComponentItem::ComponentInstance(_)), functions }
+/// Room for what is said of imports and exports.
+struct Room {
+    bytes_left: usize,
+    left_out: usize,
+}
+
+impl Room {
+    /// None if there is no room for it.
+    fn item(&mut self, engine: &wasmtime::Engine, name: &str, item: &ComponentItem) -> Option<Item> {
+        let name = self.text(name)?;
+        let functions = match item {
+            ComponentItem::ComponentFunc(function) => self.function(&name, function).into_iter().collect(),
+            ComponentItem::ComponentInstance(instance) => instance
+                .exports(engine)
+                .filter_map(|(name, export)| match &export.ty {
+                    ComponentItem::ComponentFunc(function) => self.function(name, function),
+                    _ => None,
+                })
+                .collect(),
+            _ => Vec::new(),
+        };
+        Some(Item { name, is_instance: matches!(item, ComponentItem::ComponentInstance(_)), functions })
+    }
+
+    fn function(&mut self, name: &str, function: &ComponentFunc) -> Option<(String, String)> {
+        let name = self.text(name)?;
+        let signature = signature(function);
+        self.bytes_left = self.bytes_left.saturating_sub(signature.len());
+        Some((name, signature))
+    }
+
+    /// A name, if there is room for another item.
+    fn text(&mut self, name: &str) -> Option<String> {
+        if self.bytes_left == 0 {
+            self.left_out += 1;
+            return None;
+        }
+        let mut text = Bounded::new(NAME_BYTES_MAX);
+        text.push(name);
+        let text = text.into_text();
+        self.bytes_left = self.bytes_left.saturating_sub(text.len() + ITEM_OVERHEAD_BYTES);
+        Some(text)
+    }
 }
 
 fn import_problems(item: &Item) -> Vec<String> {
@@ -185,67 +256,126 @@ fn is_compatible(version: &str) -> bool {
 
 /// A function's type as WIT writes it, with the types' structure in the place of their names, which a component does not keep.
 fn signature(function: &ComponentFunc) -> String {
-    let parameters: Vec<String> = function.params().map(|(name, ty)| format!("{name}: {}", describe(&ty))).collect();
-    let results: Vec<String> = function.results().map(|ty| describe(&ty)).collect();
-    let head = if function.async_() { "async func" } else { "func" };
-    match results.as_slice() {
-        [] => format!("{head}({})", parameters.join(", ")),
-        results => format!("{head}({}) -> {}", parameters.join(", "), results.join(", ")),
+    let mut out = Bounded::new(TYPE_BYTES_MAX);
+    out.push(if function.async_() { "async func(" } else { "func(" });
+    list(&mut out, function.params(), |(name, ty), out| {
+        out.push(name);
+        out.push(": ");
+        describe(&ty, out);
+    });
+    out.push(")");
+    let mut results = function.results().peekable();
+    if results.peek().is_some() {
+        out.push(" -> ");
+        list(&mut out, results, |ty, out| describe(&ty, out));
+    }
+    out.into_text()
+}
+
+/// Write a list with commas, as far as it fits.
+fn list<T>(out: &mut Bounded, parts: impl Iterator<Item = T>, mut write: impl FnMut(T, &mut Bounded)) {
+    for (index, part) in parts.enumerate() {
+        if out.is_full() {
+            return;
+        }
+        if index > 0 {
+            out.push(", ");
+        }
+        write(part, out);
     }
 }
 
-fn describe(ty: &Type) -> String {
-    let comma = |parts: Vec<String>| parts.join(", ");
+/// Every call writes something before it descends, so a full text ends the descent, however much the type would expand to.
+fn describe(ty: &Type, out: &mut Bounded) {
+    if out.is_full() {
+        return;
+    }
     match ty {
-        Type::Bool => "bool".into(),
-        Type::S8 => "s8".into(),
-        Type::U8 => "u8".into(),
-        Type::S16 => "s16".into(),
-        Type::U16 => "u16".into(),
-        Type::S32 => "s32".into(),
-        Type::U32 => "u32".into(),
-        Type::S64 => "s64".into(),
-        Type::U64 => "u64".into(),
-        Type::Float32 => "f32".into(),
-        Type::Float64 => "f64".into(),
-        Type::Char => "char".into(),
-        Type::String => "string".into(),
-        Type::List(list) => format!("list<{}>", describe(&list.ty())),
-        Type::Tuple(tuple) => format!("tuple<{}>", comma(tuple.types().map(|ty| describe(&ty)).collect())),
-        Type::Record(record) => {
-            format!(
-                "record {{ {} }}",
-                comma(record.fields().map(|field| format!("{}: {}", field.name, describe(&field.ty))).collect())
-            )
+        Type::List(list) => within(out, "list<", &list.ty(), ">"),
+        Type::Option(option) => within(out, "option<", &option.ty(), ">"),
+        Type::Tuple(tuple) => {
+            out.push("tuple<");
+            list(out, tuple.types(), |ty, out| describe(&ty, out));
+            out.push(">");
         }
-        Type::Variant(variant) => format!(
-            "variant {{ {} }}",
-            comma(
-                variant
-                    .cases()
-                    .map(|case| case.ty.map_or_else(|| case.name.to_owned(), |ty| format!("{}({})", case.name, describe(&ty))))
-                    .collect()
-            )
-        ),
-        Type::Enum(names) => format!("enum {{ {} }}", comma(names.names().map(str::to_owned).collect())),
-        Type::Flags(names) => format!("flags {{ {} }}", comma(names.names().map(str::to_owned).collect())),
-        Type::Option(option) => format!("option<{}>", describe(&option.ty())),
+        Type::Record(record) => {
+            out.push("record { ");
+            list(out, record.fields(), |field, out| {
+                out.push(field.name);
+                out.push(": ");
+                describe(&field.ty, out);
+            });
+            out.push(" }");
+        }
+        Type::Variant(variant) => {
+            out.push("variant { ");
+            list(out, variant.cases(), |case, out| {
+                out.push(case.name);
+                if let Some(ty) = case.ty {
+                    within(out, "(", &ty, ")");
+                }
+            });
+            out.push(" }");
+        }
+        Type::Enum(names) => words(out, "enum { ", names.names()),
+        Type::Flags(names) => words(out, "flags { ", names.names()),
         Type::Result(result) => match (result.ok(), result.err()) {
-            (None, None) => "result".into(),
-            (Some(ok), None) => format!("result<{}>", describe(&ok)),
-            (ok, Some(error)) => format!("result<{}, {}>", ok.map_or_else(|| "_".into(), |ok| describe(&ok)), describe(&error)),
+            (None, None) => out.push("result"),
+            (Some(ok), None) => within(out, "result<", &ok, ">"),
+            (ok, Some(error)) => {
+                out.push("result<");
+                match ok {
+                    Some(ok) => describe(&ok, out),
+                    None => out.push("_"),
+                }
+                within(out, ", ", &error, ">");
+            }
         },
-        Type::Own(_) => "own<resource>".into(),
-        Type::Borrow(_) => "borrow<resource>".into(),
-        Type::Future(_) => "future".into(),
-        Type::Stream(_) => "stream".into(),
-        Type::ErrorContext => "error-context".into(),
-        _ => "a type that this host does not know".into(),
+        plain => out.push(word(plain)),
+    }
+}
+
+fn within(out: &mut Bounded, before: &str, ty: &Type, after: &str) {
+    out.push(before);
+    describe(ty, out);
+    out.push(after);
+}
+
+fn words<'a>(out: &mut Bounded, before: &str, names: impl Iterator<Item = &'a str>) {
+    out.push(before);
+    list(out, names, |name, out| out.push(name));
+    out.push(" }");
+}
+
+/// A type that consists of no others.
+fn word(ty: &Type) -> &'static str {
+    match ty {
+        Type::Bool => "bool",
+        Type::S8 => "s8",
+        Type::U8 => "u8",
+        Type::S16 => "s16",
+        Type::U16 => "u16",
+        Type::S32 => "s32",
+        Type::U32 => "u32",
+        Type::S64 => "s64",
+        Type::U64 => "u64",
+        Type::Float32 => "f32",
+        Type::Float64 => "f64",
+        Type::Char => "char",
+        Type::String => "string",
+        Type::Own(_) => "own<resource>",
+        Type::Borrow(_) => "borrow<resource>",
+        Type::Future(_) => "future",
+        Type::Stream(_) => "stream",
+        Type::ErrorContext => "error-context",
+        _ => "a type that this host does not know",
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
 
     /// The contract's world as wit-component writes it, which the tests under `tests/plugin` also link: so what is compared here is what
@@ -262,15 +392,52 @@ mod tests {
     fn the_words_for_the_contract_are_the_contracts() {
         let engine = wasmtime::Engine::new(&super::super::engine::code_settings()).expect("engine");
         let component = component(&engine);
+        let linker: Linker<Guest> = super::super::engine::linker(&engine).expect("linker");
+        let Fit { imports, exports, left_out, problems } = examine(&engine, &linker, &component);
+        assert_eq!((left_out, problems), (0, Vec::new()));
         for (interface, offered) in OFFERED {
             let name = format!("{PACKAGE}/{interface}@{VERSION}");
-            let found = imports(&engine, &component).into_iter().find(|item| item.name == name).expect("imported").functions;
+            let found = &imports.iter().find(|item| item.name == name).expect("imported").functions;
             let offered: Vec<_> = offered.iter().map(|(name, ty)| ((*name).to_owned(), (*ty).to_owned())).collect();
-            assert_eq!(found, offered, "{name}");
+            assert_eq!(*found, offered, "{name}");
         }
-        let found = exports(&engine, &component);
-        assert_eq!(found[0].functions, [("handle".to_owned(), HANDLE.to_owned())]);
-        assert_eq!(export_problem(&found), None);
+        assert_eq!(exports[0].functions, [("handle".to_owned(), HANDLE.to_owned())]);
+    }
+
+    /// A component that imports `f`, a function of a type that doubles so many times.
+    fn bomb(levels: usize, name_bytes: usize) -> Vec<u8> {
+        let mut text =
+            format!("(component (type $t (record (field \"a{}\" u8))) (import \"t\" (type $t0 (eq $t)))", "b".repeat(name_bytes));
+        for level in 0..levels {
+            let _ = write!(text, "(type $t{} (tuple $t{level} $t{level}))", level + 1);
+        }
+        let _ = write!(text, "(import \"f\" (func (param \"p\" $t{levels}))))");
+        wat::parse_str(text).expect("text")
+    }
+
+    #[test]
+    fn a_type_that_expands_to_gigabytes_is_described_within_its_bound() {
+        let engine = wasmtime::Engine::new(&super::super::engine::code_settings()).expect("engine");
+        let linker: Linker<Guest> = super::super::engine::linker(&engine).expect("linker");
+        let component = Component::new(&engine, bomb(17, 90_000)).expect("component");
+        let Fit { imports, problems, .. } = examine(&engine, &linker, &component);
+        let (_, described) = &imports.iter().find(|import| import.name == "f").expect("imported").functions[0];
+        assert!(described.len() <= TYPE_BYTES_MAX + '…'.len_utf8() && described.ends_with('…'), "{}", described.len());
+        assert!(problems.iter().map(String::len).sum::<usize>() < 4 * reason::BYTES_MAX, "{problems:?}");
+    }
+
+    #[test]
+    fn more_functions_than_anybody_reads_are_counted_and_the_exports_are_told_all_the_same() {
+        let engine = wasmtime::Engine::new(&super::super::engine::code_settings()).expect("engine");
+        let linker: Linker<Guest> = super::super::engine::linker(&engine).expect("linker");
+        let mut text = "(component (import \"a:b/c\" (instance ".to_owned();
+        (0..20_000).for_each(|number| write!(text, "(export \"f{number}\" (func))").expect("a text"));
+        text.push_str(")) (instance $i) (export \"x:y/z\" (instance $i)))");
+        let component = Component::new(&engine, wat::parse_str(text).expect("text")).expect("component");
+        let Fit { imports, exports, left_out, problems } = examine(&engine, &linker, &component);
+        assert_eq!(imports[0].functions.len() + left_out, 20_000);
+        assert!(left_out > 10_000 && exports[0].name == "x:y/z");
+        assert!(problems.iter().map(String::len).sum::<usize>() < 2 * reason::BYTES_MAX);
     }
 
     #[test]

@@ -174,8 +174,10 @@ impl GuestSide {
         };
         let event = match event {
             // Whatever failed after the stop failed because of it; what was returned in spite of it still counts.
-            Event::Stopped | Event::Trap { .. } if control.is_timed_out() => Event::TimedOut { limit: time.unwrap_or_default() },
-            Event::Trap { .. } if control.is_halted() => Event::Stopped,
+            Event::Stopped | Event::Trap { .. } | Event::OutOfMemory { .. } if control.is_timed_out() => {
+                Event::TimedOut { limit: time.unwrap_or_default() }
+            }
+            Event::Trap { .. } | Event::OutOfMemory { .. } if control.is_halted() => Event::Stopped,
             event => event,
         };
         let completion =

@@ -10,6 +10,7 @@ use wasmtime_wasi::{I32Exit, ResourceTableError};
 use super::Limits;
 use super::abi::latest::laelaps::worker::types;
 use super::guest::cut;
+use super::reason::{self, Bounded};
 
 /// The longest delay or retention that a handler may ask for: ten years of 365.25 days.
 const DELAY_MAX_MS: u64 = 10 * 31_557_600_000;
@@ -18,7 +19,9 @@ const CODE_BYTES_MAX: usize = 64;
 /// The longest failure in words.
 pub(super) const MESSAGE_BYTES_MAX: usize = 4_096;
 /// The most stack frames that are worth an operator's time.
-const FRAMES_MAX: usize = 16;
+pub(super) const FRAMES_MAX: usize = 16;
+/// The longest function name that is demangled, and the longest that is shown.
+const FUNCTION_BYTES_MAX: usize = 512;
 
 /// The event of a handler that returned.
 pub(super) fn returned(result: Result<types::Outcome, types::Failure>, limits: &Limits) -> Event {
@@ -103,18 +106,39 @@ fn is_hostcall_exhausted(error: &wasmtime::Error) -> bool {
     error.root_cause().to_string().contains("fuel allocated for hostcalls has been exhausted")
 }
 
-/// The stack, demangled, one function a line. Wasmtime's own text is taken, because only that knows how to demangle.
+/// The stack, one function a line.
 fn frames(backtrace: &WasmBacktrace) -> String {
     let mut text = String::new();
-    let functions = backtrace.to_string();
-    for function in functions.lines().filter_map(|line| line.split_once(" - ")).take(FRAMES_MAX) {
-        let _ = write!(text, "\n  at {}", function.1);
+    for frame in backtrace.frames().iter().take(FRAMES_MAX) {
+        text.push_str("\n  at ");
+        if let Some(module) = frame.module().name() {
+            let _ = write!(text, "{}!", function(module));
+        }
+        let _ = match frame.func_name() {
+            Some(name) => write!(text, "{}", function(name)),
+            None => write!(text, "function {}", frame.func_index()),
+        };
     }
-    let more = backtrace.frames().len().saturating_sub(FRAMES_MAX);
-    if more > 0 {
-        let _ = write!(text, "\n  and {more} more");
+    // The engine counts no further.
+    if backtrace.frames().len() > FRAMES_MAX {
+        text.push_str("\n  and more");
     }
     text
+}
+
+/// A function's name as people know it, where that is safe: names are the guest's own words, and a name of a kilobyte can stand for
+/// gigabytes in C++. So Rust's names are demangled, into a text with a bound (its grammar writes something at each step), and those of C++
+/// are shown as they are.
+fn function(name: &str) -> String {
+    let mut text = Bounded::new(FUNCTION_BYTES_MAX);
+    match rustc_demangle::try_demangle(name) {
+        Ok(demangled) if name.len() <= FUNCTION_BYTES_MAX => {
+            // Without the hash at its end. An error says that the text is full.
+            let _ = write!(text, "{demangled:#}");
+        }
+        _ => text.push(name),
+    }
+    reason::tidy(&text.into_text()).replace('\n', "\\n")
 }
 
 #[cfg(test)]
@@ -174,5 +198,47 @@ mod tests {
         };
         assert!(message.starts_with("the handler trapped: it reached an `unreachable` instruction"), "{message}");
         assert!(message.ends_with("standard error ended with:\npanicked at x"), "{message}");
+    }
+
+    #[test]
+    fn names_of_rust_are_shown_as_written_and_others_as_they_are() {
+        assert_eq!(function("_RNvNtCs1234_7mycrate3foo3bar"), "mycrate::foo::bar");
+        assert_eq!(function("_ZN4core3fmt5write17h0123456789abcdefE"), "core::fmt::write");
+        assert_eq!(function("_Z3fooi"), "_Z3fooi");
+        assert_eq!(function("handle"), "handle");
+        assert_eq!(function("a\nb\u{1b}[31m"), "a\\nb\\u{1b}[31m");
+    }
+
+    /// Rust's mangling can repeat what it has written before, and each line of this doubles the last.
+    #[test]
+    fn a_name_that_stands_for_gigabytes_costs_no_more_than_its_bound() {
+        let mut name = "_RINvC1a1b".to_owned();
+        // Tuples of a number and a tuple that was written before, deeper and deeper.
+        let mut last = name.len();
+        name.push_str("TyyE");
+        for _ in 0..20 {
+            let next = name.len();
+            let back = base_62(last - 2);
+            name.push_str(&format!("TB{back}B{back}E"));
+            last = next;
+        }
+        name.push('E');
+        for name in [name, format!("_Z{}", "N1aI".repeat(20_000)), "_R".repeat(40_000), "x".repeat(100_000)] {
+            assert!(function(&name).len() <= FUNCTION_BYTES_MAX + '…'.len_utf8());
+        }
+    }
+
+    /// A number as back references in names of Rust have it.
+    fn base_62(number: usize) -> String {
+        const DIGITS: &[u8] = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+        let Some(mut number) = number.checked_sub(1) else { return "_".into() };
+        let mut digits = Vec::new();
+        loop {
+            digits.push(DIGITS[number % 62] as char);
+            number /= 62;
+            if number == 0 {
+                return digits.into_iter().rev().chain(['_']).collect();
+            }
+        }
     }
 }

@@ -15,8 +15,9 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::compile::Failure;
+use super::journal::{Journal, Note};
 use super::scan::{self, Content, Listing, Signature};
-use super::{Config, Digest, Engine, Error, Version, watch as watcher};
+use super::{Config, Digest, Engine, Error, Version, reason, watch as watcher};
 
 /// How long a file has to lie still before it is read.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -26,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const PREVIOUS_MAX: usize = 3;
 /// The first wait before a module is tried again that was refused for a passing reason; doubled each time.
 const RETRY_FIRST: Duration = Duration::from_secs(5);
+/// How long a module waits that a host died with while it admitted it: the others serve first, and the host is at work.
+const SUSPECT_WAIT: Duration = Duration::from_secs(5);
 /// The longest such wait.
 const RETRY_MAX: Duration = Duration::from_secs(300);
 
@@ -36,6 +39,7 @@ pub struct Store {
     serving: ArcSwap<HashMap<String, Arc<Version>>>,
     /// What operators see. Never locked while something is waited for.
     view: Mutex<BTreeMap<String, PluginStatus>>,
+    journal: Journal,
     /// Held by the one look that goes on.
     scanner: tokio::sync::Mutex<Scanner>,
     changes: watch::Sender<u64>,
@@ -106,6 +110,8 @@ struct Scanner {
     misnamed: Vec<String>,
     /// Whether it was said that the folder cannot be read.
     said_unreadable: bool,
+    /// What hosts were admitting from this folder when they died, until its turn comes.
+    suspects: Vec<Note>,
 }
 
 /// A file that was dealt with.
@@ -124,12 +130,15 @@ impl Store {
     /// [`Error::Folder`] if the folder cannot be read. A module that is refused is no error.
     pub async fn open(engine: Arc<Engine>, config: Config) -> Result<Arc<Self>, Error> {
         let closing = CancellationToken::new();
+        let journal = Journal::open(config.cache_folder.as_deref(), &config.folder);
+        let scanner = Scanner { suspects: journal.take(), ..Scanner::default() };
         let store = Arc::new(Self {
             engine,
+            journal,
             folder: config.folder.clone(),
             serving: ArcSwap::default(),
             view: Mutex::default(),
-            scanner: tokio::sync::Mutex::default(),
+            scanner: tokio::sync::Mutex::new(scanner),
             changes: watch::Sender::new(0),
             _close_on_drop: closing.clone().drop_guard(),
             closing,
@@ -288,21 +297,32 @@ impl Store {
             self.note_served_again(plugin);
             return;
         }
-        let known = scanner.files.get(plugin);
-        if known.is_some_and(|known| known.refused == Some(Some(digest)) && known.retry.is_none()) {
+        let known = scanner.files.get_mut(plugin);
+        let retry = known.as_ref().and_then(|known| known.retry);
+        if let Some(known) = known
+            && known.refused == Some(Some(digest))
+            && retry.is_none()
+        {
             // Touched, but still what was refused.
-            if let Some(known) = scanner.files.get_mut(plugin) {
-                known.signature = signature;
-            }
+            known.signature = signature;
             return;
         }
-        match self.engine.admit(plugin, digest, bytes).await {
+        if let Some(died) = scanner.take_suspect(plugin, digest) {
+            let retry = Some((Instant::now() + SUSPECT_WAIT, RETRY_FIRST));
+            let refused = Refused { plugin: plugin.to_owned(), digest: Some(digest), reason: suspicion(&died) };
+            return self.refuse(scanner, refused, signature, retry, rescan);
+        }
+        let noted = self.journal.note(plugin, digest);
+        crate::fault::reach("admitting");
+        let admitted = self.engine.admit(plugin, digest, bytes).await;
+        drop(noted);
+        match admitted {
             Ok(version) => {
                 scanner.files.insert(plugin.to_owned(), Known { signature, refused: None, retry: None });
                 rescan.admitted.push(self.swap(version, serving.as_deref()));
             }
             Err(failure) => {
-                let wait = known.and_then(|known| known.retry).map_or(RETRY_FIRST, |(_, wait)| (wait * 2).min(RETRY_MAX));
+                let wait = retry.map_or(RETRY_FIRST, |(_, wait)| (wait * 2).min(RETRY_MAX));
                 let (reason, retry) = match failure {
                     Failure::Refused(reason) => (reason, None),
                     Failure::Unable(reason) => (reason, Some((Instant::now() + wait, wait))),
@@ -411,9 +431,9 @@ impl Engine {
     }
 
     async fn admit(self: &Arc<Self>, plugin: &str, digest: Digest, bytes: &[u8]) -> Result<Version, Failure> {
-        let component = self.compiler.component(&self.wasmtime, bytes, digest).await?;
-        let pre = self.link(&component).map_err(|problems| Failure::Refused(problems.join("; ")))?;
-        self.self_test(&pre).await?;
+        let compiled = self.compiler.component(&self.wasmtime, bytes, digest).await?;
+        let component = compiled.component.map_err(|problems| Failure::Refused(reason::tidy(&problems.join("; "))))?;
+        let pre = self.try_out(&component).await?;
         Ok(Version {
             plugin: plugin.to_owned(),
             digest,
@@ -431,7 +451,24 @@ impl PluginStatus {
     }
 }
 
+/// Why a module has to wait that a host died with.
+fn suspicion(died: &Note) -> String {
+    format!(
+        "a host (process {}) died while it admitted this file; it is taken last, {} s from now. If this host dies of it, too, remove the \
+         file and report it",
+        died.process,
+        SUSPECT_WAIT.as_secs()
+    )
+}
+
 impl Scanner {
+    /// The death of a host with this version, if there was one that has not been answered by a wait.
+    fn take_suspect(&mut self, plugin: &str, digest: Digest) -> Option<Note> {
+        let digest = digest.to_string();
+        let place = self.suspects.iter().position(|died| died.plugin == plugin && died.digest == digest)?;
+        Some(self.suspects.remove(place))
+    }
+
     fn has_to_be_read(&self, plugin: &str, signature: Signature) -> bool {
         self.files
             .get(plugin)

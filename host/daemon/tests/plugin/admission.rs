@@ -2,11 +2,12 @@
 
 use laelaps::plugin::{CompileLimits, Config, Engine, Error, Inspection};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::guests;
-use crate::support::config;
+use crate::support::{PATIENCE, config};
 
 fn engine() -> Arc<Engine> {
     Engine::new(&config()).expect("engine")
@@ -121,6 +122,29 @@ async fn compiling_a_bomb_ends_in_a_refusal_and_costs_nobody_anything() {
     // Whichever is first on a busy machine: the compiler gives way to everything else.
     let bounds = ["compiling it needs more than 1 s of processor time", "compiling it takes longer than 4 s"];
     assert!(bounds.iter().any(|bound| found.contains(bound)), "{found}");
+}
+
+/// What a module could do with a fault in the compiler is a matter of the unit tests beside the filter; this is that the real child has it.
+#[test]
+fn the_compiler_is_confined_before_it_reads_a_byte() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_laelaps"))
+        .args([laelaps::plugin::COMPILE_ARGUMENT, "1073741824", "60", "8"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("started");
+    let patience = Instant::now() + PATIENCE;
+    loop {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).expect("it waits for its module");
+        if status.contains("Seccomp:\t2") {
+            assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+            break;
+        }
+        assert!(Instant::now() < patience, "no filter: {status}");
+        std::thread::yield_now();
+    }
+    drop(child.stdin.take());
+    assert_eq!(child.wait().expect("it ends").code(), Some(4), "nobody is there any more");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -63,7 +63,8 @@ async fn a_handler_that_loops_is_stopped_at_its_time_limit() {
     let mut bench = Bench::new().await;
     let limit = Duration::from_millis(200);
     bench.limits.time = Some(limit);
-    for kind in ["w", "c", "g", "m"] {
+    // `y` was refused memory before: it is stopped for its time all the same.
+    for kind in ["w", "c", "g", "m", "y"] {
         let begun = Instant::now();
         let completion = answered_soon(kind, limit, bench.run(kind, b"")).await;
         let took = begun.elapsed();
@@ -76,8 +77,8 @@ async fn a_handler_that_loops_is_stopped_at_its_time_limit() {
 async fn an_immediate_stop_is_answered_at_once_whatever_the_guest_does() {
     let bench = Arc::new(Bench::new().await);
     *bench.services.lease.lock().expect("no panic") = Held::Unknown;
-    // Loops, waits in a loop, logs, fills memory, and waits for a database that does not answer.
-    for kind in ["w", "c", "g", "m", "h"] {
+    // Loops, waits in a loop, logs, fills memory, loops after memory was refused, and waits for a database that does not answer.
+    for kind in ["w", "c", "g", "m", "y", "h"] {
         let control = Arc::new(Control::new());
         let mut attempt = tokio::spawn({
             let (bench, control) = (bench.clone(), control.clone());

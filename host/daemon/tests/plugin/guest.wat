@@ -112,6 +112,9 @@
       (return (call $finish_number (call $recurse (i64.const 0))))))
     (if (i32.eq (local.get $what) (i32.const 0x61)) (then ;; a
       (call $allocate_until_refused) (unreachable)))
+    (if (i32.eq (local.get $what) (i32.const 0x79)) (then ;; y
+      (call $allocate_until_refused)
+      (loop $for_ever (br $for_ever))))
     (if (i32.eq (local.get $what) (i32.const 0x41)) (then ;; A
       (call $allocate_until_refused)
       (return (call $fail (i32.const 0)))))

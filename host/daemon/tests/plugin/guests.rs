@@ -9,7 +9,7 @@
 //! | t, x | traps, recurses without end |
 //! | w, m, g | loops, fills memory, logs without end |
 //! | M | fills 1 GiB at once |
-//! | a, A | allocates until refused, then traps or fails |
+//! | a, A, y | allocates until refused, then traps, fails or loops |
 //! | h | one heartbeat; the answer as output |
 //! | c | waits until it is cancelled, then releases |
 //! | u | updates the task's data with its data; the refusal's code as output |
