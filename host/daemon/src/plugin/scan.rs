@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-/// The largest module that is read.
-pub(crate) const MODULE_BYTES_MAX: u64 = 256 << 20;
+/// The largest module that is read: the host holds it in memory until it is admitted. Those of Python and JavaScript have 12 to 18 MB.
+pub(crate) const MODULE_BYTES_MAX: u64 = 128 << 20;
 /// The longest name of a plugin.
 pub(crate) const NAME_BYTES_MAX: usize = 128;
 /// The most entries of the folder that are looked at.

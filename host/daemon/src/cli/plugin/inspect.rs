@@ -64,7 +64,11 @@ fn write(output: &mut Output, inspection: &Inspection) -> std::io::Result<()> {
         output.line(&format!("contract  {contract}"))?;
     }
     write_items(output, "imports", &inspection.imports)?;
-    write_items(output, "exports", &inspection.exports)
+    write_items(output, "exports", &inspection.exports)?;
+    if inspection.left_out > 0 {
+        output.line(&format!("\n{} more imports, exports and functions are not shown.", inspection.left_out))?;
+    }
+    Ok(())
 }
 
 fn write_items(output: &mut Output, title: &str, items: &[Item]) -> std::io::Result<()> {
