@@ -6,7 +6,7 @@ use std::time::Duration;
 /// Whether figures are taken at full size, on a machine that is left alone for it (`tests/soak`).
 #[must_use]
 #[expect(clippy::disallowed_methods, reason = "tests read what tests/run sets")]
-fn is_full() -> bool {
+pub(crate) fn is_full() -> bool {
     std::env::var_os("LAELAPS_SCALE").is_some_and(|scale| scale == "full")
 }
 

@@ -174,6 +174,17 @@ impl Host {
     pub fn process_id(&self) -> u32 {
         self.child.id().expect("the host was not waited for yet")
     }
+
+    /// The most memory that the process has had so far, in bytes.
+    ///
+    /// # Panics
+    /// If the process has ended.
+    #[must_use]
+    pub fn memory_peak(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process_id())).expect("the host runs");
+        let kibibytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB"));
+        kibibytes.and_then(|number| number.trim().parse::<u64>().ok()).expect("its peak in kB") * 1024
+    }
 }
 
 impl Drop for Host {

@@ -186,6 +186,26 @@ async fn a_handler_runs_without_host_and_database() {
 }
 
 #[tokio::test]
+async fn a_handler_that_runs_alone_submits_what_a_route_would_let_it_submit() {
+    let site = Site::new().await;
+    site.plug("shop", &guest("zoo"));
+    let submits = async |data: &str, more: &[&str]| {
+        let arguments = [&["plugin", "run", "plugins/shop.wasm", "--kind", "submit", "--data", data], more].concat();
+        let told = site.laelaps(arguments).await.success();
+        let output: Value = serde_json::from_str(&told.stdout).expect("JSON");
+        output["refusals"][0]["code"].as_str().unwrap_or("taken").to_owned()
+    };
+    let (own, other) = (r#"{"kind":"submit","key":"shop/1"}"#, r#"{"kind":"mail","key":"mail-1","user":"rex"}"#);
+    assert_eq!(submits(own, &[]).await, "taken", "its own type, a key with the module's name");
+    assert_eq!(submits(own, &["--follow-up-type", "mail"]).await, "not-granted");
+    assert_eq!(submits(other, &["--follow-up-type", "mail", "--follow-ups-of-any-user"]).await, "not-granted");
+    assert_eq!(submits(other, &["--follow-up-type", "mail", "--follow-up-keys", "mail-"]).await, "not-granted");
+    let all = ["--follow-up-type", "mail", "--follow-up-keys", "mail-", "--follow-ups-of-any-user"];
+    assert_eq!(submits(other, &all).await, "taken");
+    assert_eq!(submits(other, &["--follow-up-type", "any", "--follow-up-keys", "any", "--user", "rex"]).await, "taken");
+}
+
+#[tokio::test]
 async fn an_inspected_plugin_shows_its_contract_and_what_it_needs() {
     let site = site().await;
     site.plug("zoo", &guest("zoo"));

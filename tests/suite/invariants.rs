@@ -67,6 +67,8 @@ const GUARDS: [(&str, &[&str]); 10] = [
             "compiling_a_bomb_ends_in_a_refusal_and_costs_nobody_anything",
             "endless_output_is_cut_at_the_route_s_limit_and_counted",
             "a_follow_up_is_a_task_like_any_other_and_a_bad_one_is_refused_in_the_call",
+            "a_handler_cannot_work_through_another_plugin_nor_in_anothers_name",
+            "a_fork_bomb_ends_and_good_tasks_go_on",
         ],
     ),
     ("10, idle is quiet", &["an_idle_host_writes_no_log_and_uses_almost_no_processor"]),
@@ -75,7 +77,7 @@ const GUARDS: [(&str, &[&str]); 10] = [
 #[test]
 fn every_invariant_has_its_tests() {
     let mut sources = String::new();
-    for folder in ["tests/suite", "host/queue/tests", "host/queue/src", "host/daemon/tests", "host/daemon/src"] {
+    for folder in ["tests/suite", "tests/hostile", "host/queue/tests", "host/queue/src", "host/daemon/tests", "host/daemon/src"] {
         collect(&workspace_file(folder), &mut sources);
     }
     for (invariant, guards) in GUARDS {
@@ -89,6 +91,31 @@ fn every_invariant_has_its_tests() {
     let numbered =
         listed.lines().filter(|line| line.split_once(". ").is_some_and(|(number, _)| number.parse::<u32>().is_ok())).count();
     assert_eq!(numbered, GUARDS.len(), "ARCHITECTURE.md and this list name the same invariants");
+}
+
+/// docs/security.md lists each promise with the tests that keep it. Those of tests/hostile are all listed.
+#[test]
+fn every_promise_of_the_security_page_has_its_tests() {
+    let mut sources = String::new();
+    for folder in ["tests/suite", "tests/hostile", "host/daemon/tests", "host/daemon/src"] {
+        collect(&workspace_file(folder), &mut sources);
+    }
+    let page = fs::read_to_string(workspace_file("docs/security.md")).unwrap();
+    let (_, promises) = page.split_once("## Promises").expect("docs/security.md lists the promises");
+    let promises = promises.split("\n## ").next().unwrap();
+    for row in promises.lines().filter(|line| line.starts_with("| ")).skip(2) {
+        let tests: Vec<&str> = row.split('`').skip(1).step_by(2).filter(|name| name.matches('_').count() >= 3).collect();
+        assert!(!tests.is_empty(), "no test keeps this promise: {row}");
+        for test in tests {
+            assert!(sources.contains(&format!("fn {test}(")), "docs/security.md names a test that is gone: {test}");
+        }
+    }
+    let mut hostile = String::new();
+    collect(&workspace_file("tests/hostile"), &mut hostile);
+    let attacks = hostile.split("#[tokio::test]").skip(1);
+    for attack in attacks.filter_map(|test| test.split_once("fn ")?.1.split('(').next()) {
+        assert!(promises.contains(&format!("`{attack}`")), "docs/security.md does not name {attack}");
+    }
 }
 
 fn collect(folder: &Path, text: &mut String) {

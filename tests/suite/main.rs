@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on should stop where it is")]
 
 mod access_log;
+mod audit;
 mod cli;
 mod crash;
 mod daemon;
@@ -10,12 +11,17 @@ mod demo;
 mod fairness;
 mod faults;
 mod fleet;
+mod follow_ups;
 mod grants;
+#[path = "../hostile/mod.rs"]
+mod hostile;
 mod idle;
 mod invariants;
 mod languages;
 mod layering;
 mod limits;
+mod memory;
+mod mutation;
 mod offenders;
 mod perfectqueue;
 mod producers;

@@ -131,6 +131,28 @@ development:
 }
 
 #[tokio::test]
+async fn follow_ups_that_cannot_be_granted() {
+    let text = "\
+development:
+  type: rdb
+  url: sqlite:queue.db
+  routes:
+    - type: echo
+      plugin: zoo
+      follow_ups: {types: any}
+      grants:
+        follow_ups:
+          types: [mail, /^report/]
+          users: everybody
+          keys: []
+          depth: -1
+          queues: [default]
+          wating: 5
+";
+    assert_told!(site_with(text).await, ["-c", "laelaps.yml", "check"]);
+}
+
+#[tokio::test]
 async fn a_url_that_is_not_supported() {
     let text = "development: {type: rdb, url: 'redis://joe:hunter2@db/queue', routes: []}";
     assert_told!(site_with(text).await, ["-c", "laelaps.yml", "list"]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use laelaps::plugin::{Config, Control, Engine, Grants, Invocation, Level, Limits, Services, Version};
-use laelaps_queue::{ClaimedTask, Compression, Event, Lease, LeaseAnswer, LeaseRef, Progress, TaskId, Timestamp};
+use laelaps_queue::{ClaimedTask, Compression, Descent, Event, Lease, LeaseAnswer, LeaseRef, Progress, TaskId, Timestamp};
 
 /// How long each figure is measured.
 const MEASURED: Duration = Duration::from_secs(3);
@@ -23,6 +23,18 @@ impl Services for NoServices {
 
     async fn update_data(&self, _: Vec<u8>) -> Result<LeaseAnswer, laelaps_queue::Error> {
         Ok(LeaseAnswer::Held)
+    }
+
+    async fn relatives(&self, _limit: u32) -> Result<Option<u32>, laelaps_queue::Error> {
+        Ok(None)
+    }
+
+    fn count_follow_up(&self, _most: u32) -> bool {
+        true
+    }
+
+    fn leads_here(&self, _task_type: &str) -> bool {
+        true
     }
 
     async fn now(&self) -> Timestamp {
@@ -46,6 +58,8 @@ impl Bench {
             task_type: self.kind.clone(),
             data: self.data.clone(),
             user: None,
+            max_running: None,
+            descent: Descent { root: TaskId(1), depth: 0 },
             compression: Compression::None,
             attempt: 1,
             max_attempts: None,

@@ -32,7 +32,7 @@ use laelaps_queue::Queue;
 pub use exit::{Complaint, Exit};
 
 use crate::config::{Config, Source};
-use crate::{fault, host};
+use crate::{audit, fault, host};
 
 /// A worker host: tasks from a database, handlers as WebAssembly components, replaced without a restart
 #[derive(Debug, clap::Parser)]
@@ -146,6 +146,13 @@ impl Place {
 
     fn load(&self) -> anyhow::Result<Config> {
         Ok(Config::load(&self.source())?)
+    }
+
+    /// Note in the configuration's audit log that a command changed something. One that cannot be written is warned of: what was done is done.
+    fn note(config: &Config, command: &str, fields: serde_json::Value) {
+        if let (Err(error), Some(path)) = (audit::command(config, command, fields), &config.audit_log) {
+            exit::warn(&format!("the audit log {} cannot be written: {error}", path.display()));
+        }
     }
 
     /// The configuration and the queue it names, which has to be there: only `init` makes one.

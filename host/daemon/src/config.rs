@@ -9,7 +9,10 @@
 mod database;
 mod document;
 mod error;
+mod follow_ups;
+mod grants;
 mod keys;
+mod machine;
 mod quantity;
 mod route;
 mod routes;
@@ -44,16 +47,22 @@ impl Source {
 pub struct Config {
     /// The file it came from.
     pub path: PathBuf,
+    /// The sha256 of that file as it was read, in hexadecimal.
+    pub digest: String,
     /// The name of the chosen section.
     pub environment: String,
     /// Where the tasks are.
     pub queue: laelaps_queue::Config,
     /// Where the log goes. None: standard error.
     pub log: Option<PathBuf>,
-    /// What goes into it, in tracing's syntax: `info`, or `warn,laelaps=debug`. `LAELAPS_LOG` wins over the file.
+    /// Where it is noted who changed what the host runs. None: nowhere.
+    pub audit_log: Option<PathBuf>,
+    /// What goes into the log, in tracing's syntax: `info`, or `warn,laelaps=debug`. `LAELAPS_LOG` wins over the file.
     pub log_filter: String,
     /// How this host is called in the database and the log: `host_name`, else the machine's name.
     pub host_name: String,
+    /// How much memory guests, their code, output and data may have before the host claims no more, in bytes. None: no bound.
+    pub memory_total: Option<u64>,
     /// Tasks that run at once: 1 to 1,024.
     pub processors: u32,
     /// Time between two looks for work while there is none.
@@ -142,7 +151,8 @@ impl Config {
             .unwrap_or_else(|| "development".to_owned());
         let text = document::read(&path)?;
         let (mapping, report) = document::section(&path, &text, &name)?;
-        section::validate(path, name, mapping, report, environment)
+        let digest = plugin::Digest::of(text.as_bytes()).to_string();
+        section::validate(path, name, mapping, report, environment).map(|config| Self { digest, ..config })
     }
 
     /// What is odd about the files and folders that the configuration names, as they are now: each one line. None of it keeps a host from
@@ -156,7 +166,7 @@ impl Config {
             if !file.is_file() {
                 found.push(format!("{}: there is no {} yet; its tasks wait until there is", place(route), file.display()));
             }
-            for folder in &route.grants.folders {
+            for folder in &*route.grants.folders {
                 if !folder.host.is_dir() {
                     found.push(format!("{}: the granted folder {} does not exist", place(route), folder.host.display()));
                 }

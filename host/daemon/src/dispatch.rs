@@ -12,13 +12,16 @@ use laelaps_queue::{Accepts, Attempt, Backend, Claim, Claimed, ClaimedTask, Even
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::budget::{Budget, Pause};
 use crate::config::{Config, Route, Routes};
 use crate::fleet::Membership;
 use crate::leases::{LeasedTask, Leases};
+use crate::plugin::usage::{Purpose, Share};
 use crate::plugin::{self, Cancellation, Control, Digest, Invocation};
 use crate::pulse::Turning;
 use crate::settler::{Settled, Settler};
 use crate::signals::Manner;
+use crate::unstored::{Unstored, UntilStored};
 
 /// A claim asks for this many tasks at most.
 const CLAIM_MAX: u32 = 1_000;
@@ -41,11 +44,13 @@ pub(crate) struct Shared {
     /// The configuration in force.
     pub config: Config,
     /// Its routes.
-    pub routes: Routes,
+    pub routes: Arc<Routes>,
     /// The queue.
     pub backend: Arc<dyn Backend>,
     /// Where components run.
     pub engine: Arc<plugin::Engine>,
+    /// How much of the machine's memory all that may take.
+    pub budget: Budget,
     /// Which versions serve.
     pub store: Arc<plugin::Store>,
     /// The leases of this host.
@@ -56,6 +61,8 @@ pub(crate) struct Shared {
     pub host: HostId,
     /// Told when tasks whose retention has ended are due to be removed.
     pub clean_up_due: Arc<Notify>,
+    /// Follow-ups that are submitted and not stored yet.
+    pub unstored: Unstored,
 }
 
 /// The claimed tasks of one host, and what happens to them.
@@ -71,6 +78,7 @@ pub(crate) struct Dispatcher {
     /// No claim before this moment.
     claim_not_before: tokio::time::Instant,
     claim_failures: u32,
+    pause: Pause,
     /// Fruitful claims until the next removal of old tasks.
     claims_until_clean_up: u32,
     alone: Alone,
@@ -93,6 +101,8 @@ pub(crate) struct Dispatcher {
 struct Held {
     task: ClaimedTask,
     control: Arc<Control>,
+    /// Its data, as a part of what this process holds.
+    data: Share,
     /// When its claim was sent: its lease lasts at least `alive_time` from then on.
     claimed_at: Instant,
 }
@@ -139,6 +149,7 @@ impl Dispatcher {
             claiming: None,
             claim_not_before: tokio::time::Instant::now(),
             claim_failures: 0,
+            pause: Pause::default(),
             claims_until_clean_up,
             alone: Alone::No,
             ending: None,
@@ -210,7 +221,31 @@ impl Dispatcher {
     fn free(&self) -> u32 {
         let capacity = self.shared.config.processors + self.shared.config.task_prefetch;
         let used = u32::try_from(self.running.len() + self.buffer.len()).unwrap_or(u32::MAX);
-        capacity.saturating_sub(used).min(CLAIM_MAX)
+        let free = capacity.saturating_sub(used).min(CLAIM_MAX);
+        if free == 0 { 0 } else { free.min(self.room()) }
+    }
+
+    /// How many tasks the budget of memory has room for. If nothing runs there is always room for one: what it needs may be more than the budget,
+    /// but nothing else would ever make room for it.
+    fn room(&self) -> u32 {
+        let room = self.room_beside();
+        if self.running.is_empty() && self.buffer.is_empty() { room.max(1) } else { room }
+    }
+
+    fn room_beside(&self) -> u32 {
+        self.shared.budget.room(self.running.values().map(|running| running.control.memory_peak()), self.buffer.len())
+    }
+
+    /// What is only kept for later attempts goes before claiming stops for it.
+    fn look_at_memory(&mut self) {
+        let is_full = self.running.len() + self.buffer.len() >= self.shared.config.processors as usize;
+        if is_full || self.ending.is_some() || self.claiming.is_some() {
+            return;
+        }
+        if self.room_beside() == 0 {
+            self.shared.engine.release_idle();
+        }
+        self.pause.note(&self.shared.budget, self.room(), self.running.is_empty());
     }
 
     fn is_idle(&self) -> bool {
@@ -232,6 +267,7 @@ impl Dispatcher {
         if self.alone == Alone::Now && self.is_idle() {
             self.alone = Alone::No;
         }
+        self.look_at_memory();
         if !self.may_claim() || tokio::time::Instant::now() < self.claim_not_before {
             return;
         }
@@ -289,7 +325,8 @@ impl Dispatcher {
         for task in claimed.tasks {
             let control = Arc::new(Control::new());
             self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
-            self.buffer.push_back(Held { task, control, claimed_at: sent });
+            let data = Share::new(Purpose::Data, task.data.len() as u64);
+            self.buffer.push_back(Held { task, control, data, claimed_at: sent });
         }
         // On PerfectQueue's table its claims count for themselves, as Ruby's do.
         if found && self.shared.config.queue.kind == Kind::Native {
@@ -378,7 +415,7 @@ impl Dispatcher {
                 Running { lease_ref: task.lease_ref, key: task.key.clone(), control: Arc::clone(&control), version: None };
             let shared = Arc::clone(&self.shared);
             let spawned = self.attempts.spawn(async move {
-                settle(&shared, &task, &shared.config.queue.policy, Event::Stopped, None, Vec::new(), control).await;
+                settle(&shared, &task, &shared.config.queue.policy, Event::Stopped, None, Submitted::default(), control).await;
             });
             self.running.insert(spawned.id(), running);
         }
@@ -478,7 +515,7 @@ pub(crate) enum Broken {
 
 /// One attempt, from its route to its settlement.
 async fn attempt(shared: &Shared, held: Held, route: Option<Arc<Route>>, version: Option<Arc<plugin::Version>>) {
-    let Held { task, control, claimed_at } = held;
+    let Held { mut task, control, data: data_share, claimed_at } = held;
     let (Some(route), Some(version)) = (&route, version) else {
         let message = match &route {
             None => format!("no route takes the type {:?}", task.task_type),
@@ -486,22 +523,29 @@ async fn attempt(shared: &Shared, held: Held, route: Option<Arc<Route>>, version
         };
         crate::reports::unrouted(&task.task_type, &message);
         let policy = route.as_ref().map_or(&shared.config.queue.policy, |route| &route.policy);
-        return settle(shared, &task, policy, Event::Unrouted { message }, None, Vec::new(), control).await;
+        return settle(shared, &task, policy, Event::Unrouted { message }, None, Submitted::default(), control).await;
     };
     let digest = version.digest();
+    let share = shared.unstored.share(task.descent.root);
+    let unstored = UntilStored::new(Arc::clone(&share));
     let services = LeasedTask {
         leases: shared.leases.clone(),
         backend: Arc::clone(&shared.backend),
         lease_ref: task.lease_ref,
         database_time: task.claimed_at,
         at: claimed_at,
+        root: task.descent.root,
+        leads_here: leads_to(&shared.routes, &route.plugin),
+        share,
     };
+    // The data is the guest's alone: it may have megabytes, and what follows does not need it.
+    let data = std::mem::take(&mut task.data);
     let completion = shared
         .engine
         .invoke(Invocation {
             version: Arc::clone(&version),
             // The handler is told what holds: the task's own limit, else its route's.
-            task: ClaimedTask { max_attempts: task.max_attempts.or(route.policy.max_attempts), ..task.clone() },
+            task: ClaimedTask { data, max_attempts: task.max_attempts.or(route.policy.max_attempts), ..task.clone() },
             limits: route.limits.clone(),
             grants: route.grants.clone(),
             settings: Arc::clone(&route.settings),
@@ -512,9 +556,25 @@ async fn attempt(shared: &Shared, held: Held, route: Option<Arc<Route>>, version
             services: Arc::new(services),
         })
         .await;
+    drop(data_share);
+    shared.budget.note(completion.memory_bytes_peak);
     crate::reports::captured(&task, &version, &completion.captured);
     crate::reports::ended(&task, &version, &completion.event);
-    settle(shared, &task, &route.policy, completion.event, Some(digest.to_string()), completion.follow_ups, control).await;
+    let submitted = Submitted { follow_ups: completion.follow_ups, unstored: Some(unstored) };
+    settle(shared, &task, &route.policy, completion.event, Some(digest.to_string()), submitted, control).await;
+}
+
+/// What an attempt has submitted.
+#[derive(Default)]
+struct Submitted {
+    follow_ups: Vec<laelaps_queue::NewTask>,
+    unstored: Option<UntilStored>,
+}
+
+/// Whether a type's tasks are led to this plugin. A guest that is stuck keeps it for ever, so it holds nothing whose end the host waits for.
+fn leads_to(routes: &Arc<Routes>, plugin: &str) -> Box<dyn Fn(&str) -> bool + Send + Sync> {
+    let (routes, plugin) = (Arc::clone(routes), plugin.to_owned());
+    Box::new(move |task_type| routes.route(task_type).is_some_and(|route| route.plugin == plugin))
 }
 
 async fn settle(
@@ -523,13 +583,15 @@ async fn settle(
     policy: &laelaps_queue::Policy,
     event: Event,
     plugin_digest: Option<String>,
-    follow_ups: Vec<laelaps_queue::NewTask>,
+    submitted: Submitted,
     control: Arc<Control>,
 ) {
+    let Submitted { follow_ups, unstored } = submitted;
     let attempt = Attempt::of(task);
     let settlement = Settlement::of(task.lease_ref, event, attempt, policy, fastrand::f64(), plugin_digest, follow_ups);
     shared.leases.settling(task.lease_ref);
-    shared.settler.settle(Settled { settlement, key: task.key.clone(), attempt, policy: policy.clone(), control }).await;
+    let key = task.key.clone();
+    shared.settler.settle(Settled { settlement, key, attempt, policy: policy.clone(), control, unstored }).await;
 }
 
 fn cancellation(manner: Manner) -> Cancellation {

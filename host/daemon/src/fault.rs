@@ -13,6 +13,8 @@
 //! | `abort-at=STEP:N` | the same, where it does so for the Nth time |
 //! | `block-at=STEP` | the host's own thread that calls [`reach`] with this step does not come back |
 //! | `block-at=STEP:N` | the same, where one does so for the Nth time |
+//! | `block-file=PATH` | a file operation of a guest's that opens this path below a granted folder does not come back, as on a mount that hangs |
+//! | `block-file=PATH:N` | the same for the first N such operations |
 //!
 //! Blocked threads come back once there is a file `unblock` in the working directory.
 
@@ -20,9 +22,9 @@
 mod injection;
 
 #[cfg(feature = "fault-injection")]
-pub(crate) use injection::{VERSION, arm, block_thread, reach};
+pub(crate) use injection::{VERSION, arm, block_file, block_thread, reach};
 #[cfg(not(feature = "fault-injection"))]
-pub(crate) use none::{VERSION, arm, block_thread, reach};
+pub(crate) use none::{VERSION, arm, block_file, block_thread, reach};
 
 #[cfg(all(feature = "fault-injection", not(debug_assertions)))]
 compile_error!("the feature fault-injection is for tests: a release build must not have it");
@@ -45,4 +47,8 @@ mod none {
     /// A guest's thread begins an attempt on a task of this type; a test may have ordered that it does not come back.
     #[inline]
     pub(crate) const fn block_thread(_task_type: &str) {}
+
+    /// A guest opens this path below a granted folder; a test may have ordered that this does not come back.
+    #[inline]
+    pub(crate) const fn block_file(_path: &std::path::Path) {}
 }

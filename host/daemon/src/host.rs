@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use laelaps_queue::{Backend, Database, Queue, SchemaStatus};
 
+use crate::audit;
 use crate::config::{self, Config};
 use crate::intake::Intake;
 use crate::log::Log;
@@ -38,6 +39,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let log_path = options.log_path(&config);
     let log = Log::start(log_path, &config.log_filter)
         .with_context(|| format!("cannot open the log {}", log_path.unwrap_or(Path::new("-")).display()))?;
+    audit::start(&config);
+    audit::configuration(&config, "start");
     let served = serve(&options, config, &log, &mut signals).await;
     if let Err(error) = &served
         && log.path().is_some()
@@ -74,6 +77,8 @@ async fn serve(options: &Options, mut config: Config, log: &Log, signals: &mut S
                 {
                     tracing::error!(%error, "cannot open the log of the new configuration; the old one stays");
                 }
+                audit::start(&next_config);
+                audit::configuration(&next_config, "restart");
                 if next_config.log_filter != config.log_filter
                     && let Err(error) = log.filter(&next_config.log_filter)
                 {

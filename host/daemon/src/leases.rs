@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use laelaps_queue::{Backend, Beat, ClaimedTask, LeaseAnswer, LeaseRef, NewTask, Progress, Timestamp};
+use laelaps_queue::{Backend, Beat, ClaimedTask, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::plugin::{Cancellation, Control, Services};
+use crate::unstored::Share;
 
 /// How long a renewal that a handler asked for waits for others to join its statement.
 const GROUPING: Duration = Duration::from_millis(10);
@@ -208,6 +209,12 @@ pub(crate) struct LeasedTask {
     pub database_time: Timestamp,
     /// ... and when that was, by this machine's monotonic clock.
     pub at: Instant,
+    /// The producer's task from which its own comes.
+    pub root: TaskId,
+    /// Whether the host's routes lead a type to the plugin of this attempt.
+    pub leads_here: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    /// What it has submitted.
+    pub share: Arc<Share>,
 }
 
 #[async_trait]
@@ -222,6 +229,18 @@ impl Services for LeasedTask {
 
     async fn now(&self) -> Timestamp {
         self.database_time.plus(self.at.elapsed())
+    }
+
+    async fn relatives(&self, limit: u32) -> Result<Option<u32>, laelaps_queue::Error> {
+        self.backend.relatives(self.root, self.lease_ref.task, limit).await
+    }
+
+    fn count_follow_up(&self, most: u32) -> bool {
+        self.share.count(most)
+    }
+
+    fn leads_here(&self, task_type: &str) -> bool {
+        (self.leads_here)(task_type)
     }
 
     fn check(&self, task: &NewTask) -> Result<(), laelaps_queue::Error> {

@@ -2,6 +2,8 @@
 //!
 //! ARCHITECTURE.md at the root of the repository draws the whole; [`dispatch`] is the path of a task.
 
+mod audit;
+mod budget;
 pub mod cli;
 pub mod config;
 mod dispatch;
@@ -17,3 +19,4 @@ mod reports;
 mod service;
 mod settler;
 mod signals;
+mod unstored;

@@ -20,6 +20,7 @@ mod control;
 mod engine;
 mod error;
 mod fit;
+mod follow_ups;
 mod grants;
 mod guest;
 mod inspect;
@@ -35,10 +36,13 @@ mod scratch;
 mod store;
 mod threads;
 mod ticker;
+mod update;
+pub(crate) mod usage;
 mod version;
 mod watch;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use capture::{Captured, Level, Line, Stream};
@@ -46,6 +50,8 @@ pub use compile::{COMPILE_ARGUMENT, compile_child_main};
 pub use control::{Cancellation, Control};
 pub use engine::Engine;
 pub use error::Error;
+pub use follow_ups::{FollowUps, Keys, Types, Users};
+pub(crate) use grants::nested;
 pub use inspect::{Inspection, Item};
 pub use invoke::{Completion, Invocation, Services};
 pub use store::{Admitted, PluginStatus, Refused, Rescan, Store};
@@ -133,13 +139,15 @@ impl Default for Limits {
     }
 }
 
-/// What one attempt may reach. Nothing by default.
+/// What one attempt may reach. By default nothing but follow-up tasks of its own kind.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Grants {
     /// Folders.
-    pub folders: Vec<FolderGrant>,
+    pub folders: Arc<[FolderGrant]>,
     /// Environment variables with their values.
     pub environment: Vec<(String, String)>,
+    /// Follow-up tasks.
+    pub follow_ups: FollowUps,
 }
 
 /// A folder that a handler may open.
@@ -151,4 +159,22 @@ pub struct FolderGrant {
     pub guest: String,
     /// Whether it may also write there.
     pub writable: bool,
+    /// Bytes that handlers may add to it, counted over all of them since the process began. None: no limit. Default 1 GiB.
+    pub bytes_max: Option<u64>,
+    /// Files, folders and links that handlers may make in it, counted in the same way. None: no limit. Default 10,000.
+    pub files_max: Option<u64>,
+}
+
+impl FolderGrant {
+    /// A folder to be read only.
+    #[must_use]
+    pub fn read_only(host: impl Into<PathBuf>, guest: impl Into<String>) -> Self {
+        Self { host: host.into(), guest: guest.into(), writable: false, bytes_max: Some(1 << 30), files_max: Some(10_000) }
+    }
+
+    /// A folder to be written to as well, within the default limits.
+    #[must_use]
+    pub fn writable(host: impl Into<PathBuf>, guest: impl Into<String>) -> Self {
+        Self { writable: true, ..Self::read_only(host, guest) }
+    }
 }

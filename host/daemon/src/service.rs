@@ -13,6 +13,8 @@ use sd_notify::NotifyState;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::audit;
+use crate::budget::Budget;
 use crate::config::{Config, Routes};
 use crate::dispatch::{Broken, Dispatcher, Order, Shared};
 use crate::fleet::{Membership, Presence};
@@ -22,6 +24,7 @@ use crate::log::{Log, chain};
 use crate::plugin;
 use crate::settler::Settler;
 use crate::signals::{Manner, Signals, Verb};
+use crate::unstored::Unstored;
 
 /// Between two looks for dead hosts and ended leases.
 const RECLAIM_INTERVAL: Duration = Duration::from_secs(1);
@@ -88,14 +91,16 @@ pub(crate) async fn serve(
     let clean_up_due = Arc::new(Notify::new());
     let shared = Arc::new(Shared {
         config: config.clone(),
-        routes: Routes::new(config.routes.clone()),
+        routes: Arc::new(Routes::new(config.routes.clone())),
         backend: Arc::clone(backend),
         engine: Arc::clone(&parts.engine),
+        budget: Budget::new(config),
         store: Arc::clone(&parts.store),
         leases,
         settler,
         host,
         clean_up_due: Arc::clone(&clean_up_due),
+        unstored: Unstored::default(),
     });
     let housekeeping = [
         tokio::spawn(reclaim(Arc::clone(backend), config.queue.policy.clone())),
@@ -149,6 +154,7 @@ fn ready(config: &Config, parts: &Parts) {
         processors = config.processors,
         routes = config.routes.len(),
         plugins,
+        memory_total = config.memory_total.map_or_else(|| "unlimited".to_owned(), |bytes| bytes.to_string()),
         version = env!("CARGO_PKG_VERSION"),
         "ready"
     );
@@ -279,10 +285,13 @@ impl Service<'_> {
             }
             Verb::Restart(manner) => self.rebuild(manner).await,
             Verb::Replace(manner) => self.replace(manner),
-            Verb::ReopenLogs => match self.log.reopen(self.log.path().as_deref()) {
-                Ok(()) => tracing::info!("log reopened"),
-                Err(error) => tracing::error!(%error, "cannot reopen the log; the old file stays"),
-            },
+            Verb::ReopenLogs => {
+                audit::reopen();
+                match self.log.reopen(self.log.path().as_deref()) {
+                    Ok(()) => tracing::info!("log reopened"),
+                    Err(error) => tracing::error!(%error, "cannot reopen the log; the old file stays"),
+                }
+            }
         }
     }
 
@@ -309,6 +318,7 @@ impl Service<'_> {
         let (source, old) = (self.options.source.clone(), self.parts.clone());
         let building = tokio::spawn(async move {
             let config = tokio::task::spawn_blocking(move || Config::load(&source)).await??;
+            audit::prepare(&config);
             let parts = Parts::build(&config, Some(&old)).await?;
             Ok((config, parts))
         });
@@ -322,6 +332,8 @@ impl Service<'_> {
                 self.end(manner).await;
             }
             Err(error) => {
+                audit::prepare(self.config);
+                audit::configuration_refused(self.config);
                 tracing::error!(error = format!("{error:#}"), "the new configuration cannot be used; the old one stays in force")
             }
         }

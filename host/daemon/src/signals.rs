@@ -38,7 +38,8 @@ pub(crate) enum Verb {
 
 /// The signals of this process, from the moment of [`Signals::install`] on.
 pub(crate) struct Signals {
-    streams: Vec<(Signal, Verb)>,
+    /// With their names.
+    streams: Vec<(Signal, &'static str, Verb)>,
     shutdowns: u32,
 }
 
@@ -50,25 +51,25 @@ impl Signals {
     pub(crate) fn install() -> io::Result<Self> {
         use Manner::{Graceful, Immediate};
         let kinds = [
-            (SignalKind::terminate(), Verb::Shutdown(Graceful)),
-            (SignalKind::interrupt(), Verb::Shutdown(Graceful)),
-            (SignalKind::quit(), Verb::Shutdown(Immediate)),
-            (SignalKind::user_defined1(), Verb::Restart(Graceful)),
-            (SignalKind::hangup(), Verb::Restart(Immediate)),
-            (SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()), Verb::Replace(Graceful)),
-            (SignalKind::window_change(), Verb::Replace(Immediate)),
-            (SignalKind::user_defined2(), Verb::ReopenLogs),
+            (SignalKind::terminate(), "TERM", Verb::Shutdown(Graceful)),
+            (SignalKind::interrupt(), "INT", Verb::Shutdown(Graceful)),
+            (SignalKind::quit(), "QUIT", Verb::Shutdown(Immediate)),
+            (SignalKind::user_defined1(), "USR1", Verb::Restart(Graceful)),
+            (SignalKind::hangup(), "HUP", Verb::Restart(Immediate)),
+            (SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()), "CONT", Verb::Replace(Graceful)),
+            (SignalKind::window_change(), "WINCH", Verb::Replace(Immediate)),
+            (SignalKind::user_defined2(), "USR2", Verb::ReopenLogs),
         ];
-        let streams = kinds.into_iter().map(|(kind, verb)| Ok((signal(kind)?, verb))).collect::<io::Result<_>>()?;
+        let streams = kinds.into_iter().map(|(kind, name, verb)| Ok((signal(kind)?, name, verb))).collect::<io::Result<_>>()?;
         Ok(Self { streams, shutdowns: 0 })
     }
 
     /// The next verb. Cancel-safe: a signal is delivered to this call or to a later one.
     pub(crate) async fn next(&mut self) -> Verb {
-        let verb = std::future::poll_fn(|context| {
-            for (stream, verb) in &mut self.streams {
+        let (name, mut verb) = std::future::poll_fn(|context| {
+            for (stream, name, verb) in &mut self.streams {
                 if let std::task::Poll::Ready(Some(())) = stream.poll_recv(context) {
-                    return std::task::Poll::Ready(*verb);
+                    return std::task::Poll::Ready((*name, *verb));
                 }
             }
             std::task::Poll::Pending
@@ -77,9 +78,10 @@ impl Signals {
         if let Verb::Shutdown(_) = verb {
             self.shutdowns += 1;
             if self.shutdowns > 1 {
-                return Verb::Shutdown(Manner::Immediate);
+                verb = Verb::Shutdown(Manner::Immediate);
             }
         }
+        crate::audit::signal(name, verb);
         verb
     }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::{
     AttemptRecord, ClaimedTask, Filter, HostId, LeaseRef, NewTask, Page, Policy, Progress, Result, Settlement, Stats, Submitted,
-    Task, Timestamp,
+    Task, TaskId, Timestamp,
 };
 
 /// Whether a write about an attempt still counted.
@@ -336,6 +336,10 @@ pub trait Backend: Debug + Send + Sync {
 
     /// Whether a task whose key begins with `prefix` is waiting (held ones included) or running. Costs the same at any number of other tasks.
     async fn has_unsettled(&self, prefix: &str) -> Result<bool>;
+
+    /// How many follow-ups that come from `root` have not ended, other than `task`; at most `limit`, and no more are counted. None if this
+    /// queue does not keep it: PerfectQueue's table without ours beside it.
+    async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>>;
 
     /// The hosts that the database knows.
     async fn hosts(&self) -> Result<Vec<HostRecord>>;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::{Compression, Error, NewTask, Result, Submitted, data};
+use crate::{Compression, Descent, Error, NewTask, Result, Submitted, data};
 
 /// Tasks that keep their bounds, ready to be stored.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +28,8 @@ pub(crate) struct Row {
     /// The data, compressed if that was asked for.
     pub(crate) stored: Vec<u8>,
     pub(crate) compression: Compression,
+    /// Where a follow-up comes from.
+    pub(crate) descent: Option<Descent>,
 }
 
 impl Batch {
@@ -85,6 +87,7 @@ impl Row {
             bytes: plain.len(),
             stored: data::compress(plain, task.compression),
             compression: task.compression,
+            descent: task.descent,
         }
     }
 }

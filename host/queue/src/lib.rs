@@ -44,6 +44,6 @@ pub use queue::{AcquiredTask, PollOptions, Queue};
 pub use retry::Backoff;
 pub use settlement::{Attempt, Event, FailureKind, Policy, Settlement, Verdict, decide};
 pub use task::{
-    AttemptRecord, ClaimedTask, Compression, Filter, HostId, Lease, LeaseRef, NewTask, Page, Progress, State, Stats, Submitted,
-    Task, TaskId, Timestamp,
+    AttemptRecord, ClaimedTask, Compression, Descent, Filter, HostId, Lease, LeaseRef, NewTask, Page, Progress, State, Stats,
+    Submitted, Task, TaskId, Timestamp,
 };

@@ -46,7 +46,7 @@ use crate::batch::Batch;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
-    Timestamp, Transaction,
+    TaskId, Timestamp, Transaction,
 };
 
 /// A MySQL or MariaDB database with tasks. Clones share it.
@@ -236,6 +236,10 @@ impl Backend for MySql {
 
     async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
         self.any_unsettled(prefix).await
+    }
+
+    async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
+        self.count_relatives(root, task, limit).await.map(Some)
     }
 
     async fn hosts(&self) -> Result<Vec<HostRecord>> {

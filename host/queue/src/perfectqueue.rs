@@ -51,7 +51,7 @@ use crate::mysql::failure::Failure;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, State, Stats,
-    Submitted, Task, Timestamp, Transaction,
+    Submitted, Task, TaskId, Timestamp, Transaction,
 };
 
 /// PerfectQueue's table.
@@ -277,6 +277,13 @@ impl Backend for PerfectQueue {
 
     async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
         self.shared.perform(hold::HasUnsettled { prefix: prefix.to_owned() }).await
+    }
+
+    async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
+        if !self.shared.config.side_table {
+            return Ok(None);
+        }
+        self.shared.perform(hold::Relatives { root, task, limit }).await.map(Some)
     }
 
     /// Those of this process, and all that a watchdog watches.

@@ -36,7 +36,7 @@ use self::session::Shared;
 use crate::batch::Batch;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Filter, HostDescription, HostId, HostRecord, LeaseAnswer, LeaseRef,
-    Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
+    Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task, TaskId,
     Timestamp, Transaction,
 };
 
@@ -213,6 +213,13 @@ impl Backend for Postgres {
             Box::pin(async move { read::has_unsettled(session, &prefix).await })
         });
         read.await
+    }
+
+    async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
+        let counted = self.shared.run("counting follow-ups", move |session| {
+            Box::pin(async move { read::relatives(session, root, task, limit).await })
+        });
+        counted.await.map(Some)
     }
 
     async fn hosts(&self) -> Result<Vec<HostRecord>> {

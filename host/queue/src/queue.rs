@@ -431,7 +431,8 @@ impl AcquiredTask {
     /// [`Error::InvalidTask`] if it breaks a bound.
     pub fn submit(&mut self, task: NewTask) -> Result<()> {
         task.check()?;
-        self.follow_ups.push(task);
+        let descent = self.task.descent.of_follow_up(task.run_at, self.task.claimed_at);
+        self.follow_ups.push(NewTask { descent: Some(descent), ..task });
         Ok(())
     }
 

@@ -37,7 +37,7 @@ use crate::batch::Batch;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
-    Timestamp,
+    TaskId, Timestamp,
 };
 
 /// Connections that read.
@@ -271,6 +271,11 @@ impl Backend for Sqlite {
 
     async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
         read::has_unsettled(&self.readers, prefix).await.map_err(self.reading("looking for tasks that are not settled"))
+    }
+
+    async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
+        let counted = read::relatives(&self.readers, root, task, limit).await;
+        counted.map(Some).map_err(self.reading("counting follow-ups"))
     }
 
     async fn hosts(&self) -> Result<Vec<HostRecord>> {

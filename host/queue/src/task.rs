@@ -99,6 +99,32 @@ pub enum Compression {
     Gzip,
 }
 
+/// Where a task comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Descent {
+    /// The task that a producer submitted and from which all this follows. It may be gone by now.
+    pub root: TaskId,
+    /// How many generations of follow-ups lie between the root and this task, counted from the last one that was due
+    /// [`Descent::FRESH_AFTER`] or longer after its parent's claim. 0: the root itself, or such a one.
+    pub depth: u32,
+}
+
+impl Descent {
+    /// A follow-up that is due this long after its parent was claimed, or later, starts again at depth 0: a task may submit its successor for
+    /// ever, but not quickly.
+    pub const FRESH_AFTER: Duration = Duration::from_secs(60);
+    /// So much earlier is let pass, since handlers reckon by clocks of their own.
+    const CLOCKS_DIFFER: Duration = Duration::from_secs(1);
+
+    /// That of a follow-up which a task of this descent, claimed at `claimed_at`, submits to run at `run_at`. The root stays.
+    #[must_use]
+    pub fn of_follow_up(self, run_at: Option<Timestamp>, claimed_at: Timestamp) -> Self {
+        let fresh_from = claimed_at.plus(Self::FRESH_AFTER - Self::CLOCKS_DIFFER);
+        let is_fresh = run_at.is_some_and(|run_at| run_at >= fresh_from);
+        Self { depth: if is_fresh { 0 } else { self.depth.saturating_add(1) }, ..self }
+    }
+}
+
 /// A task to be submitted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewTask {
@@ -120,6 +146,8 @@ pub struct NewTask {
     pub compression: Compression,
     /// Nobody may claim it, and no retention removes it, until [`crate::Backend::release_held`]. `run_at` counts for nothing then.
     pub held: bool,
+    /// Where a follow-up comes from; see [`ClaimedTask::descent`]. None: a producer submits it.
+    pub descent: Option<Descent>,
 }
 
 impl Task {
@@ -154,6 +182,7 @@ impl NewTask {
             max_attempts: None,
             compression: Compression::None,
             held: false,
+            descent: None,
         }
     }
 
@@ -231,6 +260,10 @@ pub struct ClaimedTask {
     pub data: Vec<u8>,
     /// Its user.
     pub user: Option<String>,
+    /// The most tasks of its user at once, as it was submitted.
+    pub max_running: Option<u32>,
+    /// Where it comes from. PerfectQueue's table without ours beside it does not tell: there every task is a root.
+    pub descent: Descent,
     /// Its data is stored compressed.
     pub compression: Compression,
     /// The number of this attempt: counted attempts so far, plus one.

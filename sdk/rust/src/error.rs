@@ -56,7 +56,7 @@ impl Error {
     /// What the host refused: a mistake in the request stays one in every attempt, anything else may pass.
     pub(crate) fn refused(code: String, message: String) -> Self {
         let kind = match code.as_str() {
-            "invalid-data" | "invalid-key" | "too-large" | "too-many" => FailureKind::Reject,
+            "invalid-data" | "invalid-key" | "too-large" | "too-many" | "not-granted" | "too-deep" => FailureKind::Reject,
             _ => FailureKind::Retry,
         };
         Self { kind, code, message }

@@ -48,13 +48,14 @@ impl<'a> Submit<'a> {
         self
     }
 
-    /// The user on whose account it runs. At most 255 bytes.
+    /// The user on whose account it runs. At most 255 bytes. Without this: the task's own, unless the route grants any user; then none.
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.request.user = Some(user.into());
         self
     }
 
-    /// The most tasks of its user that run at once, as this task sees it.
+    /// The most tasks of its user that run at once, as this task sees it. Without this: as for the task itself, unless the route grants any
+    /// user; then no limit.
     pub fn max_running(mut self, most: u32) -> Self {
         self.request.max_running = Some(most);
         self
@@ -75,7 +76,10 @@ impl<'a> Submit<'a> {
     /// Hands it in.
     ///
     /// # Errors
-    /// Codes `invalid-key`, `invalid-data`, `too-large` and `too-many`, rejecting: with `?` the task ends as failed.
+    /// Codes `invalid-key`, `invalid-data`, `too-large` and `too-many`, rejecting: with `?` the task ends as failed. So do `not-granted` (its
+    /// type, key or user: the route's grants say which, by default those of the plugin itself) and `too-deep` (too many generations of
+    /// follow-ups that do not wait a minute). `too-many-waiting` (so many that come from the same task have not ended) may pass: with `?` the
+    /// task is tried again.
     pub fn send(self) -> Result<()> {
         self.data?;
         self.host.submit(self.request)

@@ -118,8 +118,14 @@ fn a_refused_follow_up_rejects_unless_another_attempt_may_do_better() {
     let submit = |context: &Context| context.submit("next", "mail").send();
     let error = Attempt::of(json!({})).refusing("too-many", "1,000 are enough").run(submit).error();
     assert_eq!(error, Error::reject("too-many", "1,000 are enough"));
-    let error = Attempt::of(json!({})).refusing("unavailable", "no database").run(submit).error();
-    assert_eq!(error.kind(), FailureKind::Retry);
+    for code in ["not-granted", "too-deep"] {
+        let error = Attempt::of(json!({})).refusing(code, "not by this route").run(submit).error();
+        assert_eq!(error, Error::reject(code, "not by this route"));
+    }
+    for code in ["unavailable", "too-many-waiting"] {
+        let error = Attempt::of(json!({})).refusing(code, "not now").run(submit).error();
+        assert_eq!(error, Error::retry(code, "not now"));
+    }
     let error = Attempt::of(json!({})).run(|context: &Context| context.submit("", "mail").send()).error();
     assert_eq!(error.code(), "invalid-key");
     let error = Attempt::of(json!({})).run(|context: &Context| context.submit("k", "mail").data(&[1]).send()).error();

@@ -11,6 +11,8 @@ use laelaps_tests::{
 };
 use serde_json::json;
 
+mod hung_files;
+
 /// `laelaps run` ends so when too many threads are stuck (docs/cli.md).
 const STUCK: i32 = 10;
 

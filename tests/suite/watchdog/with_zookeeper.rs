@@ -223,6 +223,20 @@ async fn every_no_and_every_refusal_has_its_exit_code_and_a_hint() {
 }
 
 #[tokio::test]
+async fn queues_that_are_made_and_cleared_stand_in_the_audit_log() {
+    let place = Place::new("audited").await;
+    place.site.configure(json!({ "audit_log": "audit" }));
+    for command in ["create-queue", "queue-count", "clear-timers"] {
+        let _ = place.says(&[command, "/q", "-c", "laelaps.yml"]).await;
+    }
+    let noted = std::fs::read_to_string(place.site.path("audit")).unwrap();
+    let noted: Vec<Value> = noted.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let commands: Vec<&Value> = noted.iter().map(|entry| &entry["command"]).collect();
+    assert_eq!(commands, ["watchdog create-queue", "watchdog clear-timers"]);
+    assert_eq!(noted[0]["root"], "/q");
+}
+
+#[tokio::test]
 async fn items_a_perl_child_gets_cut_are_warned_of_and_larger_ones_are_refused() {
     let place = Place::new("sizes").await;
     let file = place.site.path("items");

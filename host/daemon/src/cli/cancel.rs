@@ -1,5 +1,7 @@
 //! `laelaps cancel`.
 
+use serde_json::json;
+
 use super::output::Output;
 use super::{Exit, Key, Place};
 
@@ -14,6 +16,7 @@ impl Arguments {
         let (config, queue) = place.open().await?;
         queue.backend().cancel(&self.task.key, config.queue.policy.retention).await?;
         queue.backend().close().await;
+        Place::note(&config, "cancel", json!({ "task": self.task.key }));
         let mut output = Output::open();
         output.line(&format!("task {:?} is cancelled", self.task.key))?;
         output.close()?;

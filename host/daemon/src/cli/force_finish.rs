@@ -1,5 +1,7 @@
 //! `laelaps force-finish`.
 
+use serde_json::json;
+
 use super::output::Output;
 use super::{Exit, Key, Place};
 
@@ -14,6 +16,7 @@ impl Arguments {
         let (config, queue) = place.open().await?;
         queue.backend().force_finish(&self.task.key, config.queue.policy.retention).await?;
         queue.backend().close().await;
+        Place::note(&config, "force-finish", json!({ "task": self.task.key }));
         let mut output = Output::open();
         output.line(&format!("task {:?} is finished", self.task.key))?;
         output.close()?;

@@ -1,6 +1,7 @@
 //! `laelaps init`.
 
 use laelaps_queue::{Config, Database, PlannedStep, Queue};
+use serde_json::json;
 
 use super::output::Output;
 use super::{Exit, Place};
@@ -14,13 +15,14 @@ pub(super) struct Arguments {
 
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
-        let config = place.load()?.queue;
+        let config = place.load()?;
         if self.dry_run {
-            return dry_run(&config).await;
+            return dry_run(&config.queue).await;
         }
-        let queue = Queue::open(&config).await?;
+        let queue = Queue::open(&config.queue).await?;
         let migration = queue.backend().init().await?;
         queue.backend().close().await;
+        Place::note(&config, "init", json!({ "schema": migration.version, "steps": migration.applied.len() }));
         let mut output = Output::open();
         output.line(&match migration.applied.as_slice() {
             [] => format!("the queue is ready: schema {} was there already", migration.version),

@@ -1,5 +1,7 @@
 //! `laelaps retry`.
 
+use serde_json::json;
+
 use super::output::Output;
 use super::{Exit, Key, Place};
 
@@ -11,9 +13,10 @@ pub(super) struct Arguments {
 
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
-        let (_, queue) = place.open().await?;
+        let (config, queue) = place.open().await?;
         queue.backend().retry(&self.task.key).await?;
         queue.backend().close().await;
+        Place::note(&config, "retry", json!({ "task": self.task.key }));
         let mut output = Output::open();
         output.line(&format!("task {:?} may run now", self.task.key))?;
         output.close()?;

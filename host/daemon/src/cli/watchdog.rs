@@ -69,13 +69,13 @@ impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let servers = &self.servers;
         match self.command {
-            Command::CreateQueue(arguments) => arguments.run(servers).await,
+            Command::CreateQueue(arguments) => arguments.run(servers, place).await,
             Command::Attach(arguments) => arguments.run(servers).await,
             Command::WaitSync(arguments) => arguments.run(servers).await,
             Command::QueueCount(arguments) => arguments.run(servers).await,
             Command::CheckTimers(arguments) => arguments.run(servers).await,
             Command::GetTimers(arguments) => arguments.run(servers).await,
-            Command::ClearTimers(arguments) => arguments.run(servers).await,
+            Command::ClearTimers(arguments) => arguments.run(servers, place).await,
             Command::CreateTimer(arguments) => arguments.run(servers).await,
             Command::Consume(arguments) => arguments.run(servers).await,
             Command::KickDog(arguments) => arguments.run(servers).await,

@@ -2,16 +2,24 @@
 //!
 //! `serde_yaml` says what the values are; `saphyr`, which keeps positions, only says on which line a key stands.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use saphyr::{LoadableYamlNode, MarkedYamlOwned, YamlDataOwned};
+use saphyr_parser::{Event, Parser};
 use serde_yaml::{Mapping, Value};
 
 use super::keys::nearest;
 use super::{Error, Problem};
 
-/// The most bytes of a configuration file. Aliases can multiply what they name, so this bounds the memory too.
+/// The most bytes of a configuration file.
 const FILE_BYTES_MAX: usize = 256 << 10;
+/// The longest message about one value.
+const MESSAGE_BYTES_MAX: usize = 4_000;
+/// The most that aliases may make of it: each value counts with its text and [`VALUE_BYTES`].
+const EXPANDED_BYTES_MAX: usize = 8 << 20;
+/// What a value takes besides its text, about.
+const VALUE_BYTES: usize = 16;
 
 /// One step from a section to a value in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +64,10 @@ pub(super) fn read(path: &Path) -> Result<String, Error> {
 
 /// The chosen section with its merges done, and a report to fill.
 pub(super) fn section(path: &Path, text: &str, name: &str) -> Result<(Mapping, Report), Error> {
+    if let Some(line) = multiplied_at(text) {
+        let message = format!("the aliases (*name) up to here make more than {} MiB of this file", EXPANDED_BYTES_MAX >> 20);
+        return Err(refuse(path, Some(line), message, Some("write out what they stand for, or leave some of it out".to_owned())));
+    }
     let document: Value = serde_yaml::from_str(text).map_err(|error| not_yaml(path, text, &error))?;
     // Only the lines are lost if the two libraries disagree about a file.
     let positions = MarkedYamlOwned::load_from_str(text).ok().and_then(|documents| documents.into_iter().next());
@@ -86,8 +98,8 @@ pub(super) fn section(path: &Path, text: &str, name: &str) -> Result<(Mapping, R
 impl Report {
     /// Note a mistake at a place below the section.
     pub(super) fn problem(&mut self, place: &[Step], message: String, hint: Option<String>) {
-        let problem = Problem { path: self.path.clone(), line: self.line(place), key: Some(self.name(place)), message, hint };
-        self.problems.push(problem);
+        let (line, key, message) = (self.line(place), Some(self.name(place)), bounded(message));
+        self.problems.push(Problem { path: self.path.clone(), line, key, message, hint });
     }
 
     /// Note something odd at a place below the section.
@@ -96,7 +108,7 @@ impl Report {
             path: self.path.clone(),
             line: self.line(place),
             key: Some(self.name(place)),
-            message: message.to_owned(),
+            message: bounded(message.to_owned()),
             hint: None,
         };
         self.warnings.push(problem);
@@ -197,6 +209,41 @@ fn merge_below(value: Value) -> Result<Value, Vec<Step>> {
     }
 }
 
+/// The line with whose alias a text stands for more than [`EXPANDED_BYTES_MAX`]; None if none does. Neither of the two libraries has a bound
+/// that holds: 200 KB can stand for gigabytes. What is not YAML is looked at up to there.
+fn multiplied_at(text: &str) -> Option<usize> {
+    let mut sizes = HashMap::new();
+    // Collections that have begun: their anchors, and what stood before them.
+    let mut open = Vec::new();
+    let mut total = 0_usize;
+    for event in Parser::new_from_str(text) {
+        let Ok((event, span)) = event else { break };
+        match event {
+            Event::Alias(anchor) => {
+                total = total.saturating_add(sizes.get(&anchor).copied().unwrap_or(VALUE_BYTES));
+                if total > EXPANDED_BYTES_MAX {
+                    return Some(span.start.line());
+                }
+            }
+            Event::Scalar(text, _, anchor, _) => {
+                total = total.saturating_add(VALUE_BYTES + text.len());
+                sizes.insert(anchor, VALUE_BYTES + text.len());
+            }
+            Event::SequenceStart(anchor, _) | Event::MappingStart(anchor, _) => {
+                open.push((anchor, total));
+                total = total.saturating_add(VALUE_BYTES);
+            }
+            Event::SequenceEnd | Event::MappingEnd => {
+                if let Some((anchor, before)) = open.pop() {
+                    sizes.insert(anchor, total - before);
+                }
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
 fn find<'a>(node: &'a MarkedYamlOwned, key: &str) -> Option<(usize, &'a MarkedYamlOwned)> {
     let YamlDataOwned::Mapping(mapping) = &node.data else { return None };
     let named = |name: &str| mapping.iter().find(|(found, _)| found.data.as_str() == Some(name));
@@ -267,4 +314,13 @@ fn no_such_section(path: &Path, sections: &Mapping, name: &str) -> Error {
 
 fn example(name: &str) -> String {
     format!("start with: `{name}: {{type: rdb, url: \"sqlite:laelaps.db\", routes: []}}` (docs/configuration.md has more)")
+}
+
+/// What is said of one value, which it repeats: a value may have as many bytes as the file.
+fn bounded(mut message: String) -> String {
+    if message.len() > MESSAGE_BYTES_MAX {
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+        message.push('…');
+    }
+    message
 }

@@ -44,6 +44,11 @@ impl<'a> Keys<'a> {
         self.mapping.get(key).is_some_and(|value| !value.is_null())
     }
 
+    /// Whether the key is there with a mapping.
+    pub(super) fn has_mapping(&self, key: &str) -> bool {
+        self.mapping.get(key).is_some_and(Value::is_mapping)
+    }
+
     /// The value of a key; None if it is missing or null, which is the same.
     pub(super) fn take(&mut self, key: &'static str) -> Option<Value> {
         self.known.push(key);
@@ -127,17 +132,17 @@ impl<'a> Keys<'a> {
     /// A size in bytes.
     pub(super) fn size(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
         let value = self.take(key)?;
-        let size = match &value {
-            Value::Number(number) => number.as_u64(),
-            Value::String(text) => size_from_text(text),
-            _ => None,
-        };
-        let expected = format!(
-            "a size from {} to {} (a number of bytes, or text such as \"64MiB\")",
-            tell_size(*range.start()),
-            tell_size(*range.end())
-        );
-        self.check(key, &value, size.filter(|size| range.contains(size)), &expected)
+        self.check(key, &value, size_of(&value, &range), &expected_size(&range))
+    }
+
+    /// A size in bytes, or a word for "without limit" (`Some(None)`).
+    pub(super) fn size_or(&mut self, key: &'static str, range: RangeInclusive<u64>, word: &str) -> Option<Option<u64>> {
+        let value = self.take(key)?;
+        if value.as_str() == Some(word) {
+            return Some(None);
+        }
+        let expected = format!("{}, or `{word}`", expected_size(&range));
+        self.check(key, &value, size_of(&value, &range), &expected).map(Some)
     }
 
     /// Yes or no. YAML 1.1, which PerfectQueue reads, has more words for it than YAML 1.2.
@@ -336,6 +341,20 @@ fn sort_of(value: &Value) -> &'static str {
 pub(super) fn nearest<'n>(name: &str, known: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     let scored = known.map(|known| (strsim::jaro_winkler(&name.to_lowercase(), known), known));
     scored.filter(|(score, _)| *score >= 0.84).max_by(|left, right| left.0.total_cmp(&right.0)).map(|(_, known)| known)
+}
+
+fn size_of(value: &Value, range: &RangeInclusive<u64>) -> Option<u64> {
+    let size = match value {
+        Value::Number(number) => number.as_u64(),
+        Value::String(text) => size_from_text(text),
+        _ => None,
+    };
+    size.filter(|size| range.contains(size))
+}
+
+fn expected_size(range: &RangeInclusive<u64>) -> String {
+    let (least, most) = (tell_size(*range.start()), tell_size(*range.end()));
+    format!("a size from {least} to {most} (a number of bytes, or text such as \"64MiB\")")
 }
 
 fn whole_of(value: &Value, range: &RangeInclusive<u32>) -> Option<u32> {

@@ -1,27 +1,27 @@
 //! The entries of `routes:`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use laelaps_queue::Policy;
+use laelaps_queue::{Kind, Policy};
 use regex::Regex;
 use serde_yaml::Value;
 
 use super::document::{Report, Step};
 use super::keys::{Keys, Unknown, mismatch, secret_of};
-use super::{Lookup, Matcher, Route, section};
-use crate::plugin::{FolderGrant, Grants, Limits, scan};
+use super::{Lookup, Matcher, Route, grants, section};
+use crate::plugin::{FollowUps, Grants, Limits, scan};
 
 /// The most routes of a section.
 const ROUTES_MAX: usize = 1_000;
 
-/// The most granted folders and the most granted variables of a route.
-const ENTRIES_MAX: usize = 256;
-
 const DAYS_30: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// All routes, in order.
-pub(super) fn read_all(keys: &mut Keys<'_>, policy: &Policy, lookup: &Lookup<'_>) -> Vec<Route> {
+pub(super) fn read_all(keys: &mut Keys<'_>, policy: &Policy, kind: &Kind, lookup: &Lookup<'_>) -> Vec<Route> {
+    let follow_ups = match kind {
+        Kind::Native => FollowUps::default(),
+        Kind::PerfectQueue(_) => FollowUps::of_perfectqueue(),
+    };
     let Some(list) = keys.list("routes", "a list of routes", ROUTES_MAX) else { return Vec::new() };
     if list.is_empty() {
         keys.warn("routes", "there is no route: every task waits until there is one");
@@ -34,7 +34,8 @@ pub(super) fn read_all(keys: &mut Keys<'_>, policy: &Policy, lookup: &Lookup<'_>
             mismatch(keys.report, &place, &entry, "a mapping with type (or pattern) and plugin");
             continue;
         };
-        let route = read(Keys::new(mapping, place.clone(), keys.report), index, policy, lookup);
+        let defaults = Defaults { policy, follow_ups: &follow_ups };
+        let route = read(Keys::new(mapping, place.clone(), keys.report), index, defaults, lookup);
         if let Some(route) = route {
             warn_if_never_reached(&route, &routes, &place, keys.report);
             routes.push(route);
@@ -43,13 +44,23 @@ pub(super) fn read_all(keys: &mut Keys<'_>, policy: &Policy, lookup: &Lookup<'_>
     routes
 }
 
-fn read(mut keys: Keys<'_>, index: usize, policy: &Policy, lookup: &Lookup<'_>) -> Option<Route> {
+/// What holds where a route says nothing.
+#[derive(Clone, Copy)]
+struct Defaults<'a> {
+    policy: &'a Policy,
+    follow_ups: &'a FollowUps,
+}
+
+fn read(mut keys: Keys<'_>, index: usize, defaults: Defaults<'_>, lookup: &Lookup<'_>) -> Option<Route> {
     let line = keys.line().unwrap_or(0);
     let matcher = matcher(&mut keys);
     let plugin = plugin_name(&mut keys);
     let limits = limits(&mut keys);
-    let policy = section::policy(&mut keys, policy);
-    let grants = keys.mapping("grants", "a mapping of folders and environment").map(|keys| grants(keys, lookup));
+    let policy = section::policy(&mut keys, defaults.policy);
+    let grants = match keys.mapping("grants", "a mapping of folders, environment and follow_ups") {
+        Some(keys) => grants::read(keys, defaults.follow_ups, lookup),
+        None => Grants { follow_ups: defaults.follow_ups.clone(), ..Grants::default() },
+    };
     let settings = keys.mapping("settings", "a mapping of texts").map(|keys| settings(keys, lookup));
     keys.finish(Unknown::Refuse);
     Some(Route {
@@ -57,7 +68,7 @@ fn read(mut keys: Keys<'_>, index: usize, policy: &Policy, lookup: &Lookup<'_>) 
         matcher: matcher?,
         plugin: plugin?,
         limits,
-        grants: grants.unwrap_or_default(),
+        grants,
         settings: settings.unwrap_or_default().into(),
         policy,
         line,
@@ -175,66 +186,20 @@ fn limits(keys: &mut Keys<'_>) -> Limits {
         output_bytes: keys.size("output_limit", 0..=16 << 20).unwrap_or(defaults.output_bytes),
         log_bytes: keys.size("log_limit", 0..=16 << 20).unwrap_or(defaults.log_bytes),
         handles: keys.whole("handles", 8..=100_000).unwrap_or(defaults.handles),
-        follow_ups: keys.whole("follow_ups", 0..=10_000).unwrap_or(defaults.follow_ups),
+        follow_ups: follow_ups_max(keys).unwrap_or(defaults.follow_ups),
         follow_up_bytes: keys.size("follow_up_data", 0..=256 << 20).unwrap_or(defaults.follow_up_bytes),
     }
 }
 
-fn grants(mut keys: Keys<'_>, lookup: &Lookup<'_>) -> Grants {
-    let folders = keys.list("folders", "a list of folders", ENTRIES_MAX).unwrap_or_default();
-    let mut granted = Grants::default();
-    for (index, entry) in folders.into_iter().enumerate() {
-        let mut place = keys.place("folders");
-        place.push(Step::Entry(index));
-        match entry {
-            Value::Mapping(mapping) => {
-                let folder = folder(Keys::new(mapping, place, keys.report));
-                granted.folders.extend(folder);
-            }
-            other => mismatch(keys.report, &place, &other, "a mapping of host, guest and writable"),
-        }
+/// How many one attempt may submit. Which ones stands in the grants.
+fn follow_ups_max(keys: &mut Keys<'_>) -> Option<u32> {
+    if !keys.has_mapping("follow_ups") {
+        return keys.whole("follow_ups", 0..=10_000);
     }
-    for (index, entry) in granted.folders.iter().enumerate() {
-        if granted.folders[..index].iter().any(|earlier| earlier.guest == entry.guest) {
-            let message = format!("two folders have the guest name {:?}", entry.guest);
-            keys.report.problem(&keys.place("folders"), message, Some("give each a name of its own".to_owned()));
-        }
-    }
-    let names = keys.list("environment", "a list of names", ENTRIES_MAX).unwrap_or_default();
-    for (index, entry) in names.into_iter().enumerate() {
-        let mut place = keys.place("environment");
-        place.push(Step::Entry(index));
-        match entry.as_str().filter(|name| !name.is_empty() && !name.contains(['=', '\0'])) {
-            Some(name) => match lookup(name) {
-                Some(value) => granted.environment.push((name.to_owned(), value)),
-                None => {
-                    keys.report.warning(&place, &format!("the environment variable {name} is not set; handlers do not see it"))
-                }
-            },
-            None => mismatch(keys.report, &place, &entry, "the name of an environment variable"),
-        }
-    }
-    keys.finish(Unknown::Refuse);
-    granted
-}
-
-fn folder(mut keys: Keys<'_>) -> Option<FolderGrant> {
-    let mut required = |key: &'static str, what: &str| {
-        if !keys.has(key) {
-            keys.take(key);
-            keys.problem_here(format!("found no {key}, expected {what}"), None);
-            return None;
-        }
-        keys.text(key, what)
-    };
-    let host = required("host", "the path of a folder on this machine");
-    let guest = required("guest", "the path under which the handler sees it, for example /data");
-    let writable = keys.yes_or_no("writable").unwrap_or(false);
-    if let Some(guest) = guest.as_ref().filter(|guest| !guest.starts_with('/')) {
-        keys.problem("guest", format!("found {guest:?}, expected a path that starts with /"), None);
-    }
-    keys.finish(Unknown::Refuse);
-    Some(FolderGrant { host: PathBuf::from(host?), guest: guest?, writable })
+    keys.take("follow_ups");
+    let hint = "which follow-ups it may submit stands in its grants: `grants: {follow_ups: {...}}`";
+    keys.problem("follow_ups", "found a mapping, expected a whole number from 0 to 10,000".to_owned(), Some(hint));
+    None
 }
 
 fn settings(mut keys: Keys<'_>, lookup: &Lookup<'_>) -> Vec<(String, String)> {

@@ -4,7 +4,7 @@
 //! means what comes closest, and docs/configuration.md says so; a key without any effect is accepted and warned about.
 
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use laelaps_queue::{Backoff, Kind, Policy};
@@ -12,9 +12,10 @@ use serde_yaml::{Mapping, Value};
 
 use super::database::{self, Place};
 use super::document::Report;
+use super::grants::{self, Own};
 use super::keys::{Keys, Unknown, describe};
-use super::quantity::YEARS_10;
-use super::{Config, Error, Lookup, Route, route, watchdog};
+use super::quantity::{YEARS_10, tell_size};
+use super::{Config, Error, Lookup, Route, machine, route, watchdog};
 use crate::plugin;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -23,6 +24,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// Times that a task waits or is kept.
 pub(super) const RETENTION: RangeInclusive<Duration> = Duration::ZERO..=YEARS_10;
 pub(super) const WAIT: RangeInclusive<Duration> = Duration::ZERO..=YEARS_10;
+const MEMORY_TOTAL: RangeInclusive<u64> = 1 << 20..=1 << 46;
 pub(super) const ATTEMPTS: RangeInclusive<u32> = 1..=1_000_000;
 
 /// Instances beyond the processors: for the self-test of a new version, and for threads whose stopped attempt has not left them yet.
@@ -53,11 +55,13 @@ pub(super) fn validate(
     let children = children(&mut keys);
     let (task_heartbeat_interval, alive_time) = lease(&mut keys);
     let log = keys.text("log", "the path of a file").map(PathBuf::from);
+    let audit_log = keys.text("audit_log", "the path of a file").map(PathBuf::from);
     let log_filter = log_filter(&mut keys, lookup);
     let host_name = keys.text("host_name", "a name for this host").unwrap_or_else(machine_name);
     let processors = keys.whole("processors", 1..=1024).unwrap_or(1);
     let poll_interval = keys.duration("poll_interval", Duration::from_millis(10)..=HOUR).unwrap_or(Duration::from_secs(1));
     let task_prefetch = keys.whole("task_prefetch", 0..=1000).unwrap_or(0);
+    let memory_total = keys.size_or("memory_total", MEMORY_TOTAL, "unlimited");
     let disable_resource_limit = keys.yes_or_no("disable_resource_limit").unwrap_or(false);
     let patience = keys.duration("pq_connect_timeout", Duration::ZERO..=HOUR).unwrap_or(Duration::from_secs(20));
     for (key, reason) in WITHOUT_EFFECT {
@@ -68,7 +72,7 @@ pub(super) fn validate(
     let fleet = watchdog::fleet(&mut keys, lookup);
     let watchdog_queue = watchdog::intake(&mut keys, fleet.as_ref(), &host_name, lookup);
     let plugins = plugins(&mut keys, processors);
-    let routes = route::read_all(&mut keys, &policy, lookup);
+    let routes = route::read_all(&mut keys, &policy, &kind, lookup);
     let is_counted = policy.max_attempts.is_some() || routes.iter().any(|route| route.policy.max_attempts.is_some());
     if matches!(&kind, Kind::PerfectQueue(table) if !table.side_table) && is_counted {
         let problem = "PerfectQueue's table has no place for a count of attempts".to_owned();
@@ -78,20 +82,31 @@ pub(super) fn validate(
             Some("add `side_table: true`, or take max_attempts out of the section and its routes"),
         );
     }
+    let memory_bytes_max = routes.iter().map(|route: &Route| route.limits.memory_bytes);
+    let memory_bytes_max = memory_bytes_max.fold(plugin::Limits::default().memory_bytes, u64::max);
+    if let Some(Some(total)) = memory_total
+        && let Some(largest) = routes.iter().map(|route| route.limits.memory_bytes).max().filter(|largest| *largest > total)
+    {
+        let (total, largest) = (tell_size(total), tell_size(largest));
+        let message = format!("{total} is less than one attempt may have ({largest}): such tasks run one at a time");
+        keys.warn("memory_total", &message);
+    }
     keys.finish(unknown);
+    grants::refuse_nested(&routes, &own(&path, &url, &plugins, log.as_deref()), &mut report);
 
     if report.has_problems() {
         return Err(report.into_error());
     }
-    let memory_bytes_max = routes.iter().map(|route: &Route| route.limits.memory_bytes);
-    let memory_bytes_max = memory_bytes_max.fold(plugin::Limits::default().memory_bytes, u64::max);
     Ok(Config {
         path,
+        digest: String::new(),
         environment,
         queue: laelaps_queue::Config { url, kind, policy, patience, connections },
         log,
+        audit_log,
         log_filter,
         host_name,
+        memory_total: memory_total.unwrap_or_else(machine::memory_share),
         processors,
         poll_interval,
         task_heartbeat_interval,
@@ -109,6 +124,19 @@ pub(super) fn validate(
         routes,
         warnings: report.into_warnings(),
     })
+}
+
+/// Where the host's own files are.
+fn own(configuration: &Path, url: &str, plugins: &plugin::Config, log: Option<&Path>) -> Vec<Own> {
+    let queue = url.strip_prefix("sqlite:").map(|file| file.trim_start_matches("//").split('?').next().unwrap_or_default());
+    let all = [
+        (None, "the configuration file", Some(configuration.to_path_buf())),
+        (Some("plugins"), "the plugin folder", Some(plugins.folder.join("NAME.wasm"))),
+        (Some("plugin_cache"), "the folder for compiled code", plugins.cache_folder.as_ref().map(|folder| folder.join("NAME"))),
+        (Some("url"), "the queue's file", queue.map(PathBuf::from)),
+        (Some("log"), "the log file", log.map(Path::to_path_buf)),
+    ];
+    all.into_iter().filter_map(|(key, what, path)| Some(Own { key, what, path: path? })).collect()
 }
 
 fn log_filter(keys: &mut Keys<'_>, lookup: &Lookup<'_>) -> String {

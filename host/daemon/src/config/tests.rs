@@ -1,3 +1,4 @@
+mod follow_ups;
 mod properties;
 mod refusals;
 
@@ -97,6 +98,7 @@ enum Within {
     Fleet,
     Intake,
     Route,
+    FollowUps,
 }
 
 /// The rows of the tables of docs/configuration.md that tell of keys: each key with its default and what is allowed, and where it stands.
@@ -105,7 +107,8 @@ fn documented() -> Vec<(&'static str, &'static str, &'static str, Within)> {
     let (section, rest) = part(include_str!("../../../../docs/configuration.md"), "\n`watchdog` is a mapping of");
     let (fleet, rest) = part(rest, "\n`watchdog_queue` is a mapping of");
     let (intake, rest) = part(rest, "\n## The plugins");
-    let (plugins, route) = part(rest, "\n## Routes");
+    let (plugins, rest) = part(rest, "\n## Routes");
+    let (route, follow_ups) = part(rest, "\n### Follow-up tasks");
     let mut rows = Vec::new();
     let parts = [
         (section, Within::Section),
@@ -113,6 +116,7 @@ fn documented() -> Vec<(&'static str, &'static str, &'static str, Within)> {
         (intake, Within::Intake),
         (plugins, Within::Section),
         (route, Within::Route),
+        (follow_ups, Within::FollowUps),
     ];
     for (page, within) in parts {
         for line in page.lines().filter(|line| line.starts_with("| `")) {
@@ -157,9 +161,14 @@ fn with_key(key: &str, value: Option<&str>, within: Within) -> Result<String, Er
         Within::Fleet => format!(", watchdog: {{servers: 'zoo:2181', root: /f{entry}}}"),
         Within::Intake => format!(", watchdog_queue: {{servers: 'zoo:2181', root: /q, markers: /m, type: t{entry}}}"),
         Within::Route => format!(", routes: [{{type: a, plugin: p{entry}}}]"),
+        Within::FollowUps => {
+            let entry = entry.trim_start_matches(", ");
+            format!(", routes: [{{type: a, plugin: p, grants: {{follow_ups: {{{entry}}}}}}}]")
+        }
     };
     let mut config = load(&format!("development: {base}{other}{entry}}}"))?;
     config.path = PathBuf::new();
+    config.digest.clear();
     config.warnings.clear();
     Ok(format!("{config:?}"))
 }
@@ -189,7 +198,9 @@ fn the_documented_defaults_are_those_that_count() {
         let default = default.split(", ").flat_map(|part| part.split(';')).next().expect("a first").trim_matches('`');
         let value = match quantity(default) {
             Some(number) => number.to_string(),
-            None if ["true", "false", "fixed", "never", "unlimited", "info", "plugins"].contains(&default) => default.to_owned(),
+            None if ["true", "false", "fixed", "never", "unlimited", "info", "plugins", "own"].contains(&default) => {
+                default.to_owned()
+            }
             // In words: there is nothing to be written in its place.
             None => continue,
         };
@@ -214,10 +225,23 @@ fn every_key_of_a_section_is_documented() {
     let route = known(&with("routes:\n- {type: a, plugin: p, zzzzzz: 1}"));
     let fleet = known(&with("watchdog: {servers: 'zoo:2181', root: /f, zzzzzz: 1}"));
     let queue = known(&with("watchdog_queue: {servers: 'zoo:2181', root: /q, markers: /m, type: t, zzzzzz: 1}"));
+    let follow_ups = known(&with("routes:\n- {type: a, plugin: p, grants: {follow_ups: {zzzzzz: 1}}}"));
     assert!(section.len() > 30 && route.len() > 15, "{section:?} {route:?}");
-    for key in section.iter().chain(&route).chain(&fleet).chain(&queue) {
+    for key in section.iter().chain(&route).chain(&fleet).chain(&queue).chain(&follow_ups) {
         assert!(page.contains(&format!("`{key}`")), "docs/configuration.md does not tell of {key}");
     }
+}
+
+#[test]
+fn a_budget_of_memory_is_a_size_or_unlimited_and_too_small_a_one_is_told() {
+    let total = |value: &str| load(&with(&format!("memory_total: {value}"))).expect("valid").memory_total;
+    assert_eq!((total("512MiB"), total("unlimited")), (Some(512 << 20), None));
+    assert!(load(MINIMAL).expect("valid").memory_total.is_some_and(|bytes| bytes > 0), "three quarters of what there is");
+    let small = load(&with("memory_total: 100MiB\nroutes: [{type: a, plugin: p, memory: 256MiB}]")).expect("valid");
+    let told = small.warnings.join("\n");
+    assert!(told.contains("memory_total: 100 MiB is less than one attempt may have (256 MiB)"), "{told}");
+    let Err(refused) = load(&with("memory_total: much")) else { panic!("refused") };
+    assert!(refused.to_string().contains("or `unlimited`") || format!("{refused:?}").contains("or `unlimited`"), "{refused:?}");
 }
 
 #[test]
@@ -442,7 +466,7 @@ fn grants_and_settings_carry_values_and_warn_of_missing_ones() {
     let config = load_in(&text, None, &[("HOME", "/h"), ("TOKEN", "t")]).expect("valid");
     let route = &config.routes[0];
     assert_eq!(route.grants.environment, [("HOME".to_owned(), "/h".to_owned())]);
-    assert_eq!(route.grants.folders, [plugin::FolderGrant { host: "logs".into(), guest: "/logs".into(), writable: true }]);
+    assert_eq!(*route.grants.folders, [plugin::FolderGrant::writable("logs", "/logs")]);
     let settings: Vec<(&str, &str)> = route.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     assert_eq!(settings, [("a", "x"), ("b", "2"), ("secret", "t")]);
     assert!(config.warnings.iter().any(|warning| warning.contains("ABSENT is not set")), "{:?}", config.warnings);

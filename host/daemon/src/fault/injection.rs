@@ -33,6 +33,7 @@ struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     BlockThread,
+    BlockFile,
     AbortAt,
     BlockAt,
 }
@@ -63,9 +64,18 @@ pub(crate) fn reach(step: &str) {
 
 /// A guest's thread begins an attempt on a task of this type; a test may have ordered that it does not come back.
 pub(crate) fn block_thread(task_type: &str) {
-    let Some((fault, times)) = reached(Kind::BlockThread, task_type) else { return };
+    block_first(Kind::BlockThread, task_type);
+}
+
+/// A guest opens this path below a granted folder; a test may have ordered that this does not come back.
+pub(crate) fn block_file(path: &Path) {
+    block_first(Kind::BlockFile, &path.to_string_lossy());
+}
+
+fn block_first(kind: Kind, place: &str) {
+    let Some((fault, times)) = reached(kind, place) else { return };
     if fault.count.is_none_or(|count| times <= count) {
-        tracing::warn!(task_type, times, "fault injection: this thread is blocked");
+        tracing::warn!(place, times, "fault injection: this thread is blocked");
         block_until(|| Path::new(UNBLOCK).exists());
     }
 }
@@ -88,9 +98,10 @@ fn parse(ordered: &str) -> Result<Vec<Fault>, String> {
 
 impl Fault {
     fn parse(text: &str) -> Result<Self, String> {
-        const EXPECTED: &str = "expected block-thread=TYPE[:N], abort-at=STEP[:N] or block-at=STEP[:N]";
+        const EXPECTED: &str = "expected block-thread=TYPE[:N], block-file=PATH[:N], abort-at=STEP[:N] or block-at=STEP[:N]";
         let (kind, place) = match text.split_once('=') {
             Some(("block-thread", place)) => (Kind::BlockThread, place),
+            Some(("block-file", place)) => (Kind::BlockFile, place),
             Some(("abort-at", place)) => (Kind::AbortAt, place),
             Some(("block-at", place)) => (Kind::BlockAt, place),
             _ => return Err(format!("{text:?} is no fault, {EXPECTED}")),

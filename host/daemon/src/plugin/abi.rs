@@ -13,6 +13,7 @@ pub(super) mod v0_1 {
         imports: {
             "laelaps:worker/context.heartbeat": async | trappable,
             "laelaps:worker/context.update-data": async | trappable,
+            "laelaps:worker/context.submit": async | trappable,
             "laelaps:worker/context.deadline": async | trappable,
             default: trappable,
         },

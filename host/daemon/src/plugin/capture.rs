@@ -14,6 +14,8 @@ use tokio::io::AsyncWrite;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 
+use super::usage::{Purpose, Share};
+
 /// How much a line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -77,6 +79,8 @@ pub(super) struct Capture(Arc<Mutex<Buffers>>);
 
 #[derive(Default)]
 struct Buffers {
+    /// The limit on the kept lines together.
+    log_bytes: u64,
     head: Vec<Line>,
     head_bytes_left: u64,
     tail: VecDeque<Line>,
@@ -87,6 +91,8 @@ struct Buffers {
     stderr: Partial,
     dropped_lines: u64,
     dropped_bytes: u64,
+    /// What the kept lines cost.
+    share: Option<Share>,
 }
 
 /// A line whose end has not been written yet.
@@ -100,7 +106,7 @@ impl Capture {
     /// Start with nothing, for one attempt.
     pub(super) fn begin(&self, log_bytes: u64) {
         let tail = log_bytes / 4;
-        *self.buffers() = Buffers { head_bytes_left: log_bytes - tail, tail_bytes_left: tail, ..Buffers::default() };
+        *self.buffers() = Buffers { log_bytes, head_bytes_left: log_bytes - tail, tail_bytes_left: tail, ..Buffers::default() };
     }
 
     /// Everything since [`Capture::begin`]; nothing stays.
@@ -205,7 +211,7 @@ impl Buffers {
         if !self.head_is_full && cost <= self.head_bytes_left {
             self.head_bytes_left -= cost;
             self.head.push(line);
-            return;
+            return self.count();
         }
         self.head_is_full = true;
         while cost > self.tail_bytes_left {
@@ -218,6 +224,13 @@ impl Buffers {
         }
         self.tail_bytes_left -= cost;
         self.tail.push_back(line);
+        self.count();
+    }
+
+    /// Count what is kept as a part of what this process holds.
+    fn count(&mut self) {
+        let kept = self.log_bytes - self.head_bytes_left - self.tail_bytes_left;
+        self.share.get_or_insert_with(|| Share::new(Purpose::Output, 0)).set(kept);
     }
 
     fn drop_line(&mut self, line: &Line) {

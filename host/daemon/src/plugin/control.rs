@@ -3,8 +3,8 @@
 //! Authority: the dispatcher orders ([`Control::cancel`]), the attempt obeys. Orders only grow: none < graceful < immediate < lease lost.
 //! A graceful order is no more than an answer to `is-cancelled`; the other two end the attempt, whatever the guest does.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -35,6 +35,8 @@ pub struct Control {
     on_thread: AtomicBool,
     /// How often the guest has got its thread.
     turns: AtomicU64,
+    /// The most linear memory that the guest has had in this attempt, in bytes.
+    pub(super) memory_peak: Arc<AtomicU64>,
     /// Somebody set `ordered`, `timed_out` or `halt`.
     changed: Notify,
 }
@@ -69,6 +71,12 @@ impl Control {
             2 => Some(Cancellation::Immediate),
             _ => Some(Cancellation::LeaseLost),
         }
+    }
+
+    /// The most linear memory that the guest has had in this attempt so far, in bytes.
+    #[must_use]
+    pub fn memory_peak(&self) -> u64 {
+        self.memory_peak.load(Ordering::Relaxed)
     }
 
     /// How long ago the thread that the guest is on gave its last sign of life. None while it is on no thread: it has not begun, waits in the

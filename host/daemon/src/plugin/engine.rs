@@ -17,6 +17,7 @@ use wasmtime::{Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, Was
 
 use super::abi::{PluginPre, latest};
 use super::compile::{Compiler, Failure};
+use super::grants::{self, Folders};
 use super::guest::Guest;
 use super::instance::{Instance, Order};
 use super::reuse::Idle;
@@ -63,6 +64,7 @@ pub(super) struct Shared {
     /// Guests that were answered for, but have not left their thread yet.
     abandoned: Mutex<Vec<Arc<Control>>>,
     replacements: Replacements,
+    pub(super) folders: Arc<Folders>,
 }
 
 impl Engine {
@@ -88,6 +90,7 @@ impl Engine {
                 idle: Mutex::new(Idle::new(config.instances_max as usize)),
                 abandoned: Mutex::default(),
                 replacements: guests.replacements(),
+                folders: Arc::default(),
             }),
             memory_bytes_max: config.memory_bytes_max,
             next_order: AtomicU64::new(1),
@@ -105,9 +108,11 @@ impl Engine {
         count(self.shared.abandoned().iter())
     }
 
-    /// Those of them whose thread has shown no sign of life for longer than `limit`: most others are about to leave.
+    /// Those of them whose thread has shown no sign of life for longer than `limit`: most others are about to leave. Threads that are in one
+    /// file operation for so long are given up and replaced on this occasion; they cost nobody but their plugin, and do not count here.
     #[must_use]
     pub fn lost(&self, limit: Duration) -> u32 {
+        self.shared.folders.pools.look(limit);
         count(self.shared.abandoned().iter().filter(|control| control.silence() > Some(limit)))
     }
 
@@ -120,6 +125,17 @@ impl Engine {
         let forgotten = self.shared.idle().remove(order);
         // Their memory is given back outside the lock.
         drop(forgotten);
+    }
+
+    /// Let go of all instances that wait to be used again, on a guest's thread. Answers how many bytes of linear memory they had.
+    pub fn release_idle(&self) -> u64 {
+        let mut idle = self.shared.idle().take_all();
+        // They are as good as gone, and whoever asks next wants to know what there will be.
+        let bytes = idle.iter_mut().map(Instance::uncount_memory).sum();
+        if !idle.is_empty() {
+            self.spawn(async move { drop(idle) });
+        }
+        bytes
     }
 
     /// Have one of the guests' threads take this up, which shows that they live. It must not block.
@@ -254,8 +270,9 @@ fn pool(config: &Config) -> PoolingAllocationConfig {
 /// Everything that a component may import.
 pub(super) fn linker(engine: &wasmtime::Engine) -> wasmtime::Result<Linker<Guest>> {
     let mut linker = Linker::new(engine);
-    wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    grants::link(&mut linker)?;
     latest::Plugin::add_to_linker::<_, wasmtime::component::HasSelf<Guest>>(&mut linker, |guest| guest)?;
+    super::update::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 

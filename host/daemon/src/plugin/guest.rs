@@ -7,13 +7,15 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Compression, LeaseAnswer, NewTask, Progress, Timestamp};
+use laelaps_queue::{Compression, NewTask, Progress, Timestamp};
 use tokio::runtime::Handle;
 use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::abi::latest::laelaps::worker::{context, log, types};
 use super::capture::{Capture, Level};
+use super::follow_ups::{FollowUps, Parent, Refused};
+use super::grants::{Files, FilesView};
 use super::limiter::MemoryLimiter;
 use super::{Cancellation, Control, Limits, Services};
 
@@ -25,6 +27,7 @@ const NOTE_BYTES_MAX: usize = 1_024;
 /// The host's side of one instance.
 pub(super) struct Guest {
     pub(super) wasi: WasiCtx,
+    pub(super) files: Files,
     pub(super) table: ResourceTable,
     pub(super) memory: MemoryLimiter,
     pub(super) capture: Capture,
@@ -46,6 +49,13 @@ pub(super) struct Attempt {
     pub(super) stops_at: Option<Instant>,
     /// `stops_at` by the database's clock, once it was asked for: the same answer every time.
     pub(super) deadline: Option<Timestamp>,
+    /// At most so large is the task's data as it is stored now.
+    pub(super) data_bytes: usize,
+    /// The facts that decide about follow-ups; None while a component is only started, when there is no task.
+    pub(super) parent: Option<Parent>,
+    pub(super) follow_up_grant: FollowUps,
+    /// Follow-ups of the same root that have not ended, once that was asked for; `Some(None)`: the queue does not keep it.
+    pub(super) relatives: Option<Option<u32>>,
     pub(super) follow_ups: Vec<NewTask>,
     pub(super) follow_up_bytes: u64,
 }
@@ -56,13 +66,19 @@ impl WasiView for Guest {
     }
 }
 
+impl Guest {
+    pub(super) fn files(&mut self) -> FilesView<'_> {
+        FilesView { files: &self.files, table: &mut self.table }
+    }
+}
+
 impl Attempt {
-    fn is_lease_lost(&self) -> bool {
+    pub(super) fn is_lease_lost(&self) -> bool {
         self.control.state() == Some(Cancellation::LeaseLost)
     }
 
     /// Ask the host something on its own runtime.
-    async fn ask<F, T>(&self, ask: impl FnOnce(Arc<dyn Services>) -> F) -> wasmtime::Result<T>
+    pub(super) async fn ask<F, T>(&self, ask: impl FnOnce(Arc<dyn Services>) -> F) -> wasmtime::Result<T>
     where
         F: Future<Output = T> + Send + 'static,
         T: Send + 'static,
@@ -71,8 +87,11 @@ impl Attempt {
         answer.map_err(|_| wasmtime::Error::msg("the host failed inside a call of the handler's, or was ending"))
     }
 
-    fn check_follow_up(&self, task: &NewTask) -> Result<(), context::Refusal> {
-        refused(task, self.services.check(task))?;
+    /// The follow-up as it is to be stored, or why it is refused. Nothing is asked of the database.
+    fn check_follow_up(&self, task: NewTask) -> Result<NewTask, context::Refusal> {
+        refused(&task, self.services.check(&task))?;
+        let Some(parent) = &self.parent else { return Err(lease_lost()) };
+        let task = self.follow_up_grant.grant(parent, task, |task_type| self.services.leads_here(task_type))?;
         if self.follow_ups.len() as u64 >= u64::from(self.limits.follow_ups) {
             let message =
                 format!("this attempt has submitted {} tasks already, as many as its route allows", self.limits.follow_ups);
@@ -86,7 +105,31 @@ impl Attempt {
             );
             return Err(refusal("too-large", message));
         }
-        Ok(())
+        Ok(task)
+    }
+
+    /// Whether there is room for one more follow-up beside those that wait. The database is asked once for an attempt.
+    async fn check_waiting(&mut self) -> wasmtime::Result<Result<(), context::Refusal>> {
+        let relatives = match self.relatives {
+            Some(relatives) => relatives,
+            None => {
+                let limit = self.follow_up_grant.waiting;
+                match self.ask(|services| async move { services.relatives(limit).await }).await? {
+                    Ok(relatives) => *self.relatives.insert(relatives),
+                    // The database's own words are for the operator, not for the handler.
+                    Err(error) => return Ok(Err(refusal("unavailable", error.to_string()))),
+                }
+            }
+        };
+        let Some(relatives) = relatives else { return Ok(Ok(())) };
+        let has_room = self.services.count_follow_up(self.follow_up_grant.room(relatives));
+        Ok(if has_room { Ok(()) } else { Err(self.follow_up_grant.too_many_waiting().into()) })
+    }
+}
+
+impl From<Refused> for context::Refusal {
+    fn from(refused: Refused) -> Self {
+        refusal(refused.code, refused.message)
     }
 }
 
@@ -117,27 +160,11 @@ impl context::Host for Guest {
     }
 
     async fn update_data(&mut self, members: Vec<u8>) -> wasmtime::Result<Result<(), context::Refusal>> {
-        if self.attempt.is_lease_lost() {
-            return Ok(Err(lease_lost()));
-        }
-        let members = match check_members(members) {
-            Ok(members) => members,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        let answer = self.attempt.ask(|services| async move { services.update_data(members).await }).await?;
-        Ok(match answer {
-            Ok(LeaseAnswer::Held) => Ok(()),
-            Ok(LeaseAnswer::Lost) => {
-                self.attempt.control.cancel(Cancellation::LeaseLost);
-                Err(lease_lost())
-            }
-            Err(laelaps_queue::Error::InvalidTask { problem, .. }) => Err(refusal("invalid-data", problem)),
-            // The database's own words are for the operator, not for the handler.
-            Err(error) => Err(refusal("unavailable", error.to_string())),
-        })
+        // Only what the contract's generated code asks for: guests are linked to `update::add_to_linker`.
+        self.update(members, None).await
     }
 
-    fn submit(
+    async fn submit(
         &mut self,
         key: String,
         kind: String,
@@ -158,7 +185,11 @@ impl context::Host for Guest {
             },
             ..NewTask::new(key, kind, data)
         };
-        if let Err(refusal) = self.attempt.check_follow_up(&task) {
+        let task = match self.attempt.check_follow_up(task) {
+            Ok(task) => task,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        if let Err(refusal) = self.attempt.check_waiting().await? {
             return Ok(Err(refusal));
         }
         self.attempt.follow_up_bytes += task.data.len() as u64;
@@ -228,11 +259,11 @@ pub(super) fn cut(mut text: String, bytes_max: usize) -> String {
     text
 }
 
-fn refusal(code: &str, message: impl Into<String>) -> context::Refusal {
+pub(super) fn refusal(code: &str, message: impl Into<String>) -> context::Refusal {
     context::Refusal { code: code.into(), message: message.into() }
 }
 
-fn lease_lost() -> context::Refusal {
+pub(super) fn lease_lost() -> context::Refusal {
     refusal("lease-lost", "the task is no longer this attempt's")
 }
 
@@ -254,12 +285,6 @@ fn refused(task: &NewTask, checked: Result<(), laelaps_queue::Error>) -> Result<
     Err(refusal(code, problem))
 }
 
-/// Members to be merged into a task's data have the form of data themselves.
-fn check_members(members: Vec<u8>) -> Result<Vec<u8>, context::Refusal> {
-    let task = NewTask::new("key", "type", members);
-    refused(&task, task.check()).map(|()| task.data)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,17 +293,6 @@ mod tests {
     fn a_text_is_cut_at_a_character() {
         assert_eq!(cut("\u{20ac}\u{20ac}".into(), 4), "\u{20ac}");
         assert_eq!(cut("short".into(), 100), "short");
-    }
-
-    #[test]
-    fn only_json_objects_are_data() {
-        assert_eq!(check_members(b"".to_vec()).expect("taken"), b"");
-        assert_eq!(check_members(b"{\"a\":[1,{}]}".to_vec()).expect("taken"), b"{\"a\":[1,{}]}");
-        for bad in [&b"[]"[..], b"{", b"null", b"{} x", b"\xff", b"{\"a\":}"] {
-            assert_eq!(check_members(bad.to_vec()).expect_err("refused").code, "invalid-data");
-        }
-        let large = vec![b' '; NewTask::DATA_BYTES_MAX + 1];
-        assert_eq!(check_members(large).expect_err("refused").code, "too-large");
     }
 
     #[test]

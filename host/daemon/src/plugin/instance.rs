@@ -12,10 +12,12 @@ use wasmtime::{Store, UpdateDeadline};
 
 use super::abi::{PluginPre, latest};
 use super::capture::Capture;
+use super::follow_ups::{FollowUps, Parent};
+use super::grants::{self, Files, Folders};
 use super::guest::{Attempt, Guest};
 use super::limiter::MemoryLimiter;
 use super::outcome;
-use super::{Control, Grants, Invocation, Level, Limits, grants};
+use super::{Control, Grants, Invocation, Level, Limits, Version};
 
 /// Handles that an instance has before its handler opens any: standard streams and what a language's runtime opens by itself.
 const HANDLES_SPARE: usize = 16;
@@ -26,6 +28,8 @@ const STDERR_END_BYTES: usize = 1_024;
 pub(super) struct Order {
     pub(super) pre: PluginPre,
     pub(super) grants: Grants,
+    /// Where granted folders are opened, and for which plugin. None: no folder is granted.
+    pub(super) folders: Option<(Arc<Folders>, Arc<Version>)>,
     pub(super) control: Arc<Control>,
     pub(super) capture: Capture,
     pub(super) peak_bytes: Arc<AtomicU64>,
@@ -33,10 +37,19 @@ pub(super) struct Order {
 }
 
 impl Order {
-    pub(super) fn new(invocation: Invocation, stops_at: Option<Instant>, capture: Capture, peak_bytes: Arc<AtomicU64>) -> Self {
+    pub(super) fn new(
+        invocation: Invocation,
+        folders: &Arc<Folders>,
+        parent: Parent,
+        stops_at: Option<Instant>,
+        capture: Capture,
+        peak_bytes: Arc<AtomicU64>,
+    ) -> Self {
         let Invocation { version, task, limits, grants, settings, log_level, control, services, .. } = invocation;
+        let follow_up_grant = grants.follow_ups.clone();
         Self {
             pre: version.pre.clone(),
+            folders: (!grants.folders.is_empty()).then(|| (folders.clone(), version)),
             grants,
             control: control.clone(),
             capture,
@@ -52,6 +65,10 @@ impl Order {
                 max_attempts: task.max_attempts,
                 stops_at,
                 deadline: None,
+                data_bytes: 0,
+                parent: Some(parent),
+                follow_up_grant,
+                relatives: None,
                 follow_ups: Vec::new(),
                 follow_up_bytes: 0,
             },
@@ -64,6 +81,7 @@ impl Order {
         Self {
             pre,
             grants: Grants::default(),
+            folders: None,
             control: control.clone(),
             capture: Capture::default(),
             peak_bytes: Arc::default(),
@@ -78,6 +96,10 @@ impl Order {
                 max_attempts: None,
                 stops_at: Some(Instant::now() + time),
                 deadline: None,
+                data_bytes: 0,
+                parent: None,
+                follow_up_grant: FollowUps::default(),
+                relatives: None,
                 follow_ups: Vec::new(),
                 follow_up_bytes: 0,
             },
@@ -100,6 +122,18 @@ impl super::Services for NoServices {
 
     async fn now(&self) -> Timestamp {
         Timestamp(0)
+    }
+
+    async fn relatives(&self, _: u32) -> Result<Option<u32>, laelaps_queue::Error> {
+        Ok(None)
+    }
+
+    fn count_follow_up(&self, _: u32) -> bool {
+        false
+    }
+
+    fn leads_here(&self, _: &str) -> bool {
+        false
     }
 }
 
@@ -135,13 +169,20 @@ impl fmt::Display for StartFailure {
 impl Instance {
     /// A fresh instance, for this attempt first.
     pub(super) async fn fresh(engine: &wasmtime::Engine, order: Order) -> Result<Self, StartFailure> {
-        let Order { pre, grants, capture, peak_bytes, attempt, .. } = order;
+        let Order { pre, grants, folders, capture, peak_bytes, attempt, .. } = order;
         capture.begin(attempt.limits.log_bytes);
-        let world = grants::world(&grants, &capture).map_err(|error| StartFailure(Event::Trap { message: error.to_string() }))?;
+        let world = grants::world(&grants, &capture);
+        let files = match folders {
+            Some((folders, version)) => {
+                let opened = folders.open(version.plugin(), &grants.folders).await;
+                opened.map_err(|error| StartFailure(Event::Trap { message: error.to_string() }))?
+            }
+            None => Files::default(),
+        };
         let limits = attempt.limits.clone();
         let mut memory = MemoryLimiter::new(limits.memory_bytes);
         memory.begin(limits.memory_bytes, peak_bytes);
-        let guest = Guest { wasi: world, table: ResourceTable::new(), memory, capture, attempt };
+        let guest = Guest { wasi: world, files, table: ResourceTable::new(), memory, capture, attempt };
         let mut store = Store::new(engine, guest);
         store.limiter(|guest| &mut guest.memory);
         store.set_epoch_deadline(1);
@@ -176,6 +217,11 @@ impl Instance {
 
     pub(super) fn capture(&self) -> Capture {
         self.store.data().capture.clone()
+    }
+
+    /// It is about to be dropped: count its linear memory no more. Answers how many bytes it has.
+    pub(super) fn uncount_memory(&mut self) -> u64 {
+        self.store.data_mut().memory.uncount()
     }
 
     pub(super) fn grants(&self) -> &Grants {

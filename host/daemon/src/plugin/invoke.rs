@@ -16,6 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::abi::latest::exports::laelaps::worker::handler::Task;
 use super::capture::Capture;
 use super::engine::Shared;
+use super::follow_ups::Parent;
 use super::instance::{Instance, Order};
 use super::reuse::Key;
 use super::ticker::Guarded;
@@ -26,19 +27,30 @@ const LEAVE_GRACE: Duration = Duration::from_millis(50);
 /// How long a handler whose lease is lost may take to notice it by itself.
 const LEASE_LOST_GRACE: Duration = Duration::from_millis(30);
 
-/// What the host does for an attempt while it runs. Called on the runtime that called [`Engine::invoke`], never on a guest's thread.
+/// What the host does for an attempt while it runs. Called on the runtime that called [`Engine::invoke`], and not on a guest's thread unless it says so.
 #[async_trait]
 pub trait Services: Send + Sync {
     /// Note progress, renew the lease (to now + `alive_time` at least, if given), and say whether it still holds.
     async fn heartbeat(&self, progress: Option<Progress>, alive_time: Option<Duration>) -> bool;
 
-    /// Merge the members of a JSON object into the task's data, durably.
+    /// Merge the members of a JSON object into the task's data, durably. Refuses what is no JSON object: nobody has looked at it before.
     async fn update_data(&self, members: Vec<u8>) -> Result<LeaseAnswer, laelaps_queue::Error>;
 
     /// The database's clock, as near as the host knows it.
     async fn now(&self) -> Timestamp;
 
-    /// Whether the queue takes such a follow-up task. Only this is called on a guest's thread, and has to answer at once.
+    /// How many follow-ups that come from the same task as this attempt's have not ended, other than its own; at most `limit`. None if the
+    /// queue does not keep it.
+    async fn relatives(&self, limit: u32) -> Result<Option<u32>, laelaps_queue::Error>;
+
+    /// Count one more follow-up of this attempt, unless attempts of the same root have `most` already that the queue has not counted yet. Called on
+    /// a guest's thread, and has to answer at once.
+    fn count_follow_up(&self, most: u32) -> bool;
+
+    /// Whether the host's routes lead tasks of this type to the plugin of this attempt. Called on a guest's thread, and has to answer at once.
+    fn leads_here(&self, task_type: &str) -> bool;
+
+    /// Whether the queue takes such a follow-up task. Called on a guest's thread, and has to answer at once.
     fn check(&self, task: &NewTask) -> Result<(), laelaps_queue::Error> {
         task.check()
     }
@@ -110,15 +122,18 @@ impl Engine {
         let requests_max = invocation.max_requests.unwrap_or(1);
         let reused = if requests_max > 1 { self.shared.idle().take(key, &invocation.grants) } else { None };
         let capture = reused.as_ref().map_or_else(Capture::default, Instance::capture);
-        let peak_bytes = Arc::new(AtomicU64::new(0));
+        let peak_bytes = Arc::clone(&control.memory_peak);
         let leaving = Arc::new(Leaving::new(self.shared.clone(), control.clone()));
         let (answer, answered) = oneshot::channel();
         let version = invocation.version.clone();
         let mut invocation = invocation;
+        let parent = Parent::of(&invocation.task, version.plugin());
         let task = guest_task(&mut invocation.task);
+        let mut order = Order::new(invocation, &self.shared.folders, parent, stops_at, capture.clone(), peak_bytes.clone());
+        order.attempt.data_bytes = task.data.len();
         let guest = GuestSide {
             wasmtime: self.wasmtime.clone(),
-            order: Order::new(invocation, stops_at, capture.clone(), peak_bytes.clone()),
+            order,
             reused,
             task,
             version,

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use wasmtime::ResourceLimiter;
 
+use super::usage::{Purpose, Share};
+
 /// Bounds the linear memories of all core instances of one component together.
 pub(super) struct MemoryLimiter {
     limit_bytes: u64,
@@ -15,11 +17,14 @@ pub(super) struct MemoryLimiter {
     denied: bool,
     /// Also read by whoever answers for a guest that does not leave.
     peak_bytes: Arc<AtomicU64>,
+    /// Its share of what all guests of this process have.
+    share: Share,
 }
 
 impl MemoryLimiter {
     pub(super) fn new(limit_bytes: u64) -> Self {
-        Self { limit_bytes, current_bytes: 0, last_growth_bytes: 0, denied: false, peak_bytes: Arc::default() }
+        let share = Share::new(Purpose::Guests, 0);
+        Self { limit_bytes, current_bytes: 0, last_growth_bytes: 0, denied: false, peak_bytes: Arc::default(), share }
     }
 
     /// Start another attempt on the same memory.
@@ -28,6 +33,12 @@ impl MemoryLimiter {
         self.denied = false;
         self.peak_bytes = peak_bytes;
         self.peak_bytes.store(self.current_bytes, Ordering::Relaxed);
+    }
+
+    /// Give back its share. Answers how large it was.
+    pub(super) fn uncount(&mut self) -> u64 {
+        self.share.set(0);
+        self.current_bytes
     }
 
     pub(super) fn was_denied(&self) -> bool {
@@ -50,6 +61,7 @@ impl ResourceLimiter for MemoryLimiter {
         }
         self.last_growth_bytes = growth;
         self.current_bytes = total;
+        self.share.set(total);
         self.peak_bytes.fetch_max(total, Ordering::Relaxed);
         Ok(true)
     }
@@ -57,6 +69,7 @@ impl ResourceLimiter for MemoryLimiter {
     fn memory_grow_failed(&mut self, _error: wasmtime::Error) -> wasmtime::Result<()> {
         self.current_bytes -= self.last_growth_bytes;
         self.last_growth_bytes = 0;
+        self.share.set(self.current_bytes);
         Ok(())
     }
 

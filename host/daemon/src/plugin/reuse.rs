@@ -37,6 +37,11 @@ impl Idle {
         if self.instances.len() <= self.instances_max { None } else { self.instances.pop_front().map(|(_, instance)| instance) }
     }
 
+    /// Take out all of them.
+    pub(super) fn take_all(&mut self) -> Vec<Instance> {
+        std::mem::take(&mut self.instances).into_iter().map(|(_, instance)| instance).collect()
+    }
+
     /// Take out all instances of a version.
     pub(super) fn remove(&mut self, order: u64) -> Vec<Instance> {
         let (gone, kept): (VecDeque<_>, VecDeque<_>) =

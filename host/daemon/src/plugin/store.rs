@@ -17,7 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::compile::Failure;
 use super::journal::{Journal, Note};
 use super::scan::{self, Content, Listing, Signature};
-use super::{Config, Digest, Engine, Error, Version, reason, watch as watcher};
+use super::{Config, Digest, Engine, Error, Version, reason, usage, watch as watcher};
 
 /// How long a file has to lie still before it is read.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -249,6 +249,7 @@ impl Store {
                 serving
             });
             self.retire(&version);
+            crate::audit::removed(&self.folder, &version);
             tracing::warn!(%plugin, version = %version.digest().short(), "the plugin's file was deleted: its tasks wait until there is one again");
             rescan.removed.push(plugin);
         }
@@ -364,6 +365,7 @@ impl Store {
                 tracing::info!(%plugin, version = %digest.short(), "the plugin serves");
             }
         }
+        crate::audit::admitted(&self.folder, &version, previous);
         Admitted { plugin, digest, previous }
     }
 
@@ -402,6 +404,7 @@ impl Store {
                 }
             }
         }
+        crate::audit::refused(&self.folder, &refused);
         rescan.refused.push(refused);
     }
 
@@ -440,6 +443,7 @@ impl Engine {
             order: self.next_order(),
             size_bytes: bytes.len() as u64,
             retired: AtomicBool::new(false),
+            _code: usage::of_code(&component),
             pre,
         })
     }

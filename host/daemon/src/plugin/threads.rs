@@ -11,7 +11,8 @@
 //! only if a whole tick brings nobody a turn ([`Relief`]): a thread that is woken for a guest that runs for twenty microseconds costs as much
 //! as the guest.
 //!
-//! Timers and file operations belong to a small runtime of their own, whose one worker runs no guest. It wakes guests; they run here.
+//! Timers belong to a small runtime of their own, whose one worker runs no guest. It wakes guests; they run here. File operations have threads
+//! for each plugin (`grants`).
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -25,8 +26,8 @@ use std::thread;
 
 use tokio::runtime::{Builder, Runtime};
 
-/// Threads for guests' file operations.
-const BLOCKING_THREADS_MAX: usize = 64;
+/// Files have threads of their own; nothing else that a guest may call blocks.
+const BLOCKING_THREADS_MAX: usize = 1;
 
 /// Ends the threads when dropped, once no guest is left: each goes on until it is done, so a guest that shall end has to be told before.
 pub(super) struct Threads {
@@ -50,7 +51,7 @@ struct Shared {
     state: Mutex<State>,
     /// Told when a guest is ready, and when threads have to end.
     changed: Condvar,
-    /// Timers and file operations. None only while it is dropped.
+    /// Timers. None only while it is dropped.
     services: Option<Runtime>,
 }
 

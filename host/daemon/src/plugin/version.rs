@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use sha2::{Digest as _, Sha256};
 
 use super::abi::PluginPre;
+use super::usage::Share;
 
 /// The sha256 of a plugin's file.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -57,6 +58,8 @@ pub struct Version {
     pub(super) size_bytes: u64,
     /// Another version serves now, or none.
     pub(super) retired: AtomicBool,
+    /// The share of its compiled code.
+    pub(super) _code: Share,
     /// Linked code. Dropping the last version of a component frees its code and its pooled slots.
     pub(super) pre: PluginPre,
 }

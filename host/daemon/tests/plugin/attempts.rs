@@ -228,6 +228,20 @@ async fn follow_ups_come_with_an_outcome_and_are_dropped_with_a_trap() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn how_many_follow_ups_wait_is_asked_once_and_then_counted_on() {
+    let bench = Bench::new().await;
+    *bench.services.waiting.lock().expect("no panic") = (0, Some(9_997));
+    let completion = bench.run("F", b"{}").await;
+    assert_eq!((output(&completion), completion.follow_ups.len()), (&b"too-many-waiting"[..], 3));
+    assert_eq!(bench.services.waiting.lock().expect("no panic").0, 1, "asked once");
+    assert_eq!(bench.run("n", b"").await.follow_ups.len(), 0);
+    assert_eq!(bench.services.waiting.lock().expect("no panic").0, 1, "not asked for an attempt that submits nothing");
+    *bench.services.lease.lock().expect("no panic") = Held::Unknown;
+    let completion = bench.run("s", b"{}").await;
+    assert_eq!((output(&completion), completion.follow_ups.len()), (&b"unavailable"[..], 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_context_answers_deadline_creation_and_settings() {
     let mut bench = Bench::new().await;
     assert_eq!(output(&bench.run("d", b"").await), b"", "no limit, no deadline");

@@ -3,5 +3,6 @@
 mod admission;
 mod attempts;
 mod guests;
+mod mutation;
 mod store;
 mod support;

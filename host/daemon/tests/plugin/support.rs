@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use laelaps::plugin::{Completion, Config, Control, Engine, Grants, Invocation, Level, Limits, Services, Version};
-use laelaps_queue::{ClaimedTask, Compression, Event, Lease, LeaseAnswer, LeaseRef, Progress, TaskId, Timestamp};
+use laelaps_queue::{
+    ClaimedTask, Compression, Descent, Event, Lease, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp,
+};
 use tempfile::TempDir;
 
 use crate::guests;
@@ -39,11 +41,16 @@ impl Bench {
         Self::with(config()).await
     }
 
-    pub(crate) async fn with(mut config: Config) -> Self {
+    pub(crate) async fn with(config: Config) -> Self {
+        Self::of(config, &guests::handler()).await
+    }
+
+    /// With another module.
+    pub(crate) async fn of(mut config: Config, module: &[u8]) -> Self {
         let cache = tempfile::tempdir().expect("folder");
         config.cache_folder = Some(cache.path().join("code"));
         let engine = Engine::new(&config).expect("engine");
-        let version = engine.load("guest", &guests::handler()).await.expect("the handler is admitted");
+        let version = engine.load("guest", module).await.expect("the handler is admitted");
         Self { engine, version, services: Arc::default(), limits: Limits::default(), max_requests: None, _cache: cache }
     }
 
@@ -89,6 +96,8 @@ pub(crate) fn task(kind: &str, data: &[u8]) -> ClaimedTask {
         task_type: kind.into(),
         data: data.to_vec(),
         user: Some("somebody".into()),
+        max_running: None,
+        descent: Descent { root: TaskId(1), depth: 0 },
         compression: Compression::None,
         attempt: 1,
         max_attempts: None,
@@ -108,6 +117,10 @@ pub(crate) struct Recorder {
     pub(crate) beats: Mutex<Vec<(Option<Progress>, Option<Duration>)>>,
     pub(crate) updates: Mutex<Vec<Vec<u8>>>,
     pub(crate) lease: Mutex<Held>,
+    /// How often it was asked how many follow-ups wait, and what it answers: None is that the queue does not keep it.
+    pub(crate) waiting: Mutex<(u32, Option<u32>)>,
+    /// Follow-ups of all attempts.
+    pub(crate) submitted: Mutex<u32>,
 }
 
 /// How the lease stands.
@@ -132,11 +145,32 @@ impl Services for Recorder {
     }
 
     async fn update_data(&self, members: Vec<u8>) -> Result<LeaseAnswer, laelaps_queue::Error> {
+        NewTask::new("key", "type", members.clone()).check()?;
         self.updates.lock().expect("no panic").push(members);
         Ok(if *self.lease.lock().expect("no panic") == Held::Yes { LeaseAnswer::Held } else { LeaseAnswer::Lost })
     }
 
     async fn now(&self) -> Timestamp {
         Timestamp(1_700_000_000_000)
+    }
+
+    async fn relatives(&self, limit: u32) -> Result<Option<u32>, laelaps_queue::Error> {
+        if *self.lease.lock().expect("no panic") == Held::Unknown {
+            return Err(laelaps_queue::Error::Closed);
+        }
+        let mut waiting = self.waiting.lock().expect("no panic");
+        waiting.0 += 1;
+        Ok(waiting.1.map(|waiting| waiting.min(limit)))
+    }
+
+    fn count_follow_up(&self, most: u32) -> bool {
+        let mut submitted = self.submitted.lock().expect("no panic");
+        let has_room = *submitted < most;
+        *submitted += u32::from(has_room);
+        has_room
+    }
+
+    fn leads_here(&self, task_type: &str) -> bool {
+        task_type != "elsewhere"
     }
 }

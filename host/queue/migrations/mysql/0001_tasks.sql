@@ -34,6 +34,9 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     plugin         BIGINT         NOT NULL DEFAULT 0,
     finished_at    BIGINT         NOT NULL DEFAULT 0,
     retained_until BIGINT         NOT NULL DEFAULT 0,
+    -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
+    root           BIGINT,
+    depth          INT UNSIGNED,
     PRIMARY KEY (id),
     UNIQUE KEY by_key (`key`),
     CONSTRAINT laelaps_task_until CHECK ((state = 'running') = (until <> 0)),
@@ -185,6 +188,14 @@ CREATE TABLE IF NOT EXISTS laelaps_progress (
     total BIGINT,
     note  VARCHAR(1024) NOT NULL,
     PRIMARY KEY (task)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
+
+-- A follow-up that has not ended, so that those of one root can be counted.
+CREATE TABLE IF NOT EXISTS laelaps_descendant (
+    task BIGINT NOT NULL,
+    root BIGINT NOT NULL,
+    PRIMARY KEY (task),
+    KEY by_root (root)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- Attempts that did not finish their task, at most twenty of each.

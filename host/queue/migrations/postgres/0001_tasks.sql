@@ -24,6 +24,9 @@ CREATE TABLE laelaps.task (
     until          int8,
     finished_at    int8,
     retained_until int8,
+    -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
+    root           int8,
+    depth          int4,
     state          laelaps.state NOT NULL DEFAULT 'waiting',
     attempts       int4 NOT NULL DEFAULT 0,
     -- The plugin version that settled it last, and how that attempt ended.
@@ -159,6 +162,14 @@ CREATE TABLE laelaps.failure (
     code    text,
     message text
 );
+
+-- A follow-up that has not ended, so that those of one root can be counted.
+CREATE TABLE laelaps.descendant (
+    task int8 NOT NULL PRIMARY KEY,
+    root int8 NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
+
+CREATE INDEX descendant_root ON laelaps.descendant (root);
 
 CREATE TABLE laelaps.cancelled (
     task int8 NOT NULL PRIMARY KEY

@@ -27,6 +27,9 @@ CREATE TABLE task (
     plugin         INTEGER,
     finished_at    INTEGER,
     retained_until INTEGER,
+    -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
+    root           INTEGER,
+    depth          INTEGER,
     CHECK (state IN ('waiting', 'running', 'finished', 'failed', 'cancelled')),
     CHECK ((state = 'running') = (until IS NOT NULL)),
     CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
@@ -146,6 +149,14 @@ CREATE TABLE progress (
     total INTEGER,
     note  TEXT    NOT NULL
 ) STRICT;
+
+-- A follow-up that has not ended, so that those of one root can be counted.
+CREATE TABLE descendant (
+    task INTEGER PRIMARY KEY,
+    root INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX descendant_root ON descendant (root);
 
 -- Attempts that did not finish their task, at most twenty of each.
 CREATE TABLE attempt (

@@ -21,8 +21,8 @@ use super::session::{Session, now};
 use super::{MySql, locked};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Event, HostId, Lease, LeaseRef, NewTask, Policy, Result, Settlement, TaskId, Timestamp,
-    data,
+    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Result, Settlement, TaskId,
+    Timestamp, data,
 };
 
 /// The most tasks of one claim.
@@ -378,7 +378,7 @@ pub(super) const LEASE: &str = concat!(
 
 pub(super) const LEASED: &str = concat!(
     "SELECT t.id, t.lease, t.`key`, t.type, t.user, t.attempts, t.max_attempts, t.lost, t.lost_alone, t.alone, t.releases,
-        t.created_at, d.part, d.data
+        t.created_at, d.part, d.data, t.max_running, t.root, t.depth
     FROM ",
     ids!(),
     " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id AND t.lease = ? + s.place LEFT JOIN laelaps_task_data AS d ON d.task = t.id"
@@ -427,12 +427,16 @@ pub(super) async fn enter_claim(session: &mut Session<'_>, host: i64, look_at: i
 
 fn leased(row: &MySqlRow, now: i64, until: i64) -> Result<ClaimedTask, sqlx::Error> {
     let user = text(row, 4)?;
+    let task: i64 = row.try_get(0)?;
+    let root = row.try_get::<Option<i64>, _>(15)?.unwrap_or(task);
     Ok(ClaimedTask {
-        lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
+        lease_ref: LeaseRef { task: TaskId(task), lease: Lease(row.try_get(1)?) },
         key: text(row, 2)?,
         task_type: text(row, 3)?,
         data: Vec::new(),
         user: Some(user).filter(|user| !user.is_empty()),
+        max_running: row.try_get(14)?,
+        descent: Descent { root: TaskId(root), depth: row.try_get::<Option<u32>, _>(16)?.unwrap_or(0) },
         compression: crate::Compression::None,
         attempt: row.try_get::<u32, _>(5)?.saturating_add(1),
         max_attempts: row.try_get(6)?,

@@ -12,7 +12,7 @@ use super::rows::{Joined, Parts, count, json, parts};
 use super::session::{Session, moment};
 use super::settle::{holds, leases};
 use crate::outcome::ms;
-use crate::{Beat, Error, LeaseAnswer, LeaseRef, NewTask, Progress, Result, data};
+use crate::{Beat, Error, LeaseAnswer, LeaseRef, Progress, Result, data};
 
 /// The most bytes of a progress note; a longer one is cut.
 const NOTE_BYTES_MAX: usize = 1_024;
@@ -113,11 +113,11 @@ impl MySql {
     /// Merge members into the data of a running task. Reading, decompressing and merging hold nothing; if the data has changed meanwhile, it
     /// is done again.
     pub(super) async fn merge_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
+        let members: Arc<[u8]> = members.into();
         loop {
-            let Some(read) = self.read_data(lease_ref).await? else { return Ok(LeaseAnswer::Lost) };
-            let revision = read.revision;
-            let members = members.to_vec();
-            let merged = tokio::task::spawn_blocking(move || merged(read, &members)).await;
+            let Some(Read { key, revision, stored }) = self.read_data(lease_ref).await? else { return Ok(LeaseAnswer::Lost) };
+            let members = Arc::clone(&members);
+            let merged = tokio::task::spawn_blocking(move || data::updated(&key, stored, &members)).await;
             let merged = Arc::new(merged.map_err(|_| Error::Closed)??);
             let written = self
                 .run("updating a task's data", move |session| {
@@ -152,20 +152,6 @@ impl MySql {
             })
             .await
     }
-}
-
-/// The merged data: its size, and as it is stored.
-fn merged(read: Read, members: &[u8]) -> Result<(usize, Vec<u8>)> {
-    let invalid = |problem: String| Error::InvalidTask { key: read.key.clone(), problem };
-    data::check(members).map_err(|problem| invalid(format!("the update is {problem}")))?;
-    let compression = data::compression(&read.stored);
-    let plain = data::decompress(read.stored).map_err(|problem| invalid(format!("the stored data is unreadable: {problem}")))?;
-    let merged = data::merge(&plain, members).map_err(invalid)?;
-    if merged.len() > NewTask::DATA_BYTES_MAX {
-        let problem = format!("the updated data has {} bytes; at most {} are allowed", merged.len(), NewTask::DATA_BYTES_MAX);
-        return Err(Error::InvalidTask { key: read.key, problem });
-    }
-    Ok((merged.len(), data::compress(merged, compression)))
 }
 
 /// Replace the data under the lease; None if it is not of that revision any more. Merging the same members twice is as good as once, so that

@@ -11,6 +11,7 @@ use super::failure::{self, Failure};
 use super::rows::{count, ids, json};
 use super::session::{Session, now};
 use super::settle::{record_attempts, retain, set_aside};
+use super::submit::{descend, end_descent};
 use crate::outcome::ms;
 use crate::{Error, NewTask, Result, State, error};
 
@@ -58,6 +59,8 @@ struct Found {
     attempts: u32,
     alone: bool,
     event: String,
+    /// Of a follow-up.
+    root: Option<i64>,
 }
 
 impl Found {
@@ -74,7 +77,7 @@ async fn find(session: &mut Session<'_>, key: &str) -> Result<Found, Failure> {
 /// As [`find`], where there may be none.
 async fn look_up(session: &mut Session<'_>, key: &str) -> Result<Option<Found>, Failure> {
     const FIND: &str = "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
-        CAST(event AS CHAR) FROM laelaps_task WHERE `key` = ? FOR UPDATE";
+        CAST(event AS CHAR), root FROM laelaps_task WHERE `key` = ? FOR UPDATE";
     let Some(row) = sqlx::query(FIND).bind(key.as_bytes().to_vec()).fetch_optional(session.db()).await? else { return Ok(None) };
     Ok(Some(Found {
         task: row.try_get(0)?,
@@ -89,6 +92,7 @@ async fn look_up(session: &mut Session<'_>, key: &str) -> Result<Option<Found>, 
         attempts: row.try_get(9)?,
         alone: row.try_get(10)?,
         event: text(&row, 11)?,
+        root: row.try_get(12)?,
     }))
 }
 
@@ -137,6 +141,9 @@ async fn end(session: &mut Session<'_>, key: &str, by: ByHand, retention: Durati
     let query = sqlx::query(END).bind(by.state().as_str()).bind(by.event()).bind(now).bind(until).bind(found.task);
     query.execute(session.db()).await?;
     changes.ended(&found.task_type, by.state());
+    if found.root.is_some() {
+        end_descent(session, &[found.task]).await?;
+    }
     if by.state() == State::Cancelled {
         set_aside(session, &[found.task], State::Cancelled).await?;
     }
@@ -170,6 +177,9 @@ async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
                 sqlx::query(sql).bind(found.task).execute(session.db()).await?;
             }
             changes.revived(&found.task_type, found.state);
+            if let Some(root) = found.root {
+                descend(session, &[(found.task, root)]).await?;
+            }
             false
         }
         State::Running => return Err(refused(found, "it has an attempt under way")),
@@ -308,7 +318,7 @@ async fn remove(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure>
             concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN ", $table, " AS r ON r.", $column, " = s.id")
         };
     }
-    const REMOVE: [&str; 7] = [
+    const REMOVE: [&str; 8] = [
         remove_from!("laelaps_task", "id"),
         remove_from!("laelaps_task_data", "task"),
         remove_from!("laelaps_output", "task"),
@@ -316,6 +326,7 @@ async fn remove(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure>
         remove_from!("laelaps_progress", "task"),
         remove_from!("laelaps_attempt", "task"),
         remove_from!("laelaps_set_aside", "task"),
+        remove_from!("laelaps_descendant", "task"),
     ];
     if tasks.is_empty() {
         return Ok(());

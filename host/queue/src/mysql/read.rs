@@ -81,7 +81,7 @@ async fn with_data(session: &mut Session<'_>, tasks: &mut [Task]) -> Result<(), 
     let mut outputs = joined(session, OUTPUT, ids).await?;
     for task in tasks {
         let stored = stored.remove(&task.id).unwrap_or_default();
-        task.data = Some(data::decompress(stored.clone()).unwrap_or(stored));
+        task.data = Some(data::readable(stored));
         task.output = outputs.remove(&task.id);
     }
     Ok(())
@@ -342,5 +342,17 @@ impl MySql {
 
     pub(super) async fn count_all(&self) -> Result<Stats> {
         self.runner.read_together("counting tasks", |session| Box::pin(async move { stats(session).await })).await
+    }
+}
+
+impl MySql {
+    /// How many follow-ups of a root have not ended, other than one task; at most `limit`.
+    pub(super) async fn count_relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<u32> {
+        const RELATIVES: &str =
+            "SELECT COUNT(*) FROM (SELECT 1 FROM laelaps_descendant WHERE root = ? AND task <> ? LIMIT ?) AS first";
+        let doing = "counting follow-ups";
+        let row = self.read(doing, || sqlx::query(RELATIVES).bind(root.0).bind(task.0).bind(limit)).await?;
+        let counted: i64 = row.try_get(0).map_err(|error| self.runner.place.worded(error, doing))?;
+        Ok(u32::try_from(counted).unwrap_or(limit))
     }
 }

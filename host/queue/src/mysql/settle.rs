@@ -10,7 +10,7 @@ use super::connect::text;
 use super::failure::Failure;
 use super::rows::{Parts, json, names, parts};
 use super::session::{Session, moment};
-use super::submit::{new_mark, store_rows};
+use super::submit::{end_descent, new_mark, store_rows};
 use super::{MySql, locked};
 use crate::batch::Row;
 use crate::outcome::{self, Counters, Entry, Outcome};
@@ -41,6 +41,7 @@ struct Settled {
     run_at: i64,
     attempts: u32,
     host: i64,
+    is_follow_up: bool,
 }
 
 impl Group {
@@ -239,7 +240,7 @@ pub(super) use leases;
 
 /// The fence: the rows are held until the transaction ends.
 pub(super) const HELD: &str = concat!(
-    "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host FROM ",
+    "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host, t.root IS NOT NULL FROM ",
     leases!(),
     " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
     WHERE t.lease = s.lease AND t.state = 'running' AND (t.until > ",
@@ -262,6 +263,7 @@ async fn held(session: &mut Session<'_>, entries: &[Entry], ended_too: bool) -> 
             run_at: row.try_get(5)?,
             attempts: row.try_get(6)?,
             host: row.try_get(7)?,
+            is_follow_up: row.try_get(8)?,
         };
         settled.insert(lease_ref, found);
     }
@@ -339,6 +341,7 @@ async fn place(
     let mut waiting = Vec::new();
     let mut ended = Vec::with_capacity(kept.len());
     let mut failed = Vec::new();
+    let mut descendants = Vec::new();
     for entry in kept {
         let Some(found) = settled.get(&entry.lease_ref) else { continue };
         let task = entry.lease_ref.task.0;
@@ -352,6 +355,9 @@ async fn place(
         } else {
             changes.ended(&found.task_type, entry.row.state);
             ended.push((moment, task));
+            if found.is_follow_up {
+                descendants.push(task);
+            }
             if entry.row.state == State::Failed {
                 failed.push(task);
             }
@@ -359,6 +365,7 @@ async fn place(
     }
     changes.enqueue(session, &waiting).await?;
     set_aside(session, &failed, State::Failed).await?;
+    end_descent(session, &descendants).await?;
     retain(session, ended).await
 }
 

@@ -13,7 +13,7 @@ use super::MySql;
 use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::Failure;
-use super::rows::{Parts, json, names, parts};
+use super::rows::{Parts, ids, json, names, parts};
 use super::session::Session;
 use crate::batch::{Batch, Row};
 use crate::{NewTask, Result, Submitted};
@@ -31,16 +31,19 @@ pub(super) async fn store_rows(
     let mut created = Vec::with_capacity(rows.len());
     let mut waiting = Vec::with_capacity(rows.len());
     let mut stored = Parts::default();
+    let mut descendants = Vec::new();
     for chunk in rows.chunks(CHUNK_ROWS) {
         for (row, task, run_at) in store_chunk(session, chunk, mark).await? {
             created.push(task.is_some());
             let Some(task) = task else { continue };
             stored.push(task, row.bytes, &row.stored);
             changes.entered(&row.task_type);
+            descendants.extend(row.descent.map(|descent| (task, descent.root.0)));
             waiting.push(Waiting { task, run_at, user: row.user.clone(), max_running: row.max_running, alone: false });
         }
     }
     store_data(session, stored).await?;
+    descend(session, &descendants).await?;
     changes.enqueue(session, &waiting).await?;
     Ok(created)
 }
@@ -50,11 +53,12 @@ pub(super) fn new_mark() -> i64 {
     -fastrand::i64(1..i64::MAX)
 }
 
-pub(super) const INSERT: &str = "INSERT IGNORE INTO laelaps_task (`key`, type, user, max_running, max_attempts, created_at, run_at, lease)
-    SELECT s.name, s.type, s.user, s.max_running, s.max_attempts, ?, s.run_at, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
+pub(super) const INSERT: &str = "INSERT IGNORE INTO laelaps_task
+        (`key`, type, user, max_running, max_attempts, created_at, run_at, root, depth, lease)
+    SELECT s.name, s.type, s.user, s.max_running, s.max_attempts, ?, s.run_at, s.root, s.depth, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
         place FOR ORDINALITY, name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', type VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]',
         user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[2]', max_running BIGINT PATH '$[3]', max_attempts BIGINT PATH '$[4]',
-        run_at BIGINT PATH '$[5]')) AS s ORDER BY s.place";
+        run_at BIGINT PATH '$[5]', root BIGINT PATH '$[6]', depth BIGINT PATH '$[7]')) AS s ORDER BY s.place";
 
 /// Rows of one submit stand together or nearly so, whatever others insert meanwhile.
 pub(super) const INSERTED: &str = "SELECT id, `key` FROM laelaps_task WHERE id >= ? AND lease = ? ORDER BY id LIMIT ?";
@@ -67,8 +71,10 @@ async fn store_chunk<'r>(
 ) -> Result<Vec<(&'r Row, Option<i64>, i64)>, Failure> {
     let now = session.now;
     let run_at = |row: &Row| row.run_at.map_or(now, |moment| moment.max(now));
-    let rows =
-        json(chunk.iter().map(|row| (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row))));
+    let rows = json(chunk.iter().map(|row| {
+        let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
+        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth)
+    }));
     let inserted = sqlx::query(INSERT).bind(now).bind(mark).bind(rows).execute(session.db()).await?;
     let mut ids = HashMap::with_capacity(chunk.len());
     if inserted.rows_affected() > 0 {
@@ -89,6 +95,25 @@ async fn store_data(session: &mut Session<'_>, stored: Parts) -> Result<(), Fail
     );
     for (bytes, rows) in stored.into_statements() {
         sqlx::query(DATA).bind(bytes).bind(rows).execute(session.db()).await?;
+    }
+    Ok(())
+}
+
+/// Note follow-ups that have not ended, each with its root.
+pub(super) async fn descend(session: &mut Session<'_>, descendants: &[(i64, i64)]) -> Result<(), Failure> {
+    const DESCEND: &str = "INSERT IGNORE INTO laelaps_descendant (task, root) SELECT s.task, s.root
+        FROM JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]', root BIGINT PATH '$[1]')) AS s";
+    if !descendants.is_empty() {
+        sqlx::query(DESCEND).bind(json(descendants)).execute(session.db()).await?;
+    }
+    Ok(())
+}
+
+/// Follow-ups have ended.
+pub(super) async fn end_descent(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure> {
+    const END: &str = concat!("DELETE d FROM ", ids!(), " STRAIGHT_JOIN laelaps_descendant AS d ON d.task = s.id");
+    if !tasks.is_empty() {
+        sqlx::query(END).bind(json(tasks)).execute(session.db()).await?;
     }
     Ok(())
 }

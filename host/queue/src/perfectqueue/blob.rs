@@ -22,16 +22,19 @@ pub(super) struct Read {
 pub(super) fn read(key: &str, stored: Vec<u8>) -> Result<Read, String> {
     let compression = data::compression(&stored);
     let plain = data::decompress(stored)?;
-    let (task_type, data) = split(&plain).unwrap_or_else(|| (None, b"{}".to_vec()));
+    let (task_type, data) = split(plain).unwrap_or_else(|| (None, b"{}".to_vec()));
     let from_key = || key.split('.').next().unwrap_or_default().to_owned();
     Ok(Read { task_type: task_type.filter(|task_type| !task_type.is_empty()).unwrap_or_else(from_key), data, compression })
 }
 
 /// The bytes to be stored. A `type` among the members gives way to the task's type. Everything else keeps its bytes.
 pub(super) fn write(task_type: &str, data: &[u8], compression: Compression) -> Result<Vec<u8>, String> {
-    let (_, data) = data::take_member(data, TYPE)?;
+    let taken = data::take_member(data, TYPE)?;
+    let data = taken.as_ref().map_or(data, |(_, rest)| rest);
     let text = data.trim_ascii_start().strip_prefix(b"{").unwrap_or_default();
-    let mut stored = format!("{{\"{TYPE}\":{}", serde_json::Value::from(task_type)).into_bytes();
+    let head = format!("{{\"{TYPE}\":{}", serde_json::Value::from(task_type));
+    let mut stored = Vec::with_capacity(head.len() + 1 + text.len());
+    stored.extend_from_slice(head.as_bytes());
     if !text.trim_ascii_start().starts_with(b"}") {
         stored.push(b',');
     }
@@ -40,10 +43,19 @@ pub(super) fn write(task_type: &str, data: &[u8], compression: Compression) -> R
 }
 
 /// The type and the other members; None if it is not a JSON object in UTF-8.
-fn split(plain: &[u8]) -> Option<(Option<String>, Vec<u8>)> {
-    data::check(plain).ok()?;
-    let (first, rest) = leading(plain).unwrap_or_else(|| (None, plain.to_vec()));
-    let (later, data) = data::take_member(&rest, TYPE).ok()?;
+fn split(plain: Vec<u8>) -> Option<(Option<String>, Vec<u8>)> {
+    data::check(&plain).ok()?;
+    let (first, rest) = match leading(&plain) {
+        Some((first, rest)) => {
+            drop(plain);
+            (first, rest)
+        }
+        None => (None, plain),
+    };
+    let (later, data) = match data::take_member(&rest, TYPE).ok()? {
+        Some((later, data)) => (Some(later), data),
+        None => (None, rest),
+    };
     // Of two members with one name the later one counts, as it does in Ruby.
     let later = later.map(|value| serde_json::from_str::<String>(&value).unwrap_or_default());
     Some((later.or(first), data))

@@ -30,7 +30,7 @@ pub(super) struct Ready {
     pub(super) owner: u64,
     pub(super) read: blob::Read,
     account: User,
-    max_running: Option<i64>,
+    pub(super) max_running: Option<i64>,
 }
 
 impl Ready {

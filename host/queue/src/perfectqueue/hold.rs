@@ -14,8 +14,8 @@ use super::operate;
 use super::read::like;
 use super::run::Operation;
 use super::table::{Names, SET_ASIDE};
-use crate::Result;
 use crate::mysql::failure::Failure;
+use crate::{Result, TaskId};
 
 /// The most keys of an answer.
 const KEYS_MAX: i64 = 10_000;
@@ -103,5 +103,29 @@ impl Operation for HasUnsettled {
             AND t.created_at IS NOT NULL AND (t.timeout < 2147483647 OR t.owner <> ?))";
         let query = sqlx::query_scalar(names.sql(ANY)).bind(like(&self.prefix)).bind(SET_ASIDE);
         Ok(query.fetch_one(connection).await?)
+    }
+}
+
+/// How many follow-ups of a root have not ended, other than one task.
+pub(super) struct Relatives {
+    pub(super) root: TaskId,
+    pub(super) task: TaskId,
+    pub(super) limit: u32,
+}
+
+#[async_trait]
+impl Operation for Relatives {
+    type Answer = u32;
+    const DOING: &'static str = "counting follow-ups";
+
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<u32, Failure> {
+        // Those that we saw end are not looked at; those that Ruby has ended are until a clean-up finds them.
+        const RELATIVES: &str = "SELECT COUNT(*) FROM (
+            SELECT 1 FROM (SELECT id, created_at FROM {s} WHERE root = ? AND (state IS NULL OR state = 'waiting')) AS s
+            STRAIGHT_JOIN {t} AS t ON t.id = {side_key} AND t.created_at = s.created_at
+            WHERE {number} <> ? LIMIT ?) AS first";
+        let query = sqlx::query_scalar(names.sql(RELATIVES)).bind(self.root.0).bind(self.task.0).bind(self.limit);
+        let counted: i64 = query.fetch_one(connection).await?;
+        Ok(u32::try_from(counted).unwrap_or(self.limit))
     }
 }

@@ -15,7 +15,7 @@ use super::side::{self, Reported, Side};
 use super::table::{Names, json, now, second_from};
 use super::{Shared, blob};
 use crate::mysql::failure::Failure;
-use crate::{Beat, Error, LeaseAnswer, LeaseRef, NewTask, Progress, Result, data};
+use crate::{Beat, Error, LeaseAnswer, LeaseRef, Progress, Result, data};
 
 /// The most bytes of a progress note; a longer one is cut.
 const NOTE_BYTES_MAX: usize = 1_024;
@@ -226,13 +226,10 @@ impl Update {
 /// The merged data as it is stored: compressed as it was, and with its type, which no update changes.
 fn merged(key: &str, stored: Vec<u8>, members: &[u8]) -> Result<Vec<u8>> {
     let invalid = |problem: String| Error::InvalidTask { key: key.to_owned(), problem };
-    data::check(members).map_err(|problem| invalid(format!("the update is {problem}")))?;
     let read = blob::read(key, stored).map_err(|problem| invalid(format!("the stored data is unreadable: {problem}")))?;
-    let (_, members) = data::take_member(members, "type").map_err(invalid)?;
-    let merged = data::merge(&read.data, &members).map_err(invalid)?;
-    if merged.len() > NewTask::DATA_BYTES_MAX {
-        let problem = format!("the updated data has {} bytes; at most {} are allowed", merged.len(), NewTask::DATA_BYTES_MAX);
-        return Err(invalid(problem));
-    }
+    let taken = data::take_member(members, "type").map_err(|problem| invalid(format!("the update is {problem}")))?;
+    let members = taken.as_ref().map_or(members, |(_, rest)| rest);
+    let merged = data::merge(&read.data, members).map_err(invalid)?;
+    drop(read.data);
     blob::write(&read.task_type, &merged, read.compression).map_err(invalid)
 }

@@ -103,7 +103,8 @@ impl Operation for Retry {
         query.bind(&found.key).execute(&mut *transaction).await?;
         if names.has_side() {
             if state != State::Waiting {
-                side = Side { max_attempts: side.max_attempts, records: side.records, ..Side::new(side.created_at) };
+                let Side { created_at, max_attempts, records, descent, .. } = side;
+                side = Side { max_attempts, records, descent, ..Side::new(created_at) };
             }
             (side.state, side.timeout) = (None, None);
             side::store(&[(&found.key, side)], names, &mut transaction).await?;

@@ -31,7 +31,8 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS {t} (
 const OWNER: &str = "ALTER TABLE {t} ADD COLUMN owner BIGINT(21) UNSIGNED NOT NULL DEFAULT 0";
 
 /// Ours. `created_at` tells a task from a later one of the same key. `state` and `timeout` are as we last wrote the task's row, and count
-/// only while that row still has this `timeout`: what Ruby wrote since then wins.
+/// only while that row still has this `timeout`: what Ruby wrote since then wins. `root` is the number of the producer's task that a follow-up comes
+/// from, NULL for any other.
 const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     id VARCHAR(255) NOT NULL,
     created_at INT NOT NULL,
@@ -45,6 +46,8 @@ const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     lost_alone INT UNSIGNED NOT NULL DEFAULT 0,
     alone TINYINT UNSIGNED NOT NULL DEFAULT 0,
     lost_owner BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    root BIGINT,
+    depth INT UNSIGNED NOT NULL DEFAULT 0,
     ended_ms BIGINT,
     plugin VARCHAR(255),
     error_code VARCHAR(255),
@@ -53,7 +56,8 @@ const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     progress LONGTEXT,
     records LONGTEXT,
     PRIMARY KEY (id),
-    INDEX by_state (state, timeout)
+    INDEX by_state (state, timeout),
+    INDEX by_root (root, state)
 ) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin COMMENT='laelaps 4'";
 
 /// Ours of hosts that a watchdog watches (see [`super::hosts`]). Their numbers stand in tokens, so they never come again.

@@ -8,7 +8,7 @@ use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
 use super::table::{Names, json};
-use crate::{Attempt, AttemptRecord, Lease, Progress, State, Timestamp};
+use crate::{Attempt, AttemptRecord, Descent, Lease, Progress, State, TaskId, Timestamp};
 
 /// What is known of a task beside its row.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +28,8 @@ pub(super) struct Side {
     pub(super) alone: bool,
     /// The token of the lease that was last counted as lost.
     pub(super) lost_owner: u64,
+    /// Of a follow-up.
+    pub(super) descent: Option<Descent>,
     pub(super) ended_ms: Option<i64>,
     pub(super) plugin: Option<String>,
     pub(super) error_code: Option<String>,
@@ -109,13 +111,16 @@ impl Side {
 
 const COLUMNS: &str =
     "s.id, s.created_at, s.state, s.timeout, s.user, s.attempts, s.max_attempts, s.releases, s.lost, s.lost_alone,
-    s.alone, s.lost_owner, s.ended_ms, s.plugin, s.error_code, s.error_message, s.progress, s.records";
+    s.alone, s.lost_owner, s.ended_ms, s.plugin, s.error_code, s.error_message, s.progress, s.records,
+    s.root, s.depth";
 
 fn side(row: &MySqlRow) -> Result<(String, Side), sqlx::Error> {
     let state: Option<String> = row.try_get(2)?;
     let state = state.map(|word| crate::mysql::failure::state(&word)).transpose()?;
     let progress: Option<String> = row.try_get(16)?;
     let records: Option<String> = row.try_get(17)?;
+    let root: Option<i64> = row.try_get(18)?;
+    let depth: u32 = row.try_get(19)?;
     // Somebody who changed these by hand gets along without them.
     let side = Side {
         created_at: row.try_get(1)?,
@@ -129,6 +134,7 @@ fn side(row: &MySqlRow) -> Result<(String, Side), sqlx::Error> {
         lost_alone: row.try_get(9)?,
         alone: row.try_get::<u8, _>(10)? != 0,
         lost_owner: row.try_get(11)?,
+        descent: root.map(|root| Descent { root: TaskId(root), depth }),
         ended_ms: row.try_get(12)?,
         plugin: row.try_get(13)?,
         error_code: row.try_get(14)?,
@@ -162,21 +168,23 @@ pub(super) async fn load(
 /// Write what is noted of tasks, by key.
 pub(super) async fn store(sides: &[(&str, Side)], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     const STORE: &str = "INSERT INTO {s} (id, created_at, state, timeout, user, attempts, max_attempts, releases, lost, lost_alone, alone,
-            lost_owner, ended_ms, plugin, error_code, error_message, progress, records, output)
+            lost_owner, ended_ms, plugin, error_code, error_message, progress, records, root, depth, output)
         SELECT f.id, f.created_at, NULLIF(f.state, ''), NULLIF(f.timeout, -1), f.user, f.attempts, NULLIF(f.max_attempts, 0), f.releases,
             f.lost, f.lost_alone, f.alone, f.lost_owner, NULLIF(f.ended_ms, -1), NULLIF(f.plugin, ''), f.error_code, f.error_message,
-            NULLIF(f.progress, ''), NULLIF(f.records, '[]'), IF(f.first = 0, NULL, SUBSTRING(?, f.first, f.bytes))
+            NULLIF(f.progress, ''), NULLIF(f.records, '[]'), f.root, f.depth, IF(f.first = 0, NULL, SUBSTRING(?, f.first, f.bytes))
         FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$[0]', created_at BIGINT PATH '$[1]', state VARCHAR(9) PATH '$[2]',
             timeout BIGINT PATH '$[3]', user VARCHAR(255) PATH '$[4]', attempts BIGINT PATH '$[5]', max_attempts BIGINT PATH '$[6]',
             releases BIGINT PATH '$[7]', lost BIGINT PATH '$[8]', lost_alone BIGINT PATH '$[9]', alone INT PATH '$[10]',
             lost_owner BIGINT UNSIGNED PATH '$[11]', ended_ms BIGINT PATH '$[12]', plugin VARCHAR(255) PATH '$[13]',
             error_code VARCHAR(255) PATH '$[14][0]', error_message TEXT PATH '$[14][1]', progress LONGTEXT PATH '$[15][0]',
-            records LONGTEXT PATH '$[15][1]', first BIGINT PATH '$[15][2]', bytes BIGINT PATH '$[15][3]')) AS f
+            records LONGTEXT PATH '$[15][1]', first BIGINT PATH '$[15][2]', bytes BIGINT PATH '$[15][3]', root BIGINT PATH '$[16][0]',
+            depth BIGINT PATH '$[16][1]')) AS f
         ON DUPLICATE KEY UPDATE created_at = VALUES(created_at), state = VALUES(state), timeout = VALUES(timeout),
             user = VALUES(user), attempts = VALUES(attempts), max_attempts = VALUES(max_attempts), releases = VALUES(releases),
             lost = VALUES(lost), lost_alone = VALUES(lost_alone), alone = VALUES(alone), lost_owner = VALUES(lost_owner),
             ended_ms = VALUES(ended_ms), plugin = VALUES(plugin), error_code = VALUES(error_code),
-            error_message = VALUES(error_message), progress = VALUES(progress), records = VALUES(records), output = VALUES(output)";
+            error_message = VALUES(error_message), progress = VALUES(progress), records = VALUES(records), root = VALUES(root), depth = VALUES(depth),
+            output = VALUES(output)";
     if sides.is_empty() {
         return Ok(());
     }
@@ -204,6 +212,7 @@ pub(super) async fn store(sides: &[(&str, Side)], names: &Names, connection: &mu
             side.plugin.as_deref().unwrap_or_default(),
             [&side.error_code, &side.error_message],
             (progress, json(&side.records), first, bytes),
+            (side.descent.map(|descent| descent.root), side.descent.map_or(0, |descent| descent.depth)),
         ])
     }));
     sqlx::query(names.sql(STORE)).bind(outputs).bind(rows).execute(connection).await?;

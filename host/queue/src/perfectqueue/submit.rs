@@ -10,7 +10,7 @@ use super::blob;
 use super::run::Operation;
 use super::table::{Names, TIME_MAX, json};
 use crate::mysql::failure::{Failure, number};
-use crate::{Error, NewTask, Result, Submitted};
+use crate::{Descent, Error, NewTask, Result, Submitted};
 
 /// Rows of one statement.
 const CHUNK_ROWS: usize = 1_000;
@@ -39,6 +39,7 @@ struct Row {
     user: Option<String>,
     max_running: Option<u32>,
     max_attempts: Option<u32>,
+    descent: Option<Descent>,
 }
 
 /// Whether the table has room for a task.
@@ -75,6 +76,7 @@ impl Row {
             user: task.user.clone().filter(|user| !user.is_empty()),
             max_running: task.max_running,
             max_attempts: task.max_attempts,
+            descent: task.descent,
         })
     }
 }
@@ -82,16 +84,16 @@ impl Row {
 impl Row {
     /// Whether it has something that the table has no room for.
     fn is_noted(&self) -> bool {
-        self.run_at > 0 || self.max_attempts.is_some()
+        self.run_at > 0 || self.max_attempts.is_some() || self.descent.is_some()
     }
 }
 
-/// The rows of a set: place, key, time, where its data is among all data, user, most running, most attempts.
+/// The rows of a set: place, key, time, where its data is among all data, user, most running, most attempts, root, depth.
 macro_rules! rows {
     () => {
         "JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) PATH '$[1]', run_at BIGINT PATH '$[2]',
             first BIGINT PATH '$[3]', bytes BIGINT PATH '$[4]', user VARCHAR(255) PATH '$[5]', max_running BIGINT PATH '$[6]',
-            max_attempts BIGINT PATH '$[7]')) AS f"
+            max_attempts BIGINT PATH '$[7]', root BIGINT PATH '$[8]', depth BIGINT PATH '$[9]')) AS f"
     };
 }
 
@@ -258,22 +260,25 @@ async fn store_chunk(rows: &[Row], names: &Names, connection: &mut MySqlConnecti
     Ok(created)
 }
 
-/// Note beside the table what it has no room for: the most attempts, and that a task waits for its time.
+/// Note beside the table what it has no room for: the most attempts, that a task waits for its time, and where a follow-up comes from.
 async fn note<'r>(
     rows: impl IntoIterator<Item = &'r Row>,
     names: &Names,
     connection: &mut MySqlConnection,
 ) -> Result<(), Failure> {
     const NOTE: &str = concat!(
-        "INSERT INTO {s} (id, created_at, state, timeout, max_attempts)
-        SELECT t.id, t.created_at, IF(t.timeout > t.created_at, 'waiting', NULL), t.timeout, NULLIF(f.max_attempts, -1)
+        "INSERT INTO {s} (id, created_at, state, timeout, max_attempts, root, depth)
+        SELECT t.id, t.created_at, IF(t.timeout > t.created_at, 'waiting', NULL), t.timeout, NULLIF(f.max_attempts, -1), f.root,
+            COALESCE(f.depth, 0)
         FROM ",
         rows!(),
         " STRAIGHT_JOIN {t} AS t ON t.id = {as_key}
-        WHERE t.created_at IS NOT NULL AND t.owner = 0 AND (t.timeout > t.created_at OR f.max_attempts > 0)
+        WHERE t.created_at IS NOT NULL AND t.owner = 0 AND (t.timeout > t.created_at OR f.max_attempts > 0 OR f.root IS NOT NULL)
         ON DUPLICATE KEY UPDATE state = IF({s}.created_at = VALUES(created_at), {s}.state, VALUES(state)),
             timeout = IF({s}.created_at = VALUES(created_at), {s}.timeout, VALUES(timeout)),
             max_attempts = IF({s}.created_at = VALUES(created_at), {s}.max_attempts, VALUES(max_attempts)),
+            root = IF({s}.created_at = VALUES(created_at), {s}.root, VALUES(root)),
+            depth = IF({s}.created_at = VALUES(created_at), {s}.depth, VALUES(depth)),
             attempts = IF({s}.created_at = VALUES(created_at), {s}.attempts, 0),
             releases = IF({s}.created_at = VALUES(created_at), {s}.releases, 0),
             lost = IF({s}.created_at = VALUES(created_at), {s}.lost, 0),
@@ -282,10 +287,10 @@ async fn note<'r>(
             records = IF({s}.created_at = VALUES(created_at), {s}.records, NULL),
             created_at = VALUES(created_at)"
     );
-    let noted = rows
-        .into_iter()
-        .filter(|row| row.is_noted())
-        .map(|row| (0, &row.key, 0, 0, 0, "", -1, row.max_attempts.map_or(-1, i64::from)));
+    let noted = rows.into_iter().filter(|row| row.is_noted()).map(|row| {
+        let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
+        (0, &row.key, 0, 0, 0, "", -1, row.max_attempts.map_or(-1, i64::from), root, depth)
+    });
     let noted: Vec<_> = noted.collect();
     if !noted.is_empty() {
         sqlx::query(names.sql(NOTE)).bind(json(noted)).execute(connection).await?;

@@ -16,7 +16,7 @@ use super::settle::fence;
 use super::side::Side;
 use super::table::{Names, json, token};
 use crate::mysql::failure::Failure;
-use crate::{Attempt, Claim, ClaimedTask, Timestamp};
+use crate::{Attempt, Claim, ClaimedTask, Descent, TaskId, Timestamp};
 
 /// Put the chosen rows under a lease.
 pub(super) async fn take(
@@ -79,12 +79,15 @@ pub(super) async fn take(
 
 fn claimed(ready: Ready, side: &Side, token: u64, now_ms: i64, timeout: i64) -> ClaimedTask {
     let Attempt { attempt, max_attempts, releases, lost, lost_alone, alone } = side.attempt();
+    let max_running = ready.max_running.map(|most| u32::try_from(most).unwrap_or(if most < 0 { 0 } else { u32::MAX }));
     ClaimedTask {
         lease_ref: lease_ref(ready.number, token),
         key: ready.place.1,
         task_type: ready.read.task_type,
         data: ready.read.data,
         user: ready.user.filter(|user| !user.is_empty()),
+        max_running,
+        descent: side.descent.unwrap_or(Descent { root: TaskId(ready.number), depth: 0 }),
         compression: ready.read.compression,
         attempt,
         max_attempts,

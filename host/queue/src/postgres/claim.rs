@@ -19,8 +19,8 @@ use super::settle::Group;
 use super::{accounts, between};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Event, FailureKind, HostId, Lease, LeaseRef, NewTask, Policy, Result, Settlement,
-    TaskId, Timestamp, data,
+    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, FailureKind, HostId, Lease, LeaseRef, NewTask, Policy, Result,
+    Settlement, TaskId, Timestamp, data,
 };
 
 /// The most tasks of one claim.
@@ -32,8 +32,8 @@ const DUE_MAX: i64 = 1_000;
 macro_rules! taken_columns {
     () => {
         "id, lease, key, type, user_name, attempts, max_attempts, coalesce(lost, 0) AS lost, coalesce(lost_alone, 0) AS lost_alone, alone,
-            coalesce(releases, 0) AS releases, created_at, run_at, until,
-            coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS data"
+            coalesce(releases, 0) AS releases, created_at, run_at, until, max_running, coalesce(root, id) AS root,
+            coalesce(depth, 0) AS depth, coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS data"
     };
 }
 pub(super) use taken_columns;
@@ -287,8 +287,10 @@ pub(super) fn taken(row: &PgRow, first: usize, now: i64) -> Result<(Place, Claim
         lease_ref: LeaseRef { task: TaskId(task), lease: Lease(row.try_get(first + 1)?) },
         key: row.try_get(first + 2)?,
         task_type: row.try_get(first + 3)?,
-        data: row.try_get::<Option<Vec<u8>>, _>(first + 14)?.unwrap_or_default(),
+        data: row.try_get::<Option<Vec<u8>>, _>(first + 17)?.unwrap_or_default(),
         user: Some(user).filter(|user| !user.is_empty()).map(str::to_owned),
+        max_running: row.try_get::<Option<i64>, _>(first + 14)?.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+        descent: Descent { root: TaskId(row.try_get(first + 15)?), depth: number(16)? },
         compression: crate::Compression::None,
         attempt: number(5)?.saturating_add(1),
         max_attempts: row.try_get::<Option<i64>, _>(first + 6)?.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
@@ -354,7 +356,7 @@ async fn found_again(session: &mut Session, asked: &Asked) -> Result<Option<Take
     );
     let rows = sqlx::query(FOUND).bind(asked.number).bind(asked.claim.host.0).fetch_all(session.db()?).await?;
     let Some(first) = rows.first() else { return Ok(None) };
-    let now = first.try_get(15)?;
+    let now = first.try_get(18)?;
     let tasks: Vec<ClaimedTask> = in_order(&rows, 0, now)?.into_iter().map(|(_, task)| task).collect();
     session.shared.held.claimed(asked.number, tasks.iter().map(|task| task.lease_ref.lease));
     Ok(Some(Taken { tasks, alone_waiting: false, next_due_in: None }))

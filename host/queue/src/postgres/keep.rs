@@ -7,7 +7,7 @@ use super::failure::Failure;
 use super::session::{Session, Shared};
 use super::settle::clean;
 use crate::outcome::ms;
-use crate::{Beat, Error, Lease, LeaseAnswer, LeaseRef, NewTask, Progress, Result, TaskId, data};
+use crate::{Beat, Error, Lease, LeaseAnswer, LeaseRef, Progress, Result, TaskId, data};
 
 /// The most bytes of a progress note; a longer one is cut.
 const NOTE_BYTES_MAX: usize = 1_024;
@@ -100,13 +100,14 @@ struct Read {
 /// done again.
 pub(super) async fn merge_data(shared: &Arc<Shared>, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
     const DOING: &str = "updating a task's data";
+    let members: Arc<[u8]> = members.into();
     loop {
         let read = shared.run(DOING, move |session| Box::pin(read_data(session, lease_ref)));
-        let Some(read) = read.await? else { return Ok(LeaseAnswer::Lost) };
-        let digest = read.digest.clone();
-        let members = members.to_vec();
-        let merged = tokio::task::spawn_blocking(move || merged(read, &members)).await;
+        let Some(Read { key, digest, stored }) = read.await? else { return Ok(LeaseAnswer::Lost) };
+        let members = Arc::clone(&members);
+        let merged = tokio::task::spawn_blocking(move || data::updated(&key, stored, &members)).await;
         let (bytes, stored) = merged.map_err(|_| Error::Closed)??;
+        let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
         let new = Arc::new((digest, bytes, stored));
         let written = shared.run(DOING, move |session| {
             let new = Arc::clone(&new);
@@ -130,20 +131,6 @@ async fn read_data(session: &mut Session, lease_ref: LeaseRef) -> Result<Option<
     let row: Option<(String, Vec<u8>, Vec<u8>)> =
         sqlx::query_as(READ).bind(task.0).bind(lease.0).fetch_optional(session.db()?).await?;
     Ok(row.map(|(key, digest, stored)| Read { key, digest, stored }))
-}
-
-/// The merged data: its size, and as it is stored.
-fn merged(read: Read, members: &[u8]) -> Result<(i32, Vec<u8>)> {
-    let invalid = |problem: String| Error::InvalidTask { key: read.key.clone(), problem };
-    data::check(members).map_err(|problem| invalid(format!("the update is {problem}")))?;
-    let compression = data::compression(&read.stored);
-    let plain = data::decompress(read.stored).map_err(|problem| invalid(format!("the stored data is unreadable: {problem}")))?;
-    let merged = data::merge(&plain, members).map_err(invalid)?;
-    if merged.len() > NewTask::DATA_BYTES_MAX {
-        let problem = format!("the updated data has {} bytes; at most {} are allowed", merged.len(), NewTask::DATA_BYTES_MAX);
-        return Err(Error::InvalidTask { key: read.key, problem });
-    }
-    Ok((i32::try_from(merged.len()).unwrap_or(i32::MAX), data::compress(merged, compression)))
 }
 
 /// Replace the data under the lease; None if it is not what was read any more.

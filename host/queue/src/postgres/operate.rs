@@ -124,9 +124,10 @@ pub(super) const END: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch 
         UPDATE laelaps.task SET state = $4::text::laelaps.state, until = NULL, event = $5, finished_at = (SELECT now FROM clock),
             retained_until = (SELECT now FROM clock) + $6
         WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
-        RETURNING id, type, user_name, lease, host, attempts, retained_until),
+        RETURNING id, type, user_name, lease, host, attempts, retained_until, root),
     kept AS (INSERT INTO laelaps.retention (until, tasks) SELECT retained_until, ARRAY[id] FROM done),
     cancelled AS (INSERT INTO laelaps.cancelled (task) SELECT id FROM done WHERE $4 = 'cancelled' ON CONFLICT DO NOTHING),
+    ended AS (DELETE FROM laelaps.descendant WHERE task = (SELECT id FROM done WHERE root IS NOT NULL)),
     counted AS (
         INSERT INTO laelaps.tally (type, live, scheduled, finished, cancelled)
         SELECT type, -1, -$7::int8, CASE $4 WHEN 'finished' THEN 1 ELSE 0 END, CASE $4 WHEN 'cancelled' THEN 1 ELSE 0 END FROM done),
@@ -217,13 +218,14 @@ pub(super) async fn release_held(session: &mut Session, key: &str) -> Result<boo
     Ok(true)
 }
 
-/// As [`RELEASE`]. Nobody ever had a held task: beside it there is at most its data.
+/// As [`RELEASE`]. Nobody ever had a held task: beside it there is at most its data and, of a follow-up, that it has not ended.
 pub(super) const DROP: &str = "WITH unscheduled AS (
         DELETE FROM laelaps.scheduled WHERE run_at = $2
             AND task = (SELECT id FROM laelaps.task WHERE key = $1 AND state = 'waiting' AND run_at = $2)
         RETURNING task),
     gone AS (DELETE FROM laelaps.task WHERE id = (SELECT task FROM unscheduled) RETURNING id, type),
     data AS (DELETE FROM laelaps.task_data WHERE task = (SELECT id FROM gone)),
+    descendant AS (DELETE FROM laelaps.descendant WHERE task = (SELECT id FROM gone)),
     counted AS (INSERT INTO laelaps.tally (type, live, scheduled) SELECT type, -1, -1 FROM gone)
     SELECT count(*) FROM gone";
 
@@ -275,7 +277,9 @@ async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
             UPDATE laelaps.task SET state = 'waiting', run_at = (SELECT now FROM clock), attempts = 0, releases = NULL, lost = NULL,
                 lost_alone = NULL, alone = false, finished_at = NULL, retained_until = NULL
             WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
-            RETURNING id, run_at, bytes, max_running, user_name, type),
+            RETURNING id, run_at, bytes, max_running, user_name, type, root),
+        descended AS (
+            INSERT INTO laelaps.descendant (task, root) SELECT id, root FROM revived WHERE root IS NOT NULL ON CONFLICT DO NOTHING),
         failure AS (DELETE FROM laelaps.failure WHERE task = (SELECT id FROM revived)),
         cancelled AS (DELETE FROM laelaps.cancelled WHERE task = (SELECT id FROM revived)),
         ready AS (
@@ -310,6 +314,7 @@ pub(super) const REMOVE: &str = "WITH gone AS (
     cancelled AS (DELETE FROM laelaps.cancelled WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     progress AS (DELETE FROM laelaps.progress WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     attempts AS (DELETE FROM laelaps.attempt WHERE task = ANY(ARRAY(SELECT id FROM gone))),
+    descendants AS (DELETE FROM laelaps.descendant WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     counted AS (
         INSERT INTO laelaps.tally (type, finished, failed, cancelled)
         SELECT type, -count(*) FILTER (WHERE state = 'finished'), -count(*) FILTER (WHERE state = 'failed'),

@@ -80,7 +80,7 @@ fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
 fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
     let stored: Option<Vec<u8>> = row.try_get(21)?;
     let stored = stored.unwrap_or_default();
-    let plain = data::decompress(stored.clone()).unwrap_or(stored);
+    let plain = data::readable(stored);
     Ok(Task { data: Some(plain), output: row.try_get(22)?, ..task(row)? })
 }
 
@@ -315,3 +315,13 @@ pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
         types: types.into_iter().map(|(name, tasks)| (name, whole(tasks))).collect(),
     })
 }
+
+/// How many follow-ups of a root have not ended, other than one task; at most `limit`.
+pub(super) async fn relatives(session: &mut Session, root: TaskId, task: TaskId, limit: u32) -> Result<u32, Failure> {
+    let counted = sqlx::query_scalar(RELATIVES).bind(root.0).bind(task.0).bind(i64::from(limit)).fetch_one(session.db()?);
+    let counted: i64 = counted.await?;
+    Ok(u32::try_from(counted).unwrap_or(limit))
+}
+
+pub(super) const RELATIVES: &str =
+    "SELECT count(*) FROM (SELECT FROM laelaps.descendant WHERE root = $1 AND task <> $2 LIMIT $3) AS first";

@@ -189,7 +189,7 @@ pub(super) const FINISH: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
             finished_at = (SELECT now FROM clock), retained_until = (SELECT now FROM clock) + $5
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND until > (SELECT now FROM clock)
-        RETURNING id, lease, type, user_name),
+        RETURNING id, lease, type, user_name, root),
     kept AS (
         INSERT INTO laelaps.retention (until, tasks)
         SELECT (SELECT now FROM clock) + $5, array_agg(id) FROM done HAVING count(*) > 0),
@@ -197,6 +197,7 @@ pub(super) const FINISH: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
         INSERT INTO laelaps.account_change (user_name, stopped)
         SELECT user_name, count(*) FROM done WHERE user_name <> '' GROUP BY user_name),
     counted AS (INSERT INTO laelaps.tally (type, live, finished) SELECT type, -count(*), count(*) FROM done GROUP BY type),
+    ended AS (DELETE FROM laelaps.descendant WHERE task = ANY(ARRAY(SELECT id FROM done WHERE root IS NOT NULL))),
     over AS (
         DELETE FROM laelaps.claim WHERE id = ANY(ARRAY(SELECT id FROM laelaps.claim WHERE id = ANY($7::int8[]
             || CASE WHEN (SELECT count(*) FROM done) = cardinality($1::int8[]) THEN $6::int8[] ELSE '{}' END) FOR UPDATE SKIP LOCKED)))
@@ -243,7 +244,7 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
             alone = coalesce(($12::bool[])[width_bucket(id, $1::int8[])], alone)
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND (until > (SELECT now FROM clock) OR $16)
-        RETURNING id, lease, state, type, user_name, run_at, bytes, max_running, alone, host, retained_until, event,
+        RETURNING id, lease, state, type, user_name, run_at, bytes, max_running, alone, host, retained_until, event, root,
             width_bucket(id, $1::int8[]) AS place, (SELECT now FROM clock) AS now,
             attempts - ($6::int4[])[width_bucket(id, $1::int8[])] + 1 AS attempt,
             state = 'waiting' AND NOT alone AND run_at <= (SELECT now FROM clock) AS is_ready),
@@ -266,6 +267,8 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
     kept AS (
         INSERT INTO laelaps.retention (until, tasks)
         SELECT retained_until, array_agg(id) FROM done WHERE state <> 'waiting' GROUP BY retained_until),
+    ended AS (
+        DELETE FROM laelaps.descendant WHERE task = ANY(ARRAY(SELECT id FROM done WHERE state <> 'waiting' AND root IS NOT NULL))),
     outputs AS (
         INSERT INTO laelaps.output (task, output)
         SELECT id, ($15::bytea[])[place] FROM done WHERE ($15::bytea[])[place] IS NOT NULL

@@ -7,23 +7,25 @@ use sqlx::postgres::PgConnection;
 use super::failure::Failure;
 use super::session::Session;
 use crate::batch::{self, Batch, Row};
-use crate::{NewTask, Result, Submitted};
+use crate::{Descent, NewTask, Result, Submitted};
 
 /// Data of one statement, unless one task alone has more.
 const CHUNK_BYTES: usize = 32 << 20;
 
 /// Numbers are given in the order of the tasks, rows are entered in the order of keys: two batches with keys in common then wait for each
-/// other in one direction only.
+/// other in one direction only. $9 and $10 are empty where there is no follow-up: the rows have NULL then.
 const STORE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     given AS MATERIALIZED (
         SELECT nextval('laelaps.task_number') AS id, clock.now, greatest(asked.run_at, clock.now) AS due_at, asked.*
-        FROM clock, unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[], $7::int4[], $8::bytea[])
-            AS asked (key, type, user_name, max_running, max_attempts, run_at, bytes, data)),
+        FROM clock, unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[], $7::int4[], $8::bytea[],
+            $9::int8[], $10::int4[])
+            AS asked (key, type, user_name, max_running, max_attempts, run_at, bytes, data, root, depth)),
     created AS (
-        INSERT INTO laelaps.task (id, created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, data)
-        SELECT id, now, due_at, bytes, max_running, max_attempts, key, type, user_name, CASE WHEN octet_length(data) <= 256 THEN data END
+        INSERT INTO laelaps.task (id, created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, root, depth, data)
+        SELECT id, now, due_at, bytes, max_running, max_attempts, key, type, user_name, root, depth,
+            CASE WHEN octet_length(data) <= 256 THEN data END
         FROM given ORDER BY key COLLATE \"C\"
-        ON CONFLICT (key) DO NOTHING RETURNING id, created_at, run_at, bytes, max_running, key, type, user_name),
+        ON CONFLICT (key) DO NOTHING RETURNING id, created_at, run_at, bytes, max_running, key, type, user_name, root),
     beside AS (
         INSERT INTO laelaps.task_data (task, data)
         SELECT id, data FROM given WHERE octet_length(data) > 256 AND (id IN (SELECT id FROM created)) IS TRUE),
@@ -31,6 +33,7 @@ const STORE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM cloc
         INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
         SELECT run_at, id, bytes, max_running, user_name FROM created WHERE run_at <= created_at ORDER BY id),
     later AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM created WHERE run_at > created_at),
+    descended AS (INSERT INTO laelaps.descendant (task, root) SELECT id, root FROM created WHERE root IS NOT NULL),
     changed AS (
         INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
         SELECT DISTINCT ON (user_name) user_name, run_at, id, max_running
@@ -67,6 +70,11 @@ fn answers(batch: &Batch, created: &HashSet<String>) -> Vec<Submitted> {
     Batch::answers(&batch.places, |row| created.contains(&batch.rows[row].key))
 }
 
+/// A descent as the table has it.
+fn columns_of(descent: Descent) -> (i64, i32) {
+    (descent.root.0, i32::try_from(descent.depth).unwrap_or(i32::MAX))
+}
+
 /// Store the rows whose key is new; answers their keys. Of two rows with one key the first wins.
 pub(super) async fn store(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSet<String>, Failure> {
     let mut created = HashSet::with_capacity(rows.len());
@@ -75,6 +83,11 @@ pub(super) async fn store(connection: &mut PgConnection, rows: &[Row]) -> Result
         let (chunk, others) = batch::chunk(rest, NewTask::BATCH_MAX, CHUNK_BYTES);
         let column = |of: fn(&Row) -> &str| chunk.iter().map(of).collect::<Vec<&str>>();
         let numbers = |of: fn(&Row) -> Option<i64>| chunk.iter().map(of).collect::<Vec<Option<i64>>>();
+        let (roots, depths): (Vec<Option<i64>>, Vec<Option<i32>>) = if chunk.iter().any(|row| row.descent.is_some()) {
+            chunk.iter().map(|row| row.descent.map(columns_of).unzip()).unzip()
+        } else {
+            Default::default()
+        };
         let keys: Vec<String> = sqlx::query_scalar(STORE)
             .bind(column(|row| &row.key))
             .bind(column(|row| &row.task_type))
@@ -84,6 +97,8 @@ pub(super) async fn store(connection: &mut PgConnection, rows: &[Row]) -> Result
             .bind(numbers(|row| row.run_at))
             .bind(chunk.iter().map(|row| i32::try_from(row.bytes).unwrap_or(i32::MAX)).collect::<Vec<i32>>())
             .bind(chunk.iter().map(|row| row.stored.as_slice()).collect::<Vec<&[u8]>>())
+            .bind(roots)
+            .bind(depths)
             .fetch_all(&mut *connection)
             .await?;
         created.extend(keys);

@@ -14,7 +14,8 @@ use super::writer::{Job, Session, unasked};
 use crate::fair::{self, Account, Candidate, Rest};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId, Timestamp, data,
+    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
+    Timestamp, data,
 };
 
 /// The most tasks of one claim.
@@ -345,7 +346,8 @@ pub(super) const TAKE: &str =
 
 pub(super) const TAKEN: &str =
     "SELECT json_array(task.id, task.lease, task.key, task.type, task.user, task.attempts, task.max_attempts,
-            task.lost, task.lost_alone, task.alone, task.releases, task.created_at), task_data.data
+            task.lost, task.lost_alone, task.alone, task.releases, task.created_at, task.max_running, coalesce(task.root, task.id),
+            coalesce(task.depth, 0)), task_data.data
         FROM json_each(?1, '$.tasks') AS chosen CROSS JOIN task ON task.id = chosen.value
         LEFT JOIN task_data ON task_data.task = task.id ORDER BY chosen.key";
 
@@ -402,21 +404,24 @@ async fn take(
 }
 
 /// The columns of a claimed task: number, lease, key, type, user, attempts, most attempts, losses, losses alone, alone, releases, when it was
-/// submitted. Read as one text, since each column of a row has its price.
+/// submitted, most running of its user, root, depth. Read as one text, since each column of a row has its price.
 #[derive(serde::Deserialize)]
-struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, u8, u32, i64);
+struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, u8, u32, i64, Option<u32>, i64, u32);
 
 fn taken(row: &SqliteRow, now: i64, until: i64) -> Result<ClaimedTask, sqlx::Error> {
     let columns: &str = row.try_get(0)?;
     let columns: Columns = serde_json::from_str(columns).map_err(|error| sqlx::Error::Decode(error.into()))?;
-    let Columns(task, lease, key, task_type, user, attempts, max_attempts, lost, lost_alone, alone, releases, created_at) =
+    let Columns(task, lease, key, task_type, user, attempts, max_attempts, lost, lost_alone, alone, releases, created_at, ..) =
         columns;
+    let Columns(.., max_running, root, depth) = columns;
     Ok(ClaimedTask {
         lease_ref: LeaseRef { task: TaskId(task), lease: Lease(lease) },
         key,
         task_type,
         data: row.try_get::<Option<Vec<u8>>, _>(1)?.unwrap_or_default(),
         user: Some(user).filter(|user| !user.is_empty()),
+        max_running,
+        descent: Descent { root: TaskId(root), depth },
         compression: crate::Compression::None,
         attempt: attempts.saturating_add(1),
         max_attempts,

@@ -9,6 +9,7 @@ use super::accounts::{Changes, Waiting, json};
 use super::claim::count;
 use super::failure::Failure;
 use super::settle::{record_attempts, retain, state_of};
+use super::submit::{descend, end_descent};
 use super::writer::Session;
 use crate::error;
 use crate::outcome::ms;
@@ -49,6 +50,8 @@ struct Found {
     lease: i64,
     host: Option<i64>,
     attempts: i64,
+    /// Of a follow-up.
+    root: Option<i64>,
 }
 
 impl Found {
@@ -62,7 +65,8 @@ async fn find(session: &mut Session, key: String) -> Result<Found, Failure> {
 }
 
 async fn look_up(session: &mut Session, key: &str) -> Result<Option<Found>, Failure> {
-    const FIND: &str = "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts FROM task WHERE key = ?1";
+    const FIND: &str =
+        "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts, root FROM task WHERE key = ?1";
     let Some(row) = sqlx::query(FIND).bind(key.to_owned()).fetch_optional(session.db()).await? else { return Ok(None) };
     Ok(Some(Found {
         task: row.try_get(0)?,
@@ -75,6 +79,7 @@ async fn look_up(session: &mut Session, key: &str) -> Result<Option<Found>, Fail
         lease: row.try_get(7)?,
         host: row.try_get(8)?,
         attempts: row.try_get(9)?,
+        root: row.try_get(10)?,
     }))
 }
 
@@ -113,6 +118,9 @@ pub(super) async fn end(session: &mut Session, key: String, by: ByHand, retentio
     let query = sqlx::query(END).bind(found.task).bind(by.state().as_str()).bind(by.event()).bind(now).bind(until);
     query.execute(session.db()).await?;
     changes.ended(&found.task_type, by.state());
+    if found.root.is_some() {
+        end_descent(session, &[found.task]).await?;
+    }
     retain(session, vec![(until, found.task)]).await?;
     changes.write(session).await
 }
@@ -141,6 +149,9 @@ pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Fail
             sqlx::query(REVIVE).bind(found.task).bind(run_at).execute(session.db()).await?;
             sqlx::query(FORGET).bind(found.task).execute(session.db()).await?;
             changes.revived(&found.task_type, found.state);
+            if let Some(root) = found.root {
+                descend(session, &[(found.task, root)]).await?;
+            }
         }
         State::Running => return Err(refused(found, "it has an attempt under way")),
         State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
@@ -230,12 +241,13 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
 }
 
 async fn remove_beside(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
-    const BESIDE: [&str; 5] = [
+    const BESIDE: [&str; 6] = [
         "DELETE FROM task_data WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM output WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM failure WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM progress WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM attempt WHERE task IN (SELECT value FROM json_each(?1))",
+        "DELETE FROM descendant WHERE task IN (SELECT value FROM json_each(?1))",
     ];
     let tasks = json(tasks);
     for sql in BESIDE {

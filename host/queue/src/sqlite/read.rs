@@ -68,7 +68,7 @@ fn task(row: &SqliteRow) -> Result<Task, sqlx::Error> {
 fn task_with_data(row: &SqliteRow) -> Result<Task, sqlx::Error> {
     let stored: Option<Vec<u8>> = row.try_get(21)?;
     let stored = stored.unwrap_or_default();
-    let plain = data::decompress(stored.clone()).unwrap_or(stored);
+    let plain = data::readable(stored);
     Ok(Task { data: Some(plain), output: row.try_get(22)?, ..task(row)? })
 }
 
@@ -272,4 +272,11 @@ pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
         oldest_ready_ms: oldest.map(|moment| u64::try_from(now.since(moment).as_millis()).unwrap_or(u64::MAX)),
         types: types.into_iter().map(|(name, tasks)| (name, tasks.unsigned_abs())).collect(),
     })
+}
+
+/// How many follow-ups of a root have not ended, other than one task; at most `limit`.
+pub(super) async fn relatives(readers: &SqlitePool, root: TaskId, task: TaskId, limit: u32) -> Result<u32, sqlx::Error> {
+    const RELATIVES: &str = "SELECT count(*) FROM (SELECT 1 FROM descendant WHERE root = ?1 AND task <> ?2 LIMIT ?3)";
+    let counted: i64 = sqlx::query_scalar(RELATIVES).bind(root.0).bind(task.0).bind(i64::from(limit)).fetch_one(readers).await?;
+    Ok(u32::try_from(counted).unwrap_or(limit))
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use super::accounts::{Changes, Waiting, json};
 use super::failure::{self, Failure};
-use super::submit::store_all;
+use super::submit::{end_descent, store_all};
 use super::writer::Session;
 use crate::batch::Batch;
 use crate::outcome::{self, Counters, Entry};
@@ -21,9 +21,9 @@ pub(super) struct Group {
 }
 
 /// What is needed of a task's row before it is settled: number, lease, type, user, most running of its user, when it could run,
-/// attempts, host.
+/// attempts, host, root of a follow-up.
 #[derive(serde::Deserialize)]
-struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>);
+struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, Option<i64>);
 
 impl Group {
     /// Check the follow-ups.
@@ -88,7 +88,7 @@ async fn plugin_ids(session: &mut Session, digests: BTreeSet<&str>) -> Result<Ha
 /// The fence. Leases are asked for as an object, task to lease, and answered in one text: rows and their columns have their price.
 pub(super) const HELD: &str =
     "SELECT json_group_array(json_array(task.id, task.lease, task.type, task.user, task.max_running, task.run_at,
-            task.attempts, task.host))
+            task.attempts, task.host, task.root))
         FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
         WHERE task.lease = s.value AND task.state = 'running' AND (task.until > ?2 OR ?3)";
 
@@ -170,8 +170,11 @@ async fn place(
     let now = session.now;
     let mut waiting = Vec::new();
     let mut ended = Vec::with_capacity(kept.len());
+    let mut descendants = Vec::new();
     for entry in kept {
-        let Some(Settled(task, _, task_type, user, max_running, run_at, ..)) = settled.get(&entry.lease_ref) else { continue };
+        let Some(Settled(task, _, task_type, user, max_running, run_at, _, _, root)) = settled.get(&entry.lease_ref) else {
+            continue;
+        };
         changes.stopped(user);
         // As the statement has written it: run_at of what waits, retained_until of what has ended.
         let moment = entry.row.after_ms.map_or(*run_at, |after_ms| now + after_ms);
@@ -181,9 +184,11 @@ async fn place(
         } else {
             changes.ended(task_type, entry.row.state);
             ended.push((moment, *task));
+            descendants.extend(root.map(|_| *task));
         }
     }
     changes.enqueue(session, &waiting).await?;
+    end_descent(session, &descendants).await?;
     retain(session, ended).await
 }
 
@@ -231,7 +236,7 @@ async fn write_beside(
             failures.push((task, &entry.error_code, &entry.error_message));
         }
         if entry.row.state != State::Finished
-            && let Some(Settled(.., attempts, host)) = settled.get(&entry.lease_ref)
+            && let Some(Settled(.., attempts, host, _)) = settled.get(&entry.lease_ref)
         {
             let attempt = attempts + 1;
             let plugin = entry.plugin_digest.as_ref().and_then(|digest| plugins.get(digest)).copied();

@@ -53,8 +53,8 @@ async fn store_chunk(
     changes: &mut Changes,
     created: &mut Vec<bool>,
 ) -> Result<(), Failure> {
-    const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at)
-        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5 FROM json_each(?1)
+    const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at, root, depth)
+        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7 FROM json_each(?1)
         WHERE true ON CONFLICT (key) DO NOTHING RETURNING id, key";
     const DATA: &str = "INSERT INTO task_data (task, bytes, data)
         SELECT value ->> 0, value ->> 1,
@@ -62,8 +62,10 @@ async fn store_chunk(
         FROM json_each(?1)";
     let now = session.now;
     let run_at = |row: &Row| row.run_at.map_or(now, |moment| moment.max(now));
-    let rows =
-        json(chunk.iter().map(|row| (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row))));
+    let rows = json(chunk.iter().map(|row| {
+        let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
+        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth)
+    }));
     let stored = sqlx::query(TASK).bind(rows).bind(now).fetch_all(session.db()).await?;
     let mut ids = HashMap::with_capacity(stored.len());
     for row in stored {
@@ -73,6 +75,7 @@ async fn store_chunk(
     let mut bytes = Vec::with_capacity(chunk.iter().map(|row| row.stored.len()).sum());
     let mut parts = Vec::with_capacity(ids.len());
     let mut waiting = Vec::with_capacity(ids.len());
+    let mut descendants = Vec::new();
     for row in chunk {
         // Follow-ups of several attempts may share a key: the first one was stored, and takes the number.
         let id = ids.remove(row.key.as_str());
@@ -80,6 +83,7 @@ async fn store_chunk(
         let Some(task) = id else { continue };
         parts.push((task, row.bytes, bytes.len() + 1, row.stored.len(), u8::from(row.compression == Compression::Gzip)));
         bytes.extend_from_slice(&row.stored);
+        descendants.extend(row.descent.map(|descent| (task, descent.root.0)));
         waiting.push(Waiting {
             task,
             run_at: run_at(row),
@@ -92,6 +96,25 @@ async fn store_chunk(
     if !parts.is_empty() {
         sqlx::query(DATA).bind(json(parts)).bind(bytes).execute(session.db()).await?;
         changes.enqueue(session, &waiting).await?;
+    }
+    descend(session, &descendants).await
+}
+
+/// Note follow-ups that have not ended, each with its root.
+pub(super) async fn descend(session: &mut Session, descendants: &[(i64, i64)]) -> Result<(), Failure> {
+    const DESCEND: &str = "INSERT INTO descendant (task, root) SELECT value ->> 0, value ->> 1 FROM json_each(?1) WHERE true
+        ON CONFLICT (task) DO NOTHING";
+    if !descendants.is_empty() {
+        sqlx::query(DESCEND).bind(json(descendants)).execute(session.db()).await?;
+    }
+    Ok(())
+}
+
+/// Follow-ups have ended.
+pub(super) async fn end_descent(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
+    const END: &str = "DELETE FROM descendant WHERE task IN (SELECT value FROM json_each(?1))";
+    if !tasks.is_empty() {
+        sqlx::query(END).bind(json(tasks)).execute(session.db()).await?;
     }
     Ok(())
 }

@@ -200,7 +200,8 @@ where
     F: for<'s> FnOnce(&'s mut Session) -> Work<'s, T> + Send + 'static,
 {
     fn is_abandoned(&self) -> bool {
-        self.answer.as_ref().is_none_or(oneshot::Sender::is_closed)
+        // One that nobody asked for undoes something: it has to run.
+        self.answer.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
 
     fn run<'s>(&'s mut self, session: &'s mut Session) -> Pin<Box<dyn Future<Output = bool> + Send + 's>> {

@@ -161,6 +161,19 @@ impl Fixture {
         }
     }
 
+    /// Leave task `a` among the follow-ups that have not ended, although it has.
+    pub(crate) async fn leave_descendant_a(&self) {
+        self.meddle(match self.database {
+            Database::Sqlite | Database::Postgres => {
+                "INSERT INTO descendant (task, root) SELECT id, root FROM task WHERE key = 'a'"
+            }
+            Database::MariaDb => {
+                "INSERT INTO laelaps_descendant (task, root) SELECT id, root FROM laelaps_task WHERE `key` = 'a'"
+            }
+        })
+        .await;
+    }
+
     /// Damage the data of tasks named torn, flipped, no json and missing, each in its way.
     pub(crate) async fn damage(&self) {
         self.meddle(match self.database {

@@ -8,7 +8,7 @@ use crate::fixture::{Fixture, LONG, finish, keys, settled, task, task_of};
 use crate::promises;
 
 /// A host that claims and dies with what it has. Answers what it had.
-async fn doomed(fixture: &Fixture, limit: u32, alone: bool) -> Claimed {
+pub(crate) async fn doomed(fixture: &Fixture, limit: u32, alone: bool) -> Claimed {
     let queue = fixture.another().await;
     let description = HostDescription { name: "doomed".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();

@@ -6,6 +6,7 @@ mod fixture;
 
 mod behind;
 mod contention;
+mod descent;
 mod encryption;
 mod ends;
 mod errors;

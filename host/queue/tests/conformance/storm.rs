@@ -59,6 +59,10 @@ impl Storm {
         }
     }
 
+    fn follow_up(&mut self, parent: &ClaimedTask) -> NewTask {
+        NewTask { descent: Some(parent.descent.of_follow_up(None, parent.claimed_at)), ..self.new_task() }
+    }
+
     fn event(&mut self) -> Event {
         let delay = [None, Some(Duration::ZERO), Some(Duration::from_millis(20))][self.random.usize(..3)];
         match self.random.u32(..8) {
@@ -120,7 +124,7 @@ impl Storm {
             let task = if self.random.u32(..5) == 0 { self.claimed[place].clone() } else { self.claimed.swap_remove(place) };
             let event = self.event();
             let follow_ups =
-                if event.keeps_follow_ups() && self.random.u32(..3) == 0 { vec![self.new_task()] } else { Vec::new() };
+                if event.keeps_follow_ups() && self.random.u32(..3) == 0 { vec![self.follow_up(&task)] } else { Vec::new() };
             group.push(with_follow_ups(follow_ups, settled(&task, event)));
             if self.claimed.is_empty() {
                 break;

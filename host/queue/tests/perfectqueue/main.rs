@@ -7,6 +7,7 @@ mod ruby;
 
 mod claims;
 mod data;
+mod descent;
 mod ends;
 mod fences;
 mod hold;

@@ -24,6 +24,7 @@ pub(crate) fn visit(task: &Task, data: &Value) -> Option<Answer> {
         "list-folder" => path(data).and_then(|path| list(&path)),
         "remove-file" => path(data).and_then(|path| answer(&path, fs::remove_file(&path))).and_then(|()| finish(&json!({}))),
         "open-many" => open_many(data),
+        "list-many" => list_many(data),
         "environment" => environment(),
         "connect" => connect(data),
         _ => return None,
@@ -79,6 +80,21 @@ fn open_many(data: &Value) -> Answer {
         }
     }
     finish(&json!({ "open": open.len() }))
+}
+
+/// Begins to list the folder `path`, `count` times, and keeps every listing where it is.
+fn list_many(data: &Value) -> Answer {
+    let path = path(data)?;
+    let count: usize = parameter(data, "count")?.unwrap_or(1);
+    let mut listings = Vec::new();
+    for _ in 0..count {
+        let mut listing = answer(&path, fs::read_dir(&path))?;
+        if let Some(entry) = listing.next() {
+            answer(&path, entry)?;
+        }
+        listings.push(listing);
+    }
+    finish(&json!({ "listings": listings.len() }))
 }
 
 fn environment() -> Answer {

@@ -32,6 +32,7 @@ pub(crate) fn visit(task: &Task, data: &Value) -> Option<Answer> {
         "heartbeat" => heartbeat(data),
         "wait-cancelled" => wait_until_cancelled(data),
         "update" => update(data).and_then(|()| finish(data)),
+        "update-large" => update_large(data),
         "update-then-panic" => update(data).map(|()| panic!("on purpose, after update-data")),
         "submit" => submit(task, data),
         "compute" => compute(data),
@@ -147,6 +148,25 @@ fn update(data: &Value) -> Result<(), Failure> {
     let raw: Option<String> = parameter(data, "raw")?;
     let members = raw.unwrap_or_else(|| data["members"].to_string());
     context::update_data(members.as_bytes()).map_err(|refusal| reject(&refusal.code, &refusal.message))
+}
+
+/// Merges `bytes` of small members into the task's data, `times` times, with other values each time.
+fn update_large(data: &Value) -> Answer {
+    let bytes: usize = parameter(data, "bytes")?.unwrap_or(15_000_000);
+    let times: u32 = parameter(data, "times")?.unwrap_or(3);
+    for time in 0..times {
+        let mut members = String::with_capacity(bytes + 32);
+        for number in 0.. {
+            let separator = if number == 0 { '{' } else { ',' };
+            members.push_str(&format!("{separator}\"{number:x}\":{time}"));
+            if members.len() >= bytes {
+                break;
+            }
+        }
+        members.push('}');
+        context::update_data(members.as_bytes()).map_err(|refusal| reject(&refusal.code, &refusal.message))?;
+    }
+    finish(&json!({ "updated": times }))
 }
 
 /// Submits `count` follow-up tasks, then does what `then` says: finish (default), retry, release, fail, panic.

@@ -16,6 +16,7 @@ mod bindings {
 }
 mod files;
 mod fine;
+mod hostile;
 mod nasty;
 
 use bindings::exports::laelaps::worker::handler::Guest;
@@ -37,14 +38,16 @@ impl Guest for Zoo {
         // Any kind can leave a trace of having begun, and wait for the test's permission to go on.
         files::mark(&task, &data)?;
         files::wait_for_gate(&data)?;
-        fine::visit(&task, &data).or_else(|| files::visit(&task, &data)).or_else(|| nasty::visit(&task, &data)).unwrap_or_else(
-            || {
+        fine::visit(&task, &data)
+            .or_else(|| files::visit(&task, &data))
+            .or_else(|| nasty::visit(&task, &data))
+            .or_else(|| hostile::visit(&task, &data))
+            .unwrap_or_else(|| {
                 Err(reject(
                     "no-such-animal",
                     &format!("the zoo has no `{}`; tests/guests/zoo/README.md lists what it has", task.kind),
                 ))
-            },
-        )
+            })
     }
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::bindings::laelaps::worker::context::{self, Compression, SubmitOptions};
 use crate::bindings::laelaps::worker::log;
 use crate::bindings::laelaps::worker::types::{Finished, Outcome, Task};
+use crate::files::wait_for_gate;
 use crate::fine::sleep;
 use crate::{Answer, finish, parameter};
 
@@ -25,7 +26,7 @@ pub(crate) fn visit(task: &Task, data: &Value) -> Option<Answer> {
             sleep(ms.unwrap_or(u64::from(u32::MAX)));
             finish(&json!({ "slept": true }))
         }),
-        "allocate" => allocate(data),
+        "allocate" | "allocate-too" => allocate(data),
         "fill" => parameter(data, "bytes").and_then(|bytes| fill(bytes.unwrap_or(48 * MEBIBYTE))),
         "log-flood" => loop {
             log::log(log::Level::Info, &"log flood ".repeat(100));
@@ -37,6 +38,7 @@ pub(crate) fn visit(task: &Task, data: &Value) -> Option<Answer> {
             context::heartbeat(None, None);
         },
         "submit-flood" => submit_flood(task),
+        "fork" => fork(task, data),
         "huge-output" => parameter(data, "bytes")
             .map(|bytes| Outcome::Finish(Finished { output: Some(vec![b'x'; bytes.unwrap_or(4 * MEBIBYTE)]), retention: None })),
         "leftovers" => leftovers(data),
@@ -77,6 +79,7 @@ fn allocate(data: &Value) -> Answer {
         block.resize(MEBIBYTE, 1);
         taken.push(black_box(block));
     }
+    wait_for_gate(&json!({ "gate": data["hold"] }))?;
     finish(&json!({ "mebibytes": taken.len(), "refused": false }))
 }
 
@@ -114,6 +117,31 @@ fn submit_flood(task: &Task) -> Answer {
         }
     }
     unreachable!("a host that takes follow-ups without end")
+}
+
+/// Submits `count` of its own sort and with its own data, under random keys, and finishes whatever comes of it.
+fn fork(task: &Task, data: &Value) -> Answer {
+    use std::hash::{BuildHasher, RandomState};
+    let count: u32 = parameter(data, "count")?.unwrap_or(2);
+    let prefix: String = parameter(data, "prefix")?.unwrap_or_else(|| "zoo/".to_owned());
+    let delay_ms: Option<u64> = parameter(data, "delay_ms")?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = now.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX / 2));
+    let options = SubmitOptions {
+        run_at: delay_ms.map(|delay_ms| now + delay_ms),
+        user: None,
+        max_running: None,
+        max_attempts: None,
+        compression: Compression::None,
+    };
+    let mut codes = Vec::new();
+    for _ in 0..count {
+        let key = format!("{prefix}{:016x}", RandomState::new().hash_one(task.attempt));
+        if let Err(refusal) = context::submit(&key, &task.kind, &task.data, &options) {
+            codes.push(refusal.code);
+        }
+    }
+    finish(&json!({ "codes": codes }))
 }
 
 /// Looks for bytes that another instance left in this memory, then leaves some.

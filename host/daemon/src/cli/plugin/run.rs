@@ -5,22 +5,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use laelaps_queue::{ClaimedTask, Compression, Event, Lease, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp};
+use laelaps_queue::{
+    ClaimedTask, Compression, Descent, Event, Lease, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp,
+};
 use serde_json::{Map, Value};
 
 use super::super::output::{Output, in_one_line, printable};
 use super::{Complaint, Exit, read};
 use crate::config;
 use crate::plugin::{
-    Completion, Config, Control, Engine, FolderGrant, Grants, Invocation, Level, Limits, Services, Stream, Version,
+    Completion, Config, Control, Engine, FolderGrant, FollowUps, Grants, Invocation, Keys, Level, Limits, Services, Stream,
+    Types, Users, Version, nested, scan,
 };
 
-/// The name under which the module is served here.
+/// The name under which a module is served here whose file has none that a plugin may have.
 const NAME: &str = "plugin";
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The handler's output goes to standard output, all else to standard error. Nothing is granted unless it is named here."
+    after_help = "The handler's output goes to standard output, all else to standard error. Nothing is granted unless it is named here, except \
+                  follow-up tasks of the same type."
 )]
 pub(super) struct Arguments {
     /// The module
@@ -58,6 +62,15 @@ pub(super) struct Arguments {
     /// A variable of the environment, given away with its value (may be given several times)
     #[arg(long = "env", value_name = "NAME")]
     variables: Vec<String>,
+    /// A type of the follow-up tasks it may submit, or any (may be given several times) [default: TYPE]
+    #[arg(long = "follow-up-type", value_name = "TYPE")]
+    follow_up_types: Vec<String>,
+    /// How the keys of its follow-up tasks begin, or any [default: the module's name and /; keys that extend KEY are always taken]
+    #[arg(long, value_name = "PREFIX")]
+    follow_up_keys: Option<String>,
+    /// Let it submit follow-up tasks on any user's account
+    #[arg(long)]
+    follow_ups_of_any_user: bool,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -97,11 +110,35 @@ impl Arguments {
             instances_max: 2,
             ..Config::default()
         })?;
-        let version = engine.load(NAME, bytes).await.map_err(|error| {
+        let version = engine.load(self.name(), bytes).await.map_err(|error| {
             let message = format!("{}: {}", self.file.display(), printable(&error.to_string()));
             Complaint::new(Exit::Plugin, message, "`laelaps plugin inspect FILE` shows what it imports and exports")
         })?;
         Ok((engine, version))
+    }
+
+    /// The name under which a plugin folder would have it.
+    fn name(&self) -> &str {
+        let stem = self.file.file_stem().and_then(|stem| stem.to_str());
+        stem.filter(|name| scan::is_name(name)).unwrap_or(NAME)
+    }
+
+    fn follow_ups(&self) -> FollowUps {
+        let mut follow_ups = FollowUps::default();
+        if self.follow_up_types.iter().any(|name| name == "any") {
+            follow_ups.types = Types::Any;
+        } else if !self.follow_up_types.is_empty() {
+            follow_ups.types = Types::Listed(self.follow_up_types.clone());
+        }
+        match self.follow_up_keys.as_deref() {
+            Some("any") => follow_ups.keys = Keys::Any,
+            Some(prefix) => follow_ups.keys = Keys::Prefix(prefix.to_owned()),
+            None => {}
+        }
+        if self.follow_ups_of_any_user {
+            follow_ups.users = Users::Any;
+        }
+        follow_ups
     }
 
     fn task(&self) -> anyhow::Result<ClaimedTask> {
@@ -115,6 +152,8 @@ impl Arguments {
             task_type: new.task_type,
             data: new.data,
             user: new.user,
+            max_running: None,
+            descent: Descent { root: TaskId(1), depth: 0 },
             compression: Compression::None,
             attempt: self.attempt,
             max_attempts: None,
@@ -129,13 +168,17 @@ impl Arguments {
     }
 
     fn grants(&self) -> anyhow::Result<Grants> {
-        let folder = |writable: bool| {
-            move |(host, guest): &(String, String)| FolderGrant { host: host.into(), guest: guest.clone(), writable }
-        };
-        let mut grants = Grants::default();
-        grants.folders.extend(self.folders.iter().map(folder(false)));
-        grants.folders.extend(self.writable_folders.iter().map(folder(true)));
-        for grant in &grants.folders {
+        let read_only = self.folders.iter().map(|(host, guest)| FolderGrant::read_only(host, guest));
+        let writable = self.writable_folders.iter().map(|(host, guest)| FolderGrant::writable(host, guest));
+        let folders = read_only.chain(writable).collect();
+        let mut grants = Grants { folders, environment: Vec::new(), follow_ups: self.follow_ups() };
+        let all: Vec<&FolderGrant> = grants.folders.iter().collect();
+        if let Some((inner, outer)) = nested(&all).first() {
+            let [inner, outer] = [inner, outer].map(|place| grants.folders[*place].host.display().to_string());
+            let message = format!("the granted folder {inner} lies within {outer}, to which the handler may write");
+            return Err(Complaint::new(Exit::Usage, message, "name folders that do not lie within each other").into());
+        }
+        for grant in &*grants.folders {
             if !grant.host.is_dir() {
                 let message = format!("the granted folder {} does not exist", grant.host.display());
                 return Err(Complaint::new(Exit::Usage, message, "name an existing folder: --folder FOLDER=/GUEST").into());
@@ -153,12 +196,13 @@ impl Arguments {
 
 /// What a host would do for the attempt, without a database behind it.
 struct Local {
+    kind: String,
     data: Mutex<Map<String, Value>>,
 }
 
 impl Local {
     fn new(task: &ClaimedTask) -> Self {
-        Self { data: Mutex::new(serde_json::from_slice(&task.data).unwrap_or_default()) }
+        Self { kind: task.task_type.clone(), data: Mutex::new(serde_json::from_slice(&task.data).unwrap_or_default()) }
     }
 }
 
@@ -186,6 +230,19 @@ impl Services for Local {
 
     async fn now(&self) -> Timestamp {
         now()
+    }
+
+    async fn relatives(&self, _limit: u32) -> Result<Option<u32>, laelaps_queue::Error> {
+        Ok(Some(0))
+    }
+
+    fn count_follow_up(&self, most: u32) -> bool {
+        // An attempt alone: its route's number of follow-ups is less.
+        most > 0
+    }
+
+    fn leads_here(&self, task_type: &str) -> bool {
+        task_type == self.kind
     }
 }
 

@@ -8,7 +8,7 @@ use laelaps_watchdog::{NewQueue, PERL_BYTES_MAX, TimerAge};
 use serde_json::{Map, Value, json};
 
 use super::super::output::{Output, counted, in_one_line, table};
-use super::super::{Complaint, Exit, exit};
+use super::super::{Complaint, Exit, Place, exit};
 use super::servers::Servers;
 use super::{RootPath, TIMER, close};
 use crate::config;
@@ -39,7 +39,7 @@ pub(super) struct CreateQueue {
 }
 
 impl CreateQueue {
-    pub(super) async fn run(self, servers: &Servers) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, servers: &Servers, place: &Place) -> anyhow::Result<Exit> {
         let mut items: Vec<Vec<u8>> = self.items.into_iter().map(String::into_bytes).collect();
         if let Some(path) = &self.file {
             items.extend(lines_of(path)?);
@@ -50,6 +50,7 @@ impl CreateQueue {
         // How long a child may go without a kick is no part of the queue: check-timers and get-timers say it.
         let cut = queue.create_queue(&new, Duration::MAX).await? as u64;
         close(queue).await;
+        note(place, "watchdog create-queue", &self.root.root);
         if cut > 0 {
             let items = counted(cut, "item");
             exit::warn(&format!("{items} of more than {PERL_BYTES_MAX} bytes: a child that uses the Perl module gets that cut"));
@@ -260,13 +261,21 @@ pub(super) struct ClearTimers {
 }
 
 impl ClearTimers {
-    pub(super) async fn run(self, servers: &Servers) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, servers: &Servers, place: &Place) -> anyhow::Result<Exit> {
         let queue = self.root.connect(servers).await?;
         let deleted = queue.clear_timers().await?;
         close(queue).await;
+        note(place, "watchdog clear-timers", &self.root.root);
         let mut output = Output::open();
         output.line(&format!("deleted {} of {}", counted(deleted as u64, "node"), self.root.root))?;
         output.close()?;
         Ok(Exit::Done)
+    }
+}
+
+/// These commands need no configuration. If there is one all the same, its audit log hears of them.
+fn note(place: &Place, command: &str, root: &str) {
+    if let Ok(config) = place.load() {
+        Place::note(&config, command, json!({ "root": root }));
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// The mistakes of a file, each as `line: key: message | hint`.
-fn problems(text: &str) -> Vec<String> {
+pub(super) fn problems(text: &str) -> Vec<String> {
     let error = load(text).expect_err("the file has mistakes");
     let tell = |problem: &Problem| {
         let line = problem.line.map_or_else(|| "-".to_owned(), |line| line.to_string());
@@ -253,8 +253,89 @@ fn grants() {
     assert!(grants("{folders: [{host: a, guest: /x}, {host: b, guest: /x}]}").contains("two folders have the guest name \"/x\""));
     assert!(grants("{folders: [a]}").contains("expected a mapping of host, guest and writable"));
     assert!(grants("{environment: ['A=B']}").contains("found \"A=B\", expected the name of an environment variable"));
-    assert!(grants("{network: true}").contains("network: no such key | known here: folders, environment"));
-    assert!(grants("all").contains("expected a mapping of folders and environment"));
+    assert!(grants("{network: true}").contains("network: no such key | known here: folders, environment, follow_ups"));
+    assert!(grants("all").contains("expected a mapping of folders, environment and follow_ups"));
+    assert!(
+        grants("{folders: [{host: a, guest: /a, writable: true, size_limit: much}]}")
+            .contains("found \"much\", expected a size from")
+    );
+    assert!(grants("{folders: [{host: a, guest: /a, writable: true, file_limit: -1}]}").contains("or `unlimited`"));
+}
+
+#[test]
+fn a_folder_within_one_that_handlers_may_write_to() {
+    let ground = tempfile::tempdir().expect("folder");
+    std::fs::create_dir_all(ground.path().join("rw/in")).expect("folders");
+    std::os::unix::fs::symlink("rw/in", ground.path().join("link")).expect("link");
+    let ground = ground.path().display();
+    for (inner, writable) in [("rw/in", false), ("link", true), ("rw/not-there", false)] {
+        let routes = format!(
+            "routes:\n- {{type: a, plugin: p, grants: {{folders: [{{host: {ground}/{inner}, guest: /i, writable: {writable}}}]}}}}\n\
+             - type: b\n  plugin: q\n  grants: {{folders: [{{host: /, guest: /r}}, {{host: {ground}/rw, guest: /w, writable: true}}]}}"
+        );
+        refused(
+            &routes,
+            &format!(
+                "5: development.routes[1].grants.folders[1]: the folder {ground}/{inner} lies within {ground}/rw, to which handlers of route 2 \
+                 at line 6 may write: they could change where its path leads | move one of the two out of the other, or grant the outer one \
+                 without `writable: true`"
+            ),
+        );
+    }
+}
+
+#[test]
+fn a_writable_folder_that_holds_something_of_the_hosts_own() {
+    let ground = tempfile::tempdir().expect("folder");
+    std::fs::create_dir_all(ground.path().join("host/plugins")).expect("folders");
+    let ground = ground.path().display();
+    let grant = |folder: &str, writable: bool| {
+        format!(
+            "routes: [{{type: a, plugin: p, grants: {{folders: [{{host: {ground}/{folder}, guest: /w, writable: {writable}}}]}}}}]"
+        )
+    };
+    let cases = [
+        ("plugins: GROUND/host/plugins", "the plugin folder"),
+        ("plugin_cache: GROUND/host/cache", "the folder for compiled code"),
+        ("log: GROUND/host/log", "the log file"),
+    ];
+    for (own, what) in cases.map(|(own, what)| (own.replace("GROUND", &ground.to_string()), what)) {
+        let key = own.split(':').next().expect("a key");
+        let text = format!("{own}\n{}", grant("host", true));
+        refused(
+            &text,
+            &format!(
+                "4: development.{key}: {what} lies in {ground}/host, to which handlers of route 1 at line 5 may write: they could take over \
+                 this host | grant a folder that holds nothing of the host's, or grant it without `writable: true`"
+            ),
+        );
+        load(&with(&format!("{own}\n{}", grant("host", false)))).expect("they may read it");
+        load(&with(&format!("{own}\n{}", grant("host/marks", true)))).expect("they may write beside it");
+    }
+    let plugins = format!("plugins: {ground}/host/plugins\n");
+    assert!(problems(&with(&format!("{plugins}{}", grant("host/plugins", true))))[0].contains("the plugin folder lies in"));
+    let queue = format!("development:\n  type: rdb\n  url: 'sqlite:{ground}/host/queue.db'\n  {}", grant("host", true));
+    assert!(problems(&queue)[0].contains("development.url: the queue's file lies in"), "{:?}", problems(&queue));
+}
+
+#[test]
+fn the_same_folder_may_be_granted_twice_and_limited() {
+    let folder = |more: &str| format!("{{folders: [{{host: rw, guest: /w, writable: true{more}}}]}}");
+    let text = with(&format!(
+        "routes:\n- {{type: a, plugin: p, grants: {}}}\n- {{type: b, plugin: q, grants: {}}}\n- {{type: c, plugin: r, grants: {}}}",
+        folder(""),
+        folder(", size_limit: unlimited, file_limit: 7"),
+        folder(", size_limit: 1KiB, file_limit: unlimited"),
+    ));
+    let config = load(&text).expect("valid");
+    let limits = config.routes.iter().map(|route| {
+        let folder = &route.grants.folders[0];
+        (folder.bytes_max, folder.files_max)
+    });
+    assert_eq!(limits.collect::<Vec<_>>(), [(Some(1 << 30), Some(10_000)), (None, Some(7)), (Some(1_024), None)]);
+    let text = with("routes:\n- {type: a, plugin: p, grants: {folders: [{host: ro, guest: /r, size_limit: 1KiB}]}}");
+    let warnings = load(&text).expect("valid").warnings;
+    assert!(warnings[0].contains("says nothing about a folder that is not writable"), "{warnings:?}");
 }
 
 #[test]

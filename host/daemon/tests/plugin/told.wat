@@ -1,0 +1,75 @@
+;; The core module of a handler that is told what to do by its task's data, byte by byte: which functions of the contract to call, with which
+;; values, and where its result stands. Half of what it is told as pointers and lengths lies within its memory.
+  (import "context" "heartbeat" (func $heartbeat (param i32 i64 i32 i64 i32 i32 i32 i64) (result i32)))
+  (import "context" "is-cancelled" (func $is_cancelled (param i32)))
+  (import "context" "update-data" (func $update_data (param i32 i32 i32)))
+  (import "context" "submit"
+    (func $submit (param i32 i32 i32 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32 i32 i32)))
+  (import "context" "deadline" (func $deadline (param i32)))
+  (import "context" "created-at" (func $created_at (result i64)))
+  (import "context" "max-attempts" (func $max_attempts (param i32)))
+  (import "context" "setting" (func $setting (param i32 i32 i32)))
+  (import "context" "settings" (func $settings (param i32)))
+  (import "log" "enabled" (func $enabled (param i32) (result i32)))
+  (import "log" "log" (func $log (param i32 i32 i32)))
+
+  (import "room" "memory" (memory 1))
+  (global $at (mut i32) (i32.const 0))
+  (global $end (mut i32) (i32.const 0))
+
+  (func $byte (result i32)
+    (if (i32.ge_u (global.get $at) (global.get $end)) (then (return (i32.const 0))))
+    (global.set $at (i32.add (global.get $at) (i32.const 1)))
+    (i32.load8_u (i32.sub (global.get $at) (i32.const 1))))
+  (func $word (result i32)
+    (i32.or (call $byte) (i32.or (i32.shl (call $byte) (i32.const 8))
+      (i32.or (i32.shl (call $byte) (i32.const 16)) (i32.shl (call $byte) (i32.const 24))))))
+  (func $long (result i64)
+    (i64.or (i64.extend_i32_u (call $word)) (i64.shl (i64.extend_i32_u (call $word)) (i64.const 32))))
+  ;; Within what it was handed, mostly.
+  (func $pointer (result i32)
+    (if (i32.lt_u (call $byte) (i32.const 240)) (then (return (i32.and (i32.const 0xfff8) (call $word)))))
+    (call $word))
+  (func $length (result i32)
+    (if (i32.lt_u (call $byte) (i32.const 240)) (then (return (call $byte))))
+    (call $word))
+  (func $flag (result i32)
+    (if (i32.lt_u (call $byte) (i32.const 240)) (then (return (i32.and (i32.const 1) (call $byte)))))
+    (call $word))
+  ;; Where a call's answer goes.
+  (func $answer (result i32)
+    (if (i32.lt_u (call $byte) (i32.const 250)) (then (return (i32.const 256))))
+    (call $word))
+
+  (func (export "handle")
+    (param $key i32) (param $key_length i32) (param $kind i32) (param $kind_length i32) (param $data i32) (param $data_length i32)
+    (param $has_user i32) (param $user i32) (param $user_length i32) (param $attempt i32) (result i32)
+    (local $what i32)
+    (global.set $at (local.get $data))
+    (global.set $end (i32.add (local.get $data) (local.get $data_length)))
+    (block $over
+      (loop $next
+        (br_if $over (i32.ge_u (global.get $at) (global.get $end)))
+        (local.set $what (i32.rem_u (call $byte) (i32.const 13)))
+        (if (i32.eq (local.get $what) (i32.const 0)) (then
+          (drop (call $heartbeat (call $flag) (call $long) (call $flag) (call $long) (call $pointer) (call $length) (call $flag) (call $long)))))
+        (if (i32.eq (local.get $what) (i32.const 1)) (then (call $is_cancelled (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 2)) (then (call $update_data (call $pointer) (call $length) (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 3)) (then
+          (call $submit (call $pointer) (call $length) (call $pointer) (call $length) (call $pointer) (call $length)
+            (call $flag) (call $long) (call $flag) (call $pointer) (call $length) (call $flag) (call $word) (call $flag) (call $word)
+            (call $flag) (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 4)) (then (call $deadline (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 5)) (then (drop (call $created_at))))
+        (if (i32.eq (local.get $what) (i32.const 6)) (then (call $max_attempts (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 7)) (then (call $setting (call $pointer) (call $length) (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 8)) (then (call $settings (call $answer))))
+        (if (i32.eq (local.get $what) (i32.const 9)) (then (drop (call $enabled (call $flag)))))
+        (if (i32.eq (local.get $what) (i32.const 10)) (then (call $log (call $flag) (call $pointer) (call $length))))
+        ;; 11: what stands in its result is written by what it is told.
+        (if (i32.eq (local.get $what) (i32.const 11)) (then
+          (i32.store8 (i32.add (i32.const 512) (i32.and (call $byte) (i32.const 63))) (call $byte))))
+        (if (i32.eq (local.get $what) (i32.const 12)) (then (br_if $over (i32.eqz (i32.and (call $byte) (i32.const 7))))))
+        (br $next)))
+    (if (i32.lt_u (call $byte) (i32.const 250)) (then (return (i32.const 512))))
+    (call $word))
