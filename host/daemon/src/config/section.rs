@@ -92,7 +92,7 @@ pub(super) fn validate(
         keys.warn("memory_total", &message);
     }
     keys.finish(unknown);
-    grants::refuse_nested(&routes, &own(&path, &url, &plugins, log.as_deref()), &mut report);
+    grants::refuse_nested(&routes, &own(&path, &url, &plugins, [log.as_deref(), audit_log.as_deref()]), &mut report);
 
     if report.has_problems() {
         return Err(report.into_error());
@@ -127,7 +127,7 @@ pub(super) fn validate(
 }
 
 /// Where the host's own files are.
-fn own(configuration: &Path, url: &str, plugins: &plugin::Config, log: Option<&Path>) -> Vec<Own> {
+fn own(configuration: &Path, url: &str, plugins: &plugin::Config, [log, audit_log]: [Option<&Path>; 2]) -> Vec<Own> {
     let queue = url.strip_prefix("sqlite:").map(|file| file.trim_start_matches("//").split('?').next().unwrap_or_default());
     let all = [
         (None, "the configuration file", Some(configuration.to_path_buf())),
@@ -135,6 +135,7 @@ fn own(configuration: &Path, url: &str, plugins: &plugin::Config, log: Option<&P
         (Some("plugin_cache"), "the folder for compiled code", plugins.cache_folder.as_ref().map(|folder| folder.join("NAME"))),
         (Some("url"), "the queue's file", queue.map(PathBuf::from)),
         (Some("log"), "the log file", log.map(Path::to_path_buf)),
+        (Some("audit_log"), "the audit log", audit_log.map(Path::to_path_buf)),
     ];
     all.into_iter().filter_map(|(key, what, path)| Some(Own { key, what, path: path? })).collect()
 }

@@ -298,6 +298,7 @@ fn a_writable_folder_that_holds_something_of_the_hosts_own() {
         ("plugins: GROUND/host/plugins", "the plugin folder"),
         ("plugin_cache: GROUND/host/cache", "the folder for compiled code"),
         ("log: GROUND/host/log", "the log file"),
+        ("audit_log: GROUND/host/audit.log", "the audit log"),
     ];
     for (own, what) in cases.map(|(own, what)| (own.replace("GROUND", &ground.to_string()), what)) {
         let key = own.split(':').next().expect("a key");
