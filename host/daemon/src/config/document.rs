@@ -64,8 +64,7 @@ pub(super) fn read(path: &Path) -> Result<String, Error> {
 
 /// The chosen section with its merges done, and a report to fill.
 pub(super) fn section(path: &Path, text: &str, name: &str) -> Result<(Mapping, Report), Error> {
-    if let Some(line) = multiplied_at(text) {
-        let message = format!("the aliases (*name) up to here make more than {} MiB of this file", EXPANDED_BYTES_MAX >> 20);
+    if let Some((line, message)) = multiplied_at(text) {
         return Err(refuse(path, Some(line), message, Some("write out what they stand for, or leave some of it out".to_owned())));
     }
     let document: Value = serde_yaml::from_str(text).map_err(|error| not_yaml(path, text, &error))?;
@@ -209,20 +208,31 @@ fn merge_below(value: Value) -> Result<Value, Vec<Step>> {
     }
 }
 
-/// The line with whose alias a text stands for more than [`EXPANDED_BYTES_MAX`]; None if none does. Neither of the two libraries has a bound
-/// that holds: 200 KB can stand for gigabytes. What is not YAML is looked at up to there.
-fn multiplied_at(text: &str) -> Option<usize> {
+/// The line with whose alias a text stands for more than [`EXPANDED_BYTES_MAX`], and that in words; None if none does. Neither of the two libraries has a bound
+/// that holds: 200 KB can stand for gigabytes. Behind what the parser of events does not take, and the other library may, each alias counts as
+/// doubling the text.
+fn multiplied_at(text: &str) -> Option<(usize, String)> {
+    const MIB: usize = EXPANDED_BYTES_MAX >> 20;
     let mut sizes = HashMap::new();
     // Collections that have begun: their anchors, and what stood before them.
     let mut open = Vec::new();
     let mut total = 0_usize;
     for event in Parser::new_from_str(text) {
-        let Ok((event, span)) = event else { break };
+        let (event, span) = match event {
+            Ok(event) => event,
+            Err(error) => {
+                let doublings = u32::try_from(aliases(text)).unwrap_or(u32::MAX);
+                let most = 1_usize.checked_shl(doublings).and_then(|times| times.checked_mul(text.len()));
+                let message = format!("{}; the aliases (*name) of this file may make more than {MIB} MiB of it", error.info());
+                return most.is_none_or(|most| most > EXPANDED_BYTES_MAX).then(|| (error.marker().line(), message));
+            }
+        };
         match event {
             Event::Alias(anchor) => {
                 total = total.saturating_add(sizes.get(&anchor).copied().unwrap_or(VALUE_BYTES));
                 if total > EXPANDED_BYTES_MAX {
-                    return Some(span.start.line());
+                    let message = format!("the aliases (*name) up to here make more than {MIB} MiB of this file");
+                    return Some((span.start.line(), message));
                 }
             }
             Event::Scalar(text, _, anchor, _) => {
@@ -242,6 +252,15 @@ fn multiplied_at(text: &str) -> Option<usize> {
         }
     }
     None
+}
+
+/// How often something may be an alias: an asterisk where a value begins.
+fn aliases(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let begins = |at: usize| {
+        at == 0 || matches!(bytes[at - 1], 128..|b' '| b'\t' | b'\r' | b'\n' | b'[' | b',' | b'{' | b':' | b'-' | b'?')
+    };
+    bytes.iter().enumerate().filter(|(at, byte)| **byte == b'*' && begins(*at)).count()
 }
 
 fn find<'a>(node: &'a MarkedYamlOwned, key: &str) -> Option<(usize, &'a MarkedYamlOwned)> {

@@ -195,12 +195,14 @@ fn with_much(dice: &mut Dice, text: &str) -> String {
 fn aliases_that_multiply_a_configuration_are_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().join("laelaps.yml");
-    // 200 KB that would be 900 million values.
-    let list = format!("much: &much [{}]\nmore: [{}]\n", "1,".repeat(30_000), "*much,".repeat(20_000));
-    fs::write(&path, format!("{list}development:\n  type: rdb\n  url: sqlite:queue.db\n")).expect("written");
-    let before = std::time::Instant::now();
-    let error = Config::load(&Source { path: Some(path.clone()), environment: None }).expect_err("refused");
-    println!("measured: refusing aliases that multiply: {:?}", before.elapsed().max(Duration::from_millis(1)));
-    assert_tells_a_place(&error, &path);
-    assert!(error.to_string().contains("alias"), "{error}");
+    // 200 KB that would be 900 million values, the second time with a mark in it that one of the two YAML libraries takes.
+    for sign in ["", "\u{feff}"] {
+        let list = format!("much: &much [{sign}{}]\nmore: [{}]\n", "1,".repeat(30_000), "*much,".repeat(20_000));
+        fs::write(&path, format!("{list}development:\n  type: rdb\n  url: sqlite:queue.db\n")).expect("written");
+        let before = std::time::Instant::now();
+        let error = Config::load(&Source { path: Some(path.clone()), environment: None }).expect_err("refused");
+        println!("measured: refusing aliases that multiply: {:?}", before.elapsed().max(Duration::from_millis(1)));
+        assert_tells_a_place(&error, &path);
+        assert!(error.to_string().contains("alias"), "{error}");
+    }
 }
