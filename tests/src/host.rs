@@ -134,6 +134,12 @@ impl Host {
         }
     }
 
+    /// Whether the service manager has got this message by now, which was not waited for before.
+    pub fn was_notified(&mut self, notice: &str) -> bool {
+        self.notices.receive();
+        self.notices.pending.iter().any(|pending| pending == notice)
+    }
+
     /// Waits for a log line that contains `text`, among all lines so far and to come; returns it.
     ///
     /// # Panics
@@ -272,6 +278,14 @@ impl Notices {
         let path = folder.keep().join("socket");
         let socket = UnixDatagram::bind(&path).expect("a socket in a new folder");
         Self { path, socket, pending: Vec::new() }
+    }
+
+    /// Takes what has come.
+    fn receive(&mut self) {
+        let mut message = vec![0; 4096];
+        while let Ok(length) = self.socket.try_recv(&mut message) {
+            self.pending.extend(String::from_utf8_lossy(&message[..length]).lines().map(str::to_owned));
+        }
     }
 
     async fn wait_for(&mut self, notice: &str) {

@@ -264,6 +264,38 @@ async fn a_dry_run_of_init_prints_the_sql_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn a_plugin_version_that_is_not_under_quarantine_cannot_be_released() {
+    let site = site().await;
+    assert_eq!(run(&site, &["plugin", "quarantine"]).await, "0 entries.\n");
+    assert_eq!(run(&site, &["plugin", "quarantine", "--json"]).await, "");
+    for (digest, code) in [("abc", 5), (&*"0".repeat(64), 5), ("xyz", 2), (&*"0".repeat(65), 2)] {
+        let told = site.laelaps(["-c", "laelaps.yml", "plugin", "release", digest]).await;
+        assert_eq!(told.code, Some(code), "{digest}: {}", told.stderr);
+    }
+}
+
+#[tokio::test]
+async fn check_compares_the_tables_only_when_asked() {
+    let site = site().await;
+    site.plug_guest("zoo");
+    let told = run(&site, &["check"]).await;
+    assert!(!told.contains("data  "), "{told}");
+    let told = run(&site, &["check", "--data"]).await;
+    assert!(told.contains("data           every table agrees with every other"), "{told}");
+}
+
+#[tokio::test]
+async fn a_task_is_named_by_its_key_or_by_its_number() {
+    let site = site().await;
+    for arguments in
+        [&["show"][..], &["show", "k", "--id", "1"], &["cancel", "--id", "one"], &["list", "--id", "1", "--type", "t"]]
+    {
+        let told = site.laelaps([&["-c", "laelaps.yml"], arguments].concat()).await;
+        assert_eq!(told.code, Some(2), "{arguments:?}: {}", told.stderr);
+    }
+}
+
+#[tokio::test]
 async fn check_names_what_somebody_changed_by_hand() {
     let site = site().await;
     site.plug_guest("zoo");

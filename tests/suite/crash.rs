@@ -169,7 +169,7 @@ laelaps_tests::on_every_database! {
         site.plug_guest("zoo");
         let is_known_by_its_leases = site.database() != Database::Sqlite;
         let alive_time = if is_known_by_its_leases { 5 } else { NEVER_S };
-        site.configure(json!({ "processors": 4, "alive_time": alive_time }));
+        site.configure(json!({ "processors": 4, "alive_time": alive_time, "retry_wait": 1 }));
         let queue = site.queue().await;
         let tasks = (0..good).map(|number| task(format!("good-{number}"), "compute", json!({ "ms": 2 })));
         let poison = task("poison", "silent", json!({ "mark": "/marks/poison", "gate": "/marks/never" }));
@@ -182,6 +182,10 @@ laelaps_tests::on_every_database! {
             let fatal = eventually(LONG, "the poison runs or has failed", async || {
                 if site.marks("poison").len() > deaths {
                     return Ok(true);
+                }
+                // All tasks are of one version here, which is to blame as well after three deaths. Its operator insists.
+                for quarantine in queue.backend().quarantined().await.unwrap() {
+                    queue.backend().release_plugin(&quarantine.version.digest).await.unwrap();
                 }
                 match queue.backend().get("poison").await.unwrap().unwrap().state {
                     State::Failed => Ok(false),

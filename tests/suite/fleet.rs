@@ -152,7 +152,9 @@ laelaps_tests::on_every_database! {
         held_has_begun(&site, 2).await;
         site.open_gate("gate");
         let finished = wait_for_state(&queue, "held", State::Finished, PATIENCE).await;
-        assert_eq!((finished.lost, finished.attempts), (1, 1));
+        // Beside SQLite's file a lock says that the sleeper lives: then it lost nothing, its lease is overdue.
+        let lost = u32::from(site.database() != Database::Sqlite);
+        assert_eq!((finished.lost, finished.attempts), (lost, 1));
 
         sleeper.signal(Signal::CONT);
         sleeper.logged("lease", PATIENCE).await;

@@ -45,7 +45,7 @@ async fn site() -> Site {
     let routes = json!([{ "type": "echo", "plugin": "zoo" }]);
     // What is told names lines of it, so it has nothing that only makes tests quick.
     site.configure(
-        json!({ "url": "sqlite:queue.db", "plugins": "plugins", "plugin_cache": null, "retention_time": null, "routes": routes }),
+        json!({ "url": "sqlite:queue.db", "plugins": "plugins", "plugin_cache": null, "retention_time": null, "suspicion_time": null, "routes": routes }),
     );
     site
 }

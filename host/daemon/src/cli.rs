@@ -27,7 +27,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use laelaps_queue::Queue;
+use laelaps_queue::{Queue, TaskId};
+use serde_json::json;
 
 pub use exit::{Complaint, Exit};
 
@@ -169,6 +170,52 @@ struct Key {
     /// The key of the task
     #[arg(value_name = "KEY")]
     key: String,
+}
+
+/// One task, by its key or by its number.
+#[derive(Debug, clap::Args)]
+struct Which {
+    /// The key of the task
+    #[arg(value_name = "KEY", required_unless_present = "id")]
+    key: Option<String>,
+    /// The number of the task instead of its key, as `list` shows it: also of one that cannot be read
+    #[arg(long, value_name = "N", conflicts_with = "key", allow_negative_numbers = true)]
+    id: Option<i64>,
+}
+
+/// What names a task.
+enum Name {
+    Key(String),
+    Id(TaskId),
+}
+
+impl Which {
+    fn name(self) -> Name {
+        // One of the two is there: the command line was refused otherwise.
+        match self.id {
+            Some(id) => Name::Id(TaskId(id)),
+            None => Name::Key(self.key.unwrap_or_default()),
+        }
+    }
+}
+
+impl Name {
+    /// For the audit log.
+    fn fields(&self) -> serde_json::Value {
+        match self {
+            Self::Key(key) => json!({ "task": key }),
+            Self::Id(id) => json!({ "task_id": id.0 }),
+        }
+    }
+}
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Key(key) => write!(formatter, "task {key:?}"),
+            Self::Id(id) => write!(formatter, "task number {}", id.0),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,12 @@
 //! processors and `task_prefetch` can start, gives back what is not begun when it is told to end, and hands every end of an attempt to the
 //! [`Settler`]. Nothing here waits for a guest: attempts run on the plugin engine's own threads.
 
+mod alone;
 mod attempt;
+mod buffer;
+mod turns;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +17,10 @@ use laelaps_queue::{Accepts, Backend, Claim, Claimed, ClaimedTask, Event, HostId
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
+use self::alone::Alone;
 use self::attempt::{Submitted, attempt, settle};
+use self::buffer::{Buffer, is_limited};
+use self::turns::Turns;
 use crate::budget::{Budget, Pause};
 use crate::config::{Config, Routes};
 use crate::fleet::Membership;
@@ -25,6 +31,8 @@ use crate::pulse::Turning;
 use crate::settler::Settler;
 use crate::signals::Manner;
 use crate::unstored::Unstored;
+use crate::updates::Updates;
+use crate::versions::Versions;
 
 /// A claim asks for this many tasks at most.
 const CLAIM_MAX: u32 = 1_000;
@@ -60,10 +68,16 @@ pub(crate) struct Shared {
     pub leases: Leases,
     /// The way of outcomes to the database.
     pub settler: Settler,
+    /// The way of new members of tasks' data to it.
+    pub updates: Updates,
+    /// The plugin versions that run here, and those that must not.
+    pub versions: Versions,
     /// This host, as the database knows it.
     pub host: HostId,
     /// Told when tasks whose retention has ended are due to be removed.
     pub clean_up_due: Arc<Notify>,
+    /// Notified when another task of a user with a limit may run.
+    pub opened: Arc<Notify>,
     /// Follow-ups that are submitted and not stored yet.
     pub unstored: Unstored,
 }
@@ -74,10 +88,13 @@ pub(crate) struct Dispatcher {
     /// The types that have a route. One for all claims: a queue may remember what was learnt with it.
     accepts: Accepts,
     /// Claimed, held, not begun.
-    buffer: VecDeque<Held>,
+    buffer: Buffer,
     attempts: JoinSet<()>,
     running: HashMap<tokio::task::Id, Running>,
     claiming: Option<JoinHandle<(Instant, laelaps_queue::Result<Claimed>)>>,
+    /// The claim under way offers so many free processors to users with a limit.
+    offered: u32,
+    turns: Turns,
     /// No claim before this moment.
     claim_not_before: tokio::time::Instant,
     claim_failures: u32,
@@ -119,18 +136,6 @@ struct Running {
     version: Option<(String, Digest)>,
 }
 
-/// A task that was lost too often in company runs alone: first everything else comes to an end, then it is claimed, and after it
-/// everything else has its turn before the next such task.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Alone {
-    /// Nothing to do alone.
-    No,
-    /// Such a task waits: claim nothing until nothing runs.
-    Wanted,
-    /// Such a task runs, or was looked for.
-    Now,
-}
-
 struct Ending {
     manner: Manner,
     /// When a graceful end becomes an immediate one.
@@ -146,15 +151,17 @@ impl Dispatcher {
         Self {
             shared,
             accepts: Accepts::new(move |task_type| of_routes.routes.route(task_type).is_some()),
-            buffer: VecDeque::new(),
+            buffer: Buffer::default(),
             attempts: JoinSet::new(),
             running: HashMap::new(),
             claiming: None,
+            offered: 0,
+            turns: Turns::default(),
             claim_not_before: tokio::time::Instant::now(),
             claim_failures: 0,
             pause: Pause::default(),
             claims_until_clean_up,
-            alone: Alone::No,
+            alone: Alone::default(),
             ending: None,
             stuck: 0,
             looked_at: Instant::now(),
@@ -178,8 +185,9 @@ impl Dispatcher {
                 turning.turned();
             }
             self.look_at_membership();
-            self.begin_buffered();
+            self.begin_buffered(u32::from(self.is_turn()));
             self.start_claiming();
+            self.begin_buffered(self.offered);
             if self.ending.is_some() && self.is_idle() {
                 return self.why_broken().map_or(Ok(()), Err);
             }
@@ -191,6 +199,7 @@ impl Dispatcher {
                 Some((sent, claimed)) = claim_result(&mut self.claiming) => self.claim_ended(sent, claimed),
                 Some(order) = orders.recv() => self.obey(order),
                 () = self.shared.backend.wakeup(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
+                () = self.shared.opened.notified(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
                 () = tokio::time::sleep_until(poll_at), if may_claim => {}
                 () = sleep_until_some(deadline) => self.end(Manner::Immediate),
                 _ = looks.tick(), if self.may_have_stuck() => self.look_for_stuck(),
@@ -222,7 +231,8 @@ impl Dispatcher {
     // ---- claim
 
     fn free(&self) -> u32 {
-        let capacity = self.shared.config.processors + self.shared.config.task_prefetch;
+        let ahead = if self.buffer.is_heavy() { 0 } else { self.shared.config.task_prefetch };
+        let capacity = self.shared.config.processors + ahead;
         let used = u32::try_from(self.running.len() + self.buffer.len()).unwrap_or(u32::MAX);
         let free = capacity.saturating_sub(used).min(CLAIM_MAX);
         if free == 0 { 0 } else { free.min(self.room()) }
@@ -256,31 +266,48 @@ impl Dispatcher {
     }
 
     fn may_claim(&self) -> bool {
-        if self.ending.is_some() || self.claiming.is_some() || !self.fleet_allows() {
+        if self.ending.is_some() || self.claiming.is_some() || !self.fleet_allows() || self.waits_for_turn() {
             return false;
         }
-        match self.alone {
-            Alone::No => self.free() > 0,
-            Alone::Wanted => self.is_idle(),
-            Alone::Now => false,
-        }
+        if self.alone.is_wanted() { self.is_idle() } else { !self.alone.is_now() && self.free() > 0 }
+    }
+
+    /// Processors that run nothing.
+    fn idle_processors(&self) -> u32 {
+        self.shared.config.processors.saturating_sub(u32::try_from(self.running.len()).unwrap_or(u32::MAX))
+    }
+
+    /// Whether the next free processor is for a task of a user with a limit, although the buffer has others.
+    fn is_turn(&self) -> bool {
+        let has_only_others = !self.buffer.is_empty() && !self.buffer.has_limited();
+        has_only_others && !self.shared.config.disable_resource_limit && self.turns.is_due(tokio::time::Instant::now())
+    }
+
+    /// The next claim waits for that processor. The buffer feeds the others meanwhile.
+    fn waits_for_turn(&self) -> bool {
+        self.idle_processors() == 0 && self.is_turn()
     }
 
     fn start_claiming(&mut self) {
-        if self.alone == Alone::Now && self.is_idle() {
-            self.alone = Alone::No;
+        if self.is_idle() {
+            self.alone.idle();
         }
         self.look_at_memory();
         if !self.may_claim() || tokio::time::Instant::now() < self.claim_not_before {
             return;
         }
+        let alone = self.alone.is_wanted();
+        let limit = if alone { 1 } else { self.free() };
+        let ignore_users = self.shared.config.disable_resource_limit;
+        self.offered = if ignore_users { 0 } else { limit.min(self.idle_processors()) };
         let claim = Claim {
             host: self.shared.host,
-            limit: if self.alone == Alone::Wanted { 1 } else { self.free() },
+            limit,
             alive_time: self.shared.config.alive_time,
-            alone: self.alone == Alone::Wanted,
-            ignore_users: self.shared.config.disable_resource_limit,
+            alone,
+            ignore_users,
             accepts: Some(self.accepts.clone()),
+            limited: (!ignore_users).then_some(self.offered),
         };
         if let Some(turning) = &self.turning {
             turning.claim_sent();
@@ -294,6 +321,7 @@ impl Dispatcher {
         if let Some(turning) = &self.turning {
             turning.claim_answered();
         }
+        let offered = std::mem::take(&mut self.offered) > 0;
         let now = tokio::time::Instant::now();
         let poll_interval = jittered(self.shared.config.poll_interval);
         let claimed = match claimed {
@@ -320,23 +348,22 @@ impl Dispatcher {
         if found {
             crate::fault::reach("claimed");
         }
-        self.alone = match self.alone {
-            Alone::Wanted => Alone::Now,
-            _ if claimed.alone_waiting => Alone::Wanted,
-            other => other,
-        };
+        self.alone.claimed(&claimed, now);
+        if offered {
+            self.turns.offered(claimed.tasks.iter().any(is_limited), now);
+        }
         for task in claimed.tasks {
             let control = Arc::new(Control::new());
             self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
             let data = Share::new(Purpose::Data, task.data.len() as u64);
-            self.buffer.push_back(Held { task, control, data, claimed_at: sent });
+            self.buffer.push(Held { task, control, data, claimed_at: sent });
         }
         // On PerfectQueue's table its claims count for themselves, as Ruby's do.
         if found && self.shared.config.queue.kind == Kind::Native {
             self.count_towards_clean_up();
         }
         let due = claimed.next_due_in.map_or(poll_interval, |due| due.min(poll_interval));
-        self.claim_not_before = now + if found || self.alone == Alone::Wanted { CLAIM_GROUPING } else { due };
+        self.claim_not_before = now + if found || self.alone.is_wanted() { CLAIM_GROUPING } else { due };
         if self.ending.is_some() {
             self.give_back_buffered();
         }
@@ -353,10 +380,11 @@ impl Dispatcher {
 
     // ---- route and execute
 
-    fn begin_buffered(&mut self) {
-        let processors = usize::try_from(self.shared.config.processors).unwrap_or(usize::MAX);
-        while self.running.len() < processors
-            && let Some(held) = self.buffer.pop_front()
+    /// Begin what waits, on all processors but so many: those a claim has offered, or is about to offer.
+    fn begin_buffered(&mut self, kept: u32) {
+        let kept = if self.buffer.has_limited() { 0 } else { kept };
+        while self.idle_processors() > kept
+            && let Some(held) = self.buffer.pop()
         {
             self.begin(held);
         }
@@ -413,7 +441,7 @@ impl Dispatcher {
     }
 
     fn give_back_buffered(&mut self) {
-        for Held { task, control, .. } in std::mem::take(&mut self.buffer) {
+        for Held { task, control, .. } in self.buffer.take_all() {
             let running =
                 Running { lease_ref: task.lease_ref, key: task.key.clone(), control: Arc::clone(&control), version: None };
             let shared = Arc::clone(&self.shared);

@@ -16,7 +16,8 @@ use crate::log::Log;
 use crate::plugin;
 use crate::pulse::Pulse;
 use crate::service::{self, Next};
-use crate::signals::{Signals, Verb};
+use crate::signals::Signals;
+use crate::start;
 
 /// How `laelaps run` was called.
 #[derive(Clone, Debug)]
@@ -51,14 +52,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     served
 }
 
-async fn serve(options: &Options, mut config: Config, log: &Log, signals: &mut Signals) -> anyhow::Result<()> {
+async fn serve(options: &Options, config: Config, log: &Log, signals: &mut Signals) -> anyhow::Result<()> {
     let _pid_file = options.pid_file.as_deref().map(PidFile::create).transpose()?;
-    let built = tokio::select! {
-        built = Parts::build(&config, None) => Some(built?),
-        // Compiling the plugins, or a database that somebody keeps locked, may take long.
-        () = told_to_end(signals) => None,
-    };
-    let Some(mut parts) = built else {
+    let Some((mut config, mut parts)) = start::begin(options, config, log, signals).await? else {
         tracing::info!("ended before it began");
         return Ok(());
     };
@@ -72,18 +68,7 @@ async fn serve(options: &Options, mut config: Config, log: &Log, signals: &mut S
             Next::Again => {}
             Next::Restart(next) => {
                 let (next_config, next_parts) = *next;
-                if options.log_path(&next_config) != options.log_path(&config)
-                    && let Err(error) = log.reopen(options.log_path(&next_config))
-                {
-                    tracing::error!(%error, "cannot open the log of the new configuration; the old one stays");
-                }
-                audit::start(&next_config);
-                audit::configuration(&next_config, "restart");
-                if next_config.log_filter != config.log_filter
-                    && let Err(error) = log.filter(&next_config.log_filter)
-                {
-                    tracing::error!(%error, "cannot use the log level of the new configuration; the old one stays");
-                }
+                take_over(options, &config, &next_config, log);
                 parts.close_unless_kept_by(Some(&next_parts)).await;
                 (config, parts) = (next_config, next_parts);
             }
@@ -94,9 +79,49 @@ async fn serve(options: &Options, mut config: Config, log: &Log, signals: &mut S
     Ok(())
 }
 
-/// Wait for a signal that ends the process. While it starts, the others mean nothing.
-async fn told_to_end(signals: &mut Signals) {
-    while !matches!(signals.next().await, Verb::Shutdown(_)) {}
+/// Let the log and the audit log be as another configuration says.
+pub(crate) fn take_over(options: &Options, config: &Config, next: &Config, log: &Log) {
+    if options.log_path(next) != options.log_path(config)
+        && let Err(error) = log.reopen(options.log_path(next))
+    {
+        tracing::error!(%error, "cannot open the log of the new configuration; the old one stays");
+    }
+    audit::start(next);
+    audit::configuration(next, "restart");
+    if next.log_filter != config.log_filter
+        && let Err(error) = log.filter(&next.log_filter)
+    {
+        tracing::error!(%error, "cannot use the log level of the new configuration; the old one stays");
+    }
+}
+
+/// Read the configuration again. None if it cannot be used, which is told: the old one stays in force.
+pub(crate) async fn load_again(source: &config::Source, old: &Config) -> Option<Config> {
+    let source = source.clone();
+    let loaded = tokio::task::spawn_blocking(move || Config::load(&source)).await;
+    match loaded.map_err(anyhow::Error::from).and_then(|loaded| Ok(loaded?)) {
+        Ok(next) => Some(next),
+        Err(error) => {
+            refuse(&error, old);
+            None
+        }
+    }
+}
+
+/// Tell that a new configuration cannot be used.
+pub(crate) fn refuse(error: &anyhow::Error, old: &Config) {
+    audit::prepare(old);
+    audit::configuration_refused(old);
+    tracing::error!(error = format!("{error:#}"), "the new configuration cannot be used; the old one stays in force");
+}
+
+/// Open the log and the audit log anew, after a rotation.
+pub(crate) fn reopen_logs(log: &Log) {
+    audit::reopen();
+    match log.reopen(log.path().as_deref()) {
+        Ok(()) => tracing::info!("log reopened"),
+        Err(error) => tracing::error!(%error, "cannot reopen the log; the old file stays"),
+    }
 }
 
 impl Options {
@@ -127,6 +152,11 @@ impl Parts {
             Some(old) => Arc::clone(&old.backend),
             None => Arc::clone(open_queue(config).await?.backend()),
         };
+        Self::on(config, backend, old).await
+    }
+
+    /// The rest of them, on a database that is open.
+    pub(crate) async fn on(config: &Config, backend: Arc<dyn Backend>, old: Option<&Self>) -> anyhow::Result<Self> {
         let (engine, store) = match old.filter(|old| old.plugins == config.plugins) {
             Some(old) => (Arc::clone(&old.engine), Arc::clone(&old.store)),
             None => {

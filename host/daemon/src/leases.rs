@@ -1,30 +1,61 @@
 //! The leases this host holds: renewed together, one statement an interval, and watched for their loss.
 //!
-//! Authority: the database. A renewal that answers [`LeaseAnswer::Lost`] stops the attempt at once. If the database does not answer at all, a
-//! lease counts as held until its time has passed on this machine's monotonic clock since the last renewal was sent; then the attempt is
-//! stopped too, since somebody else may have the task by then.
+//! Authority: the database. A renewal that answers [`LeaseAnswer::Lost`] stops the attempt at once. If the database does not answer at all, the
+//! lease of an attempt that runs counts as held until its time has passed on this machine's monotonic clock since the last renewal was sent;
+//! then the attempt is stopped, since somebody else may have the task by then. An outcome that waits to be written is no such attempt: its
+//! lease is renewed for as long as that is possible, and only the database says that it is lost. What the database calls lost is excused
+//! ([`crate::excuses`]).
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+mod renewal;
+mod task;
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use laelaps_queue::{Backend, Beat, ClaimedTask, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp};
-use tokio::sync::{mpsc, oneshot};
+use laelaps_queue::{Backend, ClaimedTask, LeaseRef, Progress};
+use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::plugin::{Cancellation, Control, Services};
-use crate::unstored::Share;
+use self::renewal::{Renewer, Request};
+pub(crate) use self::task::LeasedTask;
+use crate::excuses::Excuses;
+use crate::plugin::{Cancellation, Control};
 
-/// How long a renewal that a handler asked for waits for others to join its statement.
-const GROUPING: Duration = Duration::from_millis(10);
 /// Renewals that handlers asked for and that are not sent yet; a handler that asks beyond it waits.
 const REQUESTS_MAX: usize = 1_024;
+/// A report of progress is written so much later, with what was reported last by then. Nobody waits for it, and most attempts are over before.
+const PROGRESS_DELAY: Duration = Duration::from_millis(50);
 
 /// The leases of this host. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Leases {
-    held: Arc<Mutex<HashMap<LeaseRef, Held>>>,
+    held: Arc<Mutex<Table>>,
     requests: mpsc::Sender<Request>,
+    /// A handler said something new about its progress.
+    progressed: Arc<Notify>,
+    excuses: Excuses,
+}
+
+/// All leases, and those whose progress is to be written, by the moment when.
+#[derive(Default)]
+struct Table {
+    held: HashMap<LeaseRef, Held>,
+    reported: VecDeque<(Instant, LeaseRef)>,
+}
+
+impl Deref for Table {
+    type Target = HashMap<LeaseRef, Held>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.held
+    }
+}
+
+impl DerefMut for Table {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.held
+    }
 }
 
 struct Held {
@@ -35,28 +66,34 @@ struct Held {
     ends: Instant,
     /// Its settlement is on the way and tells itself whether the lease still held.
     settling: bool,
-}
-
-struct Request {
-    lease_ref: LeaseRef,
+    /// The database has said that it is over.
+    lost: bool,
+    /// What the handler said last about its progress, if it is not written yet.
     progress: Option<Progress>,
-    alive_time: Option<Duration>,
-    answer: oneshot::Sender<bool>,
 }
 
 impl Leases {
     /// Start renewing. The renewing task ends when the last clone is gone.
-    pub(crate) fn start(backend: Arc<dyn Backend>, interval: Duration) -> Self {
-        let held = Arc::new(Mutex::new(HashMap::new()));
+    pub(crate) fn start(backend: Arc<dyn Backend>, interval: Duration, excuses: Excuses) -> Self {
+        let held: Arc<Mutex<Table>> = Arc::default();
         let (requests, incoming) = mpsc::channel(REQUESTS_MAX);
-        let renewer = Renewer { backend, held: Arc::clone(&held), incoming, failing: false };
-        tokio::spawn(renewer.run(interval));
-        Self { held, requests }
+        let progressed = Arc::new(Notify::new());
+        let leases = Self { held: Arc::clone(&held), requests, progressed: Arc::clone(&progressed), excuses: excuses.clone() };
+        tokio::spawn(Renewer { backend, held, incoming, progressed, excuses, failing: false }.run(interval));
+        leases
     }
 
     /// Hold a claimed task's lease from now on, until [`Leases::forget`]. Loss is told to `control`.
     pub(crate) fn hold(&self, task: &ClaimedTask, claimed_at: Instant, alive_time: Duration, control: Arc<Control>) {
-        let held = Held { key: task.key.clone(), control, alive_time, ends: claimed_at + alive_time, settling: false };
+        let held = Held {
+            key: task.key.clone(),
+            control,
+            alive_time,
+            ends: claimed_at + alive_time,
+            settling: false,
+            lost: false,
+            progress: None,
+        };
         self.lock().insert(task.lease_ref, held);
     }
 
@@ -64,12 +101,52 @@ impl Leases {
     pub(crate) fn settling(&self, lease_ref: LeaseRef) {
         if let Some(held) = self.lock().get_mut(&lease_ref) {
             held.settling = true;
+            // Progress is only shown of what runs.
+            held.progress = None;
         }
     }
 
     /// Stop renewing a lease: its attempt is settled, or lost.
     pub(crate) fn forget(&self, lease_ref: LeaseRef) {
         self.lock().remove(&lease_ref);
+    }
+
+    /// The database has refused the attempt's settlement, because its lease is over.
+    pub(crate) fn note_lost(&self, lease_ref: LeaseRef) {
+        self.excuses.note(lease_ref);
+    }
+
+    /// Whether the database has said that this lease is over.
+    pub(crate) fn is_lost(&self, lease_ref: LeaseRef) -> bool {
+        self.lock().get(&lease_ref).is_none_or(|held| held.lost)
+    }
+
+    /// Whether a lease may have run out that the database has not been asked about since: this process slept, or the database did not answer.
+    /// Until it has answered, this host does not take back what seems lost, which may be its own.
+    pub(crate) fn is_behind(&self) -> bool {
+        let now = Instant::now();
+        self.lock().values().any(|held| !held.lost && held.ends <= now)
+    }
+
+    /// What is known here about a lease, and a report of progress to be written soon. None if only the database knows whether it holds.
+    pub(crate) fn note_progress(&self, lease_ref: LeaseRef, progress: Option<Progress>) -> Option<bool> {
+        let mut leases = self.lock();
+        let Some(held) = leases.get_mut(&lease_ref) else { return Some(false) };
+        if held.lost || held.control.state() == Some(Cancellation::LeaseLost) {
+            return Some(false);
+        }
+        let now = Instant::now();
+        if held.ends <= now {
+            return None;
+        }
+        if progress.is_some() && !held.settling && std::mem::replace(&mut held.progress, progress).is_none() {
+            leases.reported.push_back((now + PROGRESS_DELAY, lease_ref));
+            // Whoever waits for the first of several comes by the others.
+            if leases.reported.len() == 1 {
+                self.progressed.notify_one();
+            }
+        }
+        Some(true)
     }
 
     /// Renew now, and learn whether the lease holds. Waits for its group; true if the database cannot be asked and the lease has time left.
@@ -81,169 +158,14 @@ impl Leases {
         answered.await.unwrap_or(false)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<LeaseRef, Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        lock(&self.held)
     }
 }
 
-struct Renewer {
-    backend: Arc<dyn Backend>,
-    held: Arc<Mutex<HashMap<LeaseRef, Held>>>,
-    incoming: mpsc::Receiver<Request>,
-    failing: bool,
+fn lock(held: &Mutex<Table>) -> MutexGuard<'_, Table> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Renewer {
-    async fn run(mut self, interval: Duration) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = ticks.tick() => self.renew_all().await,
-                request = self.incoming.recv() => {
-                    let Some(first) = request else { return };
-                    let mut group = vec![first];
-                    tokio::time::sleep(GROUPING).await;
-                    while group.len() < REQUESTS_MAX && let Ok(next) = self.incoming.try_recv() {
-                        group.push(next);
-                    }
-                    self.renew_asked(group).await;
-                }
-            }
-        }
-    }
-
-    /// The host's own renewal of everything it holds.
-    async fn renew_all(&mut self) {
-        let beats: Vec<Beat> = self
-            .lock()
-            .iter()
-            .map(|(lease_ref, held)| Beat { lease_ref: *lease_ref, alive_time: held.alive_time, progress: None })
-            .collect();
-        if !beats.is_empty() {
-            self.renew(&beats).await;
-        }
-    }
-
-    /// Renewals that handlers asked for, with their progress.
-    async fn renew_asked(&mut self, group: Vec<Request>) {
-        // Of several reports of one task in a group the last one counts.
-        let mut beats: HashMap<LeaseRef, Beat> = HashMap::new();
-        {
-            let held = self.lock();
-            for request in &group {
-                let Some(known) = held.get(&request.lease_ref) else { continue };
-                let beat = beats.entry(request.lease_ref).or_insert_with(|| Beat {
-                    lease_ref: request.lease_ref,
-                    alive_time: known.alive_time,
-                    progress: None,
-                });
-                beat.alive_time = beat.alive_time.max(request.alive_time.unwrap_or_default());
-                if request.progress.is_some() {
-                    beat.progress.clone_from(&request.progress);
-                }
-            }
-        }
-        let beats: Vec<Beat> = beats.into_values().collect();
-        if !beats.is_empty() {
-            self.renew(&beats).await;
-        }
-        let held = self.lock();
-        for request in group {
-            let holds = held.get(&request.lease_ref).is_some_and(|held| held.control.state() != Some(Cancellation::LeaseLost));
-            // A handler that was stopped in the meantime no longer waits for its answer.
-            let _ = request.answer.send(holds);
-        }
-    }
-
-    async fn renew(&mut self, beats: &[Beat]) {
-        let sent = Instant::now();
-        match self.backend.heartbeat(beats).await {
-            Ok(answers) => {
-                if std::mem::take(&mut self.failing) {
-                    tracing::info!("leases are renewed again");
-                }
-                let mut held = self.lock();
-                for (beat, answer) in beats.iter().zip(answers) {
-                    let Some(known) = held.get_mut(&beat.lease_ref) else { continue };
-                    match answer {
-                        LeaseAnswer::Held => known.ends = known.ends.max(sent + beat.alive_time),
-                        LeaseAnswer::Lost if known.settling => {}
-                        LeaseAnswer::Lost => lose(known, "the database says so"),
-                    }
-                }
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut self.failing, true) {
-                    tracing::warn!(error = crate::log::chain(&error), leases = beats.len(), "cannot renew leases; trying again");
-                }
-                let now = Instant::now();
-                for known in self.lock().values_mut().filter(|known| known.ends <= now) {
-                    lose(known, "its time passed while the database did not answer");
-                }
-            }
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<LeaseRef, Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn lose(held: &Held, why: &str) {
-    if held.control.state() != Some(Cancellation::LeaseLost) {
-        tracing::warn!(task = held.key, why, "lease lost; stopping the attempt");
-        held.control.cancel(Cancellation::LeaseLost);
-    }
-}
-
-/// What a handler may do to its task while it runs: bound to one lease.
-pub(crate) struct LeasedTask {
-    /// The leases of this host.
-    pub leases: Leases,
-    /// The queue.
-    pub backend: Arc<dyn Backend>,
-    /// The lease of this attempt.
-    pub lease_ref: LeaseRef,
-    /// A moment by the database's clock ...
-    pub database_time: Timestamp,
-    /// ... and when that was, by this machine's monotonic clock.
-    pub at: Instant,
-    /// The producer's task from which its own comes.
-    pub root: TaskId,
-    /// Whether the host's routes lead a type to the plugin of this attempt.
-    pub leads_here: Box<dyn Fn(&str) -> bool + Send + Sync>,
-    /// What it has submitted.
-    pub share: Arc<Share>,
-}
-
-#[async_trait]
-impl Services for LeasedTask {
-    async fn heartbeat(&self, progress: Option<Progress>, alive_time: Option<Duration>) -> bool {
-        self.leases.beat(self.lease_ref, progress, alive_time).await
-    }
-
-    async fn update_data(&self, members: Vec<u8>) -> Result<LeaseAnswer, laelaps_queue::Error> {
-        self.backend.update_data(self.lease_ref, &members).await
-    }
-
-    async fn now(&self) -> Timestamp {
-        self.database_time.plus(self.at.elapsed())
-    }
-
-    async fn relatives(&self, limit: u32) -> Result<Option<u32>, laelaps_queue::Error> {
-        self.backend.relatives(self.root, self.lease_ref.task, limit).await
-    }
-
-    fn count_follow_up(&self, most: u32) -> bool {
-        self.share.count(most)
-    }
-
-    fn leads_here(&self, task_type: &str) -> bool {
-        (self.leads_here)(task_type)
-    }
-
-    fn check(&self, task: &NewTask) -> Result<(), laelaps_queue::Error> {
-        self.backend.check(task)
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -54,7 +54,7 @@ pub use follow_ups::{FollowUps, Keys, Types, Users};
 pub(crate) use grants::nested;
 pub use inspect::{Inspection, Item};
 pub use invoke::{Completion, Invocation, Services};
-pub use store::{Admitted, PluginStatus, Refused, Rescan, Store};
+pub use store::{Admissions, Admitted, PluginStatus, Refused, Rescan, Store};
 pub use version::{Digest, Version};
 
 /// Where plugins come from.

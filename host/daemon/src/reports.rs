@@ -4,29 +4,59 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{ClaimedTask, Event, FailureKind, Reclaimed};
+use laelaps_queue::{ClaimedTask, Event, FailureKind, Quarantine, Reclaimed};
 
 use crate::plugin::{Captured, Level, Version};
 
-/// One warning about the same type in this time.
+/// One line about the same type, or the same version under quarantine, in this time.
 const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
-/// Types remembered for that; beyond it the memory starts anew.
+/// Types, and versions, remembered for that; beyond it the memory starts anew.
 const UNROUTED_TYPES_MAX: usize = 1_000;
 
 static UNROUTED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex::default);
 
 /// A task found no plugin. Said once a minute for each type.
 pub(crate) fn unrouted(task_type: &str, message: &str) {
-    let mut said = UNROUTED.lock().unwrap_or_else(PoisonError::into_inner);
-    let now = Instant::now();
-    if said.get(task_type).is_some_and(|last| now.duration_since(*last) < UNROUTED_INTERVAL) {
+    if !is_worth_saying(&UNROUTED, task_type) {
         return;
+    }
+    tracing::warn!(task_type, reason = message, "tasks of this type wait for a plugin; they are tried again after retry_wait");
+}
+
+static QUARANTINED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex::default);
+
+/// A task's plugin version is under quarantine. Said once a minute for each version; returns it in words.
+pub(crate) fn quarantined(quarantine: &Quarantine) -> String {
+    let Quarantine { version, deaths, .. } = quarantine;
+    let message = format!(
+        "version {} of plugin {:?} is under quarantine: {deaths} hosts died while it alone ran on them; `laelaps plugin release {}` lets it \
+         run again",
+        version.digest, version.name, version.digest
+    );
+    if is_worth_saying(&QUARANTINED, &version.digest) {
+        tracing::error!(
+            plugin = version.name,
+            version = version.digest,
+            deaths,
+            hint = format!("laelaps plugin release {}", version.digest),
+            "a plugin version is under quarantine: hosts died while it alone ran on them; its tasks wait until it is released or replaced"
+        );
+    }
+    message
+}
+
+/// Whether it is long since this was said last, which it is about to be.
+fn is_worth_saying(said: &Mutex<HashMap<String, Instant>>, what: &str) -> bool {
+    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Instant::now();
+    if said.get(what).is_some_and(|last| now.duration_since(*last) < UNROUTED_INTERVAL) {
+        return false;
     }
     if said.len() >= UNROUTED_TYPES_MAX {
         said.clear();
     }
-    said.insert(task_type.to_owned(), now);
-    tracing::warn!(task_type, reason = message, "tasks of this type wait for a plugin; they are tried again after retry_wait");
+    said.insert(what.to_owned(), now);
+    true
 }
 
 /// What was taken back from hosts and leases that are gone.
@@ -80,7 +110,7 @@ pub(crate) fn ended(task: &ClaimedTask, version: &Version, event: &Event) {
     let digest = version.digest().short();
     let event_name = event.name();
     match event {
-        Event::Finish { .. } | Event::Retry { .. } | Event::Release { .. } | Event::Stopped | Event::Lost => {
+        Event::Finish { .. } | Event::Retry { .. } | Event::Release { .. } | Event::Stopped | Event::Lost | Event::Overdue => {
             tracing::debug!(task = key, task_type, plugin, %digest, attempt, event = event_name, "attempt ended");
         }
         Event::Failure { kind, code, message } => {

@@ -4,10 +4,10 @@
 //! and ends this one only when they stand: a configuration that cannot be loaded or built leaves the old one in force.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use laelaps_queue::{Backend, HostDescription, HostId, Policy};
+use laelaps_queue::{Backend, HostDescription, HostId};
 use laelaps_watchdog::fleet::{Identity, Standing};
 use sd_notify::NotifyState;
 use tokio::sync::{Notify, mpsc, watch};
@@ -17,24 +17,19 @@ use crate::audit;
 use crate::budget::Budget;
 use crate::config::{Config, Routes};
 use crate::dispatch::{Broken, Dispatcher, Order, Shared};
+use crate::excuses::Excuses;
 use crate::fleet::{Membership, Presence};
-use crate::host::{Options, Parts};
+use crate::host::{self, Options, Parts};
+use crate::housekeeping::{clean_up, look_after, note_plugins};
 use crate::leases::Leases;
 use crate::log::{Log, chain};
-use crate::plugin;
 use crate::settler::Settler;
 use crate::signals::{Manner, Signals, Verb};
+use crate::start::{self, START_INTERVAL, Waiting};
 use crate::unstored::Unstored;
+use crate::updates::Updates;
+use crate::versions::Versions;
 
-/// Between two looks for dead hosts and ended leases.
-const RECLAIM_INTERVAL: Duration = Duration::from_secs(1);
-/// Tasks whose retention has ended are removed after `cleanup_interval` fruitful claims, and at the latest after this time.
-const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
-/// Tasks removed in one transaction.
-const CLEAN_UP_BATCH: u32 = 1_000;
-/// Between two messages to the service manager that a start which waits for ZooKeeper goes on, and how long each counts, in microseconds.
-const START_INTERVAL: Duration = Duration::from_secs(5);
-const START_EXTENSION_US: u32 = 30_000_000;
 /// How long an order waits for a dispatcher that has others to read first.
 const ORDER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long an immediate end waits for a database that does not take the last settlements. What is not written then comes back by itself:
@@ -56,8 +51,8 @@ pub(crate) enum Next {
 /// Serve under one configuration until told to end.
 ///
 /// # Errors
-/// The database refuses the registration of a host that starts (`is_first`), or too many threads are stuck in guests. A host that has served
-/// before waits for its database.
+/// The database refuses the registration of a host that starts (`is_first`) for good, or too many threads are stuck in guests. Whatever passes is
+/// waited for; a host that has served before waits whatever it is.
 pub(crate) async fn serve(
     config: &Config,
     parts: &Parts,
@@ -86,8 +81,14 @@ pub(crate) async fn serve(
         leave(presence).await;
         return Ok(service.next);
     };
-    let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval);
-    let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone());
+    let excuses = Excuses::default();
+    let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval, excuses.clone());
+    let opened = Arc::new(Notify::new());
+    let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone(), Arc::clone(&opened));
+    let versions = Versions::new(Arc::clone(backend), host);
+    if let Err(error) = versions.look_for_quarantine().await {
+        tracing::warn!(error = chain(&error), "cannot ask which plugin versions are under quarantine; trying again");
+    }
     let clean_up_due = Arc::new(Notify::new());
     let shared = Arc::new(Shared {
         config: config.clone(),
@@ -96,17 +97,24 @@ pub(crate) async fn serve(
         engine: Arc::clone(&parts.engine),
         budget: Budget::new(config),
         store: Arc::clone(&parts.store),
-        leases,
+        leases: leases.clone(),
         settler,
+        updates: Updates::start(Arc::clone(backend)),
+        versions: versions.clone(),
         host,
         clean_up_due: Arc::clone(&clean_up_due),
+        opened,
         unstored: Unstored::default(),
     });
+    let policy = &config.queue.policy;
     let housekeeping = [
-        tokio::spawn(reclaim(Arc::clone(backend), config.queue.policy.clone())),
+        tokio::spawn(look_after(Arc::clone(backend), policy.clone(), leases, versions.clone())),
         tokio::spawn(clean_up(Arc::clone(backend), Arc::clone(&clean_up_due))),
         tokio::spawn(note_plugins(Arc::clone(backend), Arc::clone(&parts.store), host)),
+        tokio::spawn(excuses.clone().run(Arc::clone(backend), host, policy.clone())),
+        tokio::spawn(versions.clone().shrink()),
     ];
+    parts.store.note_admissions(Some(Box::new(versions.clone())));
     let membership = presence.as_ref().zip(identity).map(|(presence, identity)| Membership::new(identity, presence.standing()));
     let turning = parts.pulse.as_ref().map(|pulse| pulse.turning());
     let dispatcher = tokio::spawn(Dispatcher::new(shared, membership, turning).run(received));
@@ -117,6 +125,8 @@ pub(crate) async fn serve(
     for task in housekeeping {
         task.abort();
     }
+    parts.store.note_admissions(None);
+    excuses.settle(backend.as_ref(), host, policy, FLUSH_PATIENCE).await;
     if flushed && let Err(error) = backend.unregister_host(host).await {
         tracing::warn!(error = chain(&error), "cannot strike this host off; the next host does it");
     }
@@ -192,10 +202,7 @@ impl Service<'_> {
                 changed = standing.changed() => if changed.is_err() {
                     return None;
                 },
-                _ = ticks.tick() => {
-                    let state = NotifyState::Status("waiting for ZooKeeper");
-                    let _ = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(START_EXTENSION_US), state]);
-                }
+                _ = ticks.tick() => start::still_starting("waiting for ZooKeeper"),
                 verb = signals.next() => self.obey(verb).await,
                 (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
             }
@@ -209,32 +216,21 @@ impl Service<'_> {
         is_first: bool,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<HostId>> {
-        const CANNOT: &str = "cannot register this host with the database";
-        let backend = Arc::clone(&self.parts.backend);
-        let mut told = false;
+        let registering = registering(Arc::clone(&self.parts.backend), description, is_first);
+        tokio::pin!(registering);
+        let mut ticks = tokio::time::interval(START_INTERVAL);
         loop {
-            let registering = backend.register_host(description);
-            tokio::pin!(registering);
-            let registered = loop {
-                tokio::select! {
-                    registered = &mut registering => break registered,
-                    verb = signals.next() => self.obey(verb).await,
-                    (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
-                }
-            };
-            match registered {
-                Ok(host) => return Ok(Some(host)),
-                Err(error) if is_first => return Err(error).context(CANNOT),
-                Err(error) => {
-                    if !std::mem::replace(&mut told, true) {
-                        tracing::error!(error = chain(&error), hint = error.hint().unwrap_or_default(), "{CANNOT}; trying again");
-                    }
-                }
+            tokio::select! {
+                registered = &mut registering => return registered.map(Some),
+                _ = ticks.tick(), if is_first => start::still_starting("waiting for the database"),
+                verb = signals.next() => self.obey(verb).await,
+                (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
             }
             if self.ending.is_some() {
-                return Ok(None);
+                // A registration that is just being written is taken, and struck off again in good order.
+                let registered = tokio::time::timeout(ORDER_PATIENCE, registering).await;
+                return Ok(registered.ok().and_then(Result::ok));
             }
-            tokio::time::sleep(RECLAIM_INTERVAL).await;
         }
     }
 
@@ -285,13 +281,7 @@ impl Service<'_> {
             }
             Verb::Restart(manner) => self.rebuild(manner).await,
             Verb::Replace(manner) => self.replace(manner),
-            Verb::ReopenLogs => {
-                audit::reopen();
-                match self.log.reopen(self.log.path().as_deref()) {
-                    Ok(()) => tracing::info!("log reopened"),
-                    Err(error) => tracing::error!(%error, "cannot reopen the log; the old file stays"),
-                }
-            }
+            Verb::ReopenLogs => host::reopen_logs(self.log),
         }
     }
 
@@ -331,11 +321,7 @@ impl Service<'_> {
                 self.next = Next::Restart(Box::new(next));
                 self.end(manner).await;
             }
-            Err(error) => {
-                audit::prepare(self.config);
-                audit::configuration_refused(self.config);
-                tracing::error!(error = format!("{error:#}"), "the new configuration cannot be used; the old one stays in force")
-            }
+            Err(error) => host::refuse(&error, self.config),
         }
     }
 
@@ -361,65 +347,28 @@ async fn awake_for(patience: Duration) {
     }
 }
 
+/// Register a host, however long the database takes. One that starts does not wait for what somebody has to mend.
+async fn registering(backend: Arc<dyn Backend>, description: &HostDescription, is_first: bool) -> anyhow::Result<HostId> {
+    let mut waiting = Waiting::new();
+    loop {
+        let error = match backend.register_host(description).await {
+            Ok(host) => return Ok(host),
+            Err(error) => error,
+        };
+        if is_first && !error.passes() {
+            return Err(error).context("cannot register this host with the database");
+        }
+        if waiting.failed(Instant::now()) {
+            let hint = error.hint().unwrap_or_default();
+            tracing::error!(error = chain(&error), hint, "cannot register this host with the database; trying again");
+        }
+        waiting.pause().await;
+    }
+}
+
 async fn rebuilt(rebuilding: &mut Option<(Manner, Building)>) -> (Manner, anyhow::Result<(Config, Parts)>) {
     let Some((_, building)) = rebuilding else { return std::future::pending().await };
     let built = building.await;
     let manner = rebuilding.take().map_or(Manner::Graceful, |(manner, _)| manner);
     (manner, built.unwrap_or_else(|error| Err(anyhow::Error::from(error).context("building the next configuration broke down"))))
-}
-
-/// Take back the tasks of dead hosts and ended leases, for as long as the host serves.
-async fn reclaim(backend: Arc<dyn Backend>, policy: Policy) {
-    let mut ticks = tokio::time::interval(RECLAIM_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut failing = false;
-    loop {
-        ticks.tick().await;
-        match backend.reclaim(&policy).await {
-            Ok(reclaimed) => {
-                failing = false;
-                crate::reports::reclaimed(&reclaimed);
-                if !reclaimed.tasks.is_empty() {
-                    ticks.reset_immediately();
-                }
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut failing, true) {
-                    tracing::warn!(error = chain(&error), "cannot look for lost tasks; trying again");
-                }
-            }
-        }
-    }
-}
-
-/// Remove tasks whose retention has ended, for as long as the host serves.
-async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
-    let mut ticks = tokio::time::interval(CLEAN_UP_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            () = due.notified() => {}
-        }
-        match backend.clean_up(CLEAN_UP_BATCH).await {
-            Ok(removed) if removed >= u64::from(CLEAN_UP_BATCH) => ticks.reset_immediately(),
-            Ok(_) => {}
-            Err(error) => tracing::debug!(error = chain(&error), "cannot remove old tasks; trying again"),
-        }
-    }
-}
-
-/// Keep the host's row naming the plugin versions it serves.
-async fn note_plugins(backend: Arc<dyn Backend>, store: Arc<plugin::Store>, host: HostId) {
-    let mut changes = store.changes();
-    loop {
-        let digests: Vec<String> =
-            store.list().iter().filter_map(|status| status.digest.map(|digest| digest.to_string())).collect();
-        if let Err(error) = backend.note_plugins(host, &digests).await {
-            tracing::debug!(error = chain(&error), "cannot note the plugin versions of this host");
-        }
-        if changes.changed().await.is_err() {
-            return;
-        }
-    }
 }

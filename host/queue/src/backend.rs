@@ -28,6 +28,9 @@ pub struct Claim {
     pub host: HostId,
     /// The most tasks to hand out: 1 to 1,000.
     pub limit: u32,
+    /// Of these, the most tasks of users with a limit: as many as can begin at once. One that waits in the buffer of its host would keep
+    /// back others of its user. None: `limit`.
+    pub limited: Option<u32>,
     /// How long the leases last unless renewed.
     pub alive_time: Duration,
     /// The caller runs nothing now and will run nothing else: a task that has to run alone may be handed out (then it is the only one).
@@ -105,6 +108,42 @@ pub struct Beat {
     pub alive_time: Duration,
     /// How far the task says it is, if it said something new.
     pub progress: Option<Progress>,
+}
+
+/// New members for the data of one running task.
+#[derive(Clone, Debug)]
+pub struct Update {
+    /// The lease under which it runs.
+    pub lease_ref: LeaseRef,
+    /// A JSON object; its members take the place of those in the data (the top level only).
+    pub members: Vec<u8>,
+}
+
+/// A plugin version that runs tasks.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct PluginVersion {
+    /// The plugin's name.
+    pub name: String,
+    /// Its content: sha256, hexadecimal.
+    pub digest: String,
+}
+
+/// A plugin version that no host runs any more, because hosts died while it alone ran on them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Quarantine {
+    /// Which one.
+    pub version: PluginVersion,
+    /// Hosts that died so, since it was released last.
+    pub deaths: u32,
+    /// When the last of them was found dead.
+    pub since: Timestamp,
+}
+
+impl Quarantine {
+    /// So many deaths within [`Quarantine::WITHIN`] put a version under quarantine, until it is released.
+    pub const DEATHS: u32 = 3;
+    /// Power cuts and kills that are further apart than this are no reason to stop a plugin: on many hosts one version alone runs all the time.
+    pub const WITHIN: Duration = Duration::from_secs(3_600);
 }
 
 /// A host that registers itself.
@@ -310,6 +349,67 @@ pub trait Backend: Debug + Send + Sync {
     /// [`crate::Error::InvalidTask`] if `members` is not a JSON object or the merged data is too large.
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer>;
 
+    /// As [`Backend::update_data`] for several tasks, in one transaction where the database gains by it. Answers stand in the order of
+    /// `updates`; a refusal concerns its own update alone.
+    ///
+    /// # Errors
+    /// Those of the database; then none was made.
+    async fn update_many(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        let mut answers = Vec::with_capacity(updates.len());
+        for update in updates {
+            match self.update_data(update.lease_ref, &update.members).await {
+                Err(error) if !error.is_about_the_request() => return Err(error),
+                answer => answers.push(answer),
+            }
+        }
+        Ok(answers)
+    }
+
+    /// A host that was thought dead, or cut off, is there again: its attempts under these leases were counted as lost, and did not end it. What
+    /// each loss did to its task (`lost`, `lost_alone`, running alone) is taken back, and so is its part in a death. A lease whose attempt
+    /// was not counted as lost, or was excused before, is passed over. Answers how many were excused.
+    async fn excuse(&self, host: HostId, leases: &[LeaseRef]) -> Result<u64> {
+        let _ = (host, leases);
+        Ok(0)
+    }
+
+    /// Note which plugin versions run tasks on a host, or are being admitted, from now on: the whole set. Durable when it returns, so that a death
+    /// in what follows finds it.
+    async fn note_running(&self, host: HostId, versions: &[PluginVersion]) -> Result<()> {
+        let _ = (host, versions);
+        Ok(())
+    }
+
+    /// The plugin versions under quarantine: [`Quarantine::DEATHS`] hosts died within [`Quarantine::WITHIN`] while each ran alone on them. Empty if this queue has no
+    /// place for them.
+    async fn quarantined(&self) -> Result<Vec<Quarantine>> {
+        Ok(Vec::new())
+    }
+
+    /// Let a plugin version run again; its deaths count for nothing any more. False if it had none.
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        let _ = digest;
+        Ok(false)
+    }
+
+    /// Compare every table with every other, and name each row that contradicts another: at most 1,000 findings, each in words with the
+    /// row's number. Empty if all is well. Reads one moment of the database; takes time that grows with it.
+    async fn audit(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// What of the tables works, and may surprise: a sentence each, for whoever checks an installation.
+    async fn warnings(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// Do what a host does, on rows of its own and in a transaction that is rolled back, and answer what it lacks for that: privileges, or
+    /// settings of the server that are in the way; each in words. Empty if a host could work. Waits for no lock longer than a
+    /// second.
+    async fn rehearse(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Take back what dead hosts and ended leases hold, and strike dead hosts off. `policy` decides what follows, by [`crate::decide`].
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed>;
 
@@ -353,6 +453,31 @@ pub trait Backend: Debug + Send + Sync {
 
     /// One task with data and output, or None.
     async fn get(&self, key: &str) -> Result<Option<Task>>;
+
+    /// One task by its number, with data and output, or None. What cannot be read of its texts is shown as U+FFFD, and
+    /// [`Task::unreadable`] says what is wrong.
+    async fn get_by_id(&self, id: TaskId) -> Result<Option<Task>> {
+        let _ = id;
+        Err(crate::Error::NotSupported { what: "naming a task by its number", why: "this queue does not know it".to_owned() })
+    }
+
+    /// As [`Backend::cancel`], by number; also a task that was set aside as unreadable, which is removed at once.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoSuchId`], else as [`Backend::cancel`].
+    async fn cancel_by_id(&self, id: TaskId, retention: Duration) -> Result<()> {
+        let _ = (id, retention);
+        Err(crate::Error::NotSupported { what: "naming a task by its number", why: "this queue does not know it".to_owned() })
+    }
+
+    /// As [`Backend::retry`], by number.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoSuchId`], else as [`Backend::retry`].
+    async fn retry_by_id(&self, id: TaskId) -> Result<()> {
+        let _ = id;
+        Err(crate::Error::NotSupported { what: "naming a task by its number", why: "this queue does not know it".to_owned() })
+    }
 
     /// Past attempts of a task, oldest first.
     async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>>;

@@ -22,12 +22,45 @@ pub(crate) fn compression(stored: &[u8]) -> Compression {
     if stored.starts_with(&GZIP_MAGIC) { Compression::Gzip } else { Compression::None }
 }
 
-/// Check that the bytes are a JSON object.
+/// Check that the bytes are a JSON object, as every way in means it: one object by RFC 8259 in UTF-8 and nothing but white space around it. No
+/// byte order mark, no NUL, and escapes only in whole pairs of surrogates. Names may be there more than once, and it may be nested at will.
 ///
 /// # Errors
 /// What is wrong, in words that fit behind "data: ".
 pub(crate) fn check(data: &[u8]) -> Result<(), String> {
+    parses(data)?;
+    no_lone_surrogates(data)
+}
+
+/// As [`check`], but with escapes of lone surrogates, which other programs may have stored. No text can be made of them.
+///
+/// # Errors
+/// As [`check`].
+pub(crate) fn parses(data: &[u8]) -> Result<(), String> {
     serde_json::from_str::<AnyObject>(text(data)?).map(drop).map_err(|error| format!("not a JSON object: {error}"))
+}
+
+/// That each escape of a surrogate in a JSON text has its other half. Outside strings there is no backslash.
+fn no_lone_surrogates(json: &[u8]) -> Result<(), String> {
+    let mut at = 0;
+    while let Some(next) = json.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == b'\\')) {
+        at += next;
+        let length = match (escaped_unit(json, at), escaped_unit(json, at + 6)) {
+            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => 12,
+            (Some(half @ 0xd800..=0xdfff), _) => {
+                return Err(format!("not a JSON object: half of a pair of surrogates, \\u{half:04x}, at byte {at}"));
+            }
+            _ => 2,
+        };
+        at += length;
+    }
+    Ok(())
+}
+
+/// The sixteen bits of an escape `\uXXXX` that begins here.
+fn escaped_unit(json: &[u8], at: usize) -> Option<u16> {
+    let digits = json.get(at..at + 6)?.strip_prefix(b"\\u")?;
+    u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
 /// The bytes as they are stored.
@@ -88,6 +121,7 @@ pub(crate) fn merge(data: &[u8], members: &[u8]) -> Result<Vec<u8>, String> {
         return Err(format!("the update has {} bytes; at most {} are allowed", members.len(), NewTask::DATA_BYTES_MAX));
     }
     let mut new = Names::of(members).map_err(|problem| format!("the update is {problem}"))?;
+    no_lone_surrogates(members).map_err(|problem| format!("the update is {problem}"))?;
     let mut merged = Object::with_capacity(data.len().saturating_add(members.len()));
     each_member(data, |_, name, value| {
         let slot = new.slot(name);
@@ -347,8 +381,8 @@ mod tests {
         // The last of several counts.
         assert_eq!(merge(r#"{"a":1,"b":2,"a":3}"#, r#"{"a":4,"c":5,"a":6,"c":7}"#).as_deref(), Ok(r#"{"a":6,"b":2,"c":7}"#));
         assert_eq!(merge(r#"{"a":1,"a":2}"#, r#"{"":0}"#).as_deref(), Ok(r#"{"a":1,"a":2,"":0}"#));
-        // No text can be made of half a pair.
-        assert_eq!(merge(r#"{"\ud800":1}"#, r#"{"\ud800":2,"\ud801":3}"#).as_deref(), Ok(r#"{"\ud800":2,"\ud801":3}"#));
+        // No text can be made of half a pair: it is kept where it is stored, and let in nowhere.
+        assert_eq!(merge(r#"{"\ud800":1}"#, r#"{"a":2}"#).as_deref(), Ok(r#"{"\ud800":1,"a":2}"#));
         assert_eq!(merge("{}", "{}").as_deref(), Ok("{}"));
     }
 
@@ -365,6 +399,19 @@ mod tests {
         for wrong in [&b"[]"[..], b"1", b"null", b"", b"{", b"{} {}", b"{\"a\":\"\xff\"}", b"\"{}\""] {
             assert!(check(wrong).is_err_and(|problem| problem.starts_with("not a JSON object")), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn surrogates_come_in_pairs() {
+        for right in [r#"{"\ud83d\uDE00":"\uDBFF\udfff\\ud800"}"#, r#"{"a":"\\\\ud800\u12345"}"#] {
+            assert_eq!(check(right.as_bytes()), Ok(()), "{right}");
+        }
+        for wrong in [r#"{"a":"\uDC00\uD800"}"#, r#"{"a":"\ud83d\\\ude00"}"#, r#"{"a":"\ud83d\ud83d\ude00"}"#] {
+            let told = check(wrong.as_bytes()).expect_err("half a pair");
+            assert!(told.starts_with("not a JSON object: half of a pair"), "{told}");
+            assert!(parses(wrong.as_bytes()).is_ok() && merge(b"{}", wrong.as_bytes()).is_err());
+        }
+        assert!(check(br#"{"\ud800":1}"#).is_err() && merge(b"{}", br#"{"\ud800":1}"#).is_err());
     }
 
     #[test]

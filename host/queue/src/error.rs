@@ -30,6 +30,15 @@ pub enum Error {
     /// No task has this key.
     #[error("no task has the key {0:?}")]
     NotFound(String),
+    /// No task has this number.
+    #[error("no task has the number {}", .0.0)]
+    NoSuchId(crate::TaskId),
+    /// Somebody else held a lock on what was to be written for longer than a write waits. Nothing was changed; trying again later helps.
+    #[error("{doing}: another transaction holds what is to be written")]
+    Busy {
+        /// What was being done.
+        doing: &'static str,
+    },
     /// The task is already finished, failed or cancelled.
     #[error("task {key:?} is already {state}", state = state.as_str())]
     AlreadyEnded {
@@ -166,8 +175,9 @@ impl Error {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Locked { .. } | Self::Full { .. } => true,
+            Self::Locked { .. } | Self::Full { .. } | Self::Busy { .. } => true,
             Self::Connect { source: Some(source), .. } if is_about_encryption(source) => false,
+            Self::Connect { source: Some(sqlx::Error::Protocol(words)), .. } => words.contains(NO_ANSWER),
             // The connection is no more in step with the server; the next one will be.
             Self::Database { source: sqlx::Error::Protocol(_), .. } => true,
             Self::Connect { source: Some(source), .. } | Self::Database { source, .. } => {
@@ -181,6 +191,17 @@ impl Error {
         }
     }
 
+    /// Whether it ends without anybody changing what this program was told: as [`Error::is_retryable`], and a server that takes no writes at the
+    /// moment, as a standby that becomes the primary, or no more connections of this user. False for a wrong password, a
+    /// certificate that is not trusted, and a database or tables that are not there.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Connect { source: Some(source), .. } | Self::Denied { source, .. } if is_turned_away(source) => true,
+            _ => self.is_retryable(),
+        }
+    }
+
     /// Whether it is this very request that cannot be done: it breaks a bound, or the database refuses its values or cannot read what is stored
     /// for it. The same request fails again, and another need not. False for what a server, a network or an administrator does to all requests
     /// alike (out of reach, read-only, without privileges, without tables), which ends when somebody ends it.
@@ -190,6 +211,7 @@ impl Error {
         match self {
             Self::InvalidTask { .. }
             | Self::NotFound(_)
+            | Self::NoSuchId(_)
             | Self::AlreadyEnded { .. }
             | Self::WrongState { .. }
             | Self::NotSupported { .. } => true,
@@ -207,6 +229,8 @@ impl Error {
             Self::SchemaTooOld { .. } => Some("bring the tables up to date with `laelaps init`, or with Queue::init"),
             Self::SchemaTooNew { .. } => Some("use the program that made the database, or a newer one; nothing was changed"),
             Self::Connect { hint, .. } | Self::Denied { hint, .. } => Some(hint),
+            Self::NoSuchId(_) => Some("`laelaps list` shows the numbers; the task's retention may have ended"),
+            Self::Busy { .. } => Some("a producer or another host keeps a transaction open; it is tried again"),
             Self::NotFound(_) => Some("the key may be misspelt, or the task's retention has ended"),
             Self::Locked { .. } => Some("find out which program keeps a transaction open, for example with `fuser` on the file"),
             Self::Full { .. } => Some("make room on the disk; tasks are kept, and work goes on by itself"),
@@ -220,12 +244,25 @@ impl Error {
     }
 }
 
+/// What the driver says if PostgreSQL's side closed the connection instead of answering the first byte, as proxies do while their server is down.
+const NO_ANSWER: &str = "unexpected response from SSLRequest: 0x00";
+
 /// Whether a connection did not come about because of encryption. The driver tells a certificate that is not trusted as data that is not valid.
 pub(crate) fn is_about_encryption(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Tls(_) => true,
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::InvalidData,
         _ => false,
+    }
+}
+
+/// Whether a server does not take what it will take at another time: writes (it is a standby, or read-only for a failover), or a connection (the
+/// user has too many, the server is in offline mode).
+fn is_turned_away(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    match error.try_downcast_ref::<MySqlDatabaseError>() {
+        Some(error) => matches!(error.number(), 1203 | 1226 | 1290 | 1836 | 3032),
+        None => error.try_downcast_ref::<PgDatabaseError>().is_some() && error.code().as_deref() == Some("25006"),
     }
 }
 
@@ -241,6 +278,10 @@ fn is_passing(error: &dyn DatabaseError) -> bool {
     }
     let Some(code) = error.code() else { return false };
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
+        // A pooler that does not know our settings never will.
+        if code == "08P01" && error.message().contains("startup parameter") {
+            return false;
+        }
         // Connection exceptions, transaction rollbacks (deadlock, serialisation), too few resources, operator intervention (shutdown, cancelled).
         return ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)) || code == "55P03";
     }

@@ -35,8 +35,8 @@ mod sqlite;
 mod task;
 
 pub use backend::{
-    Accepts, Backend, Beat, Claim, Claimed, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, PlannedStep, Reclaimed,
-    SchemaStatus, Transaction,
+    Accepts, Backend, Beat, Claim, Claimed, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, PlannedStep,
+    PluginVersion, Quarantine, Reclaimed, SchemaStatus, Transaction, Update,
 };
 pub use config::{Config, Connections, Database, Kind, PerfectQueue, Tls};
 pub use error::{Error, Result};

@@ -8,15 +8,23 @@
 //! A host's life cannot be seen by a server; leases say what is lost (see [`hosts`]).
 
 mod accounts;
+mod audit;
 mod choose;
 mod claim;
+mod claims;
 pub(crate) mod connect;
+mod deaths;
+mod due;
+mod excuse;
 pub(crate) mod failure;
 mod hosts;
 mod keep;
 mod mark;
+mod mend;
 mod operate;
 mod read;
+mod rehearse;
+mod repair;
 mod rows;
 mod schema;
 mod served;
@@ -36,18 +44,22 @@ use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlArguments, MySqlRow};
 use sqlx::query::Query;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
-use self::claim::Marks;
+use self::claims::Claims;
 use self::connect::Access;
-use self::mark::Mark;
-use self::session::{Runner, Session, Work, now};
+use self::mark::{Mark, Marks};
+use self::operate::Name;
+use self::session::{Runner, Session, Waiting, Work, now};
 use crate::batch::Batch;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
-    TaskId, Timestamp, Transaction,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
+    Settlement, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
 };
+
+/// Submits at once that somebody may be in the way of: fewer than there are connections.
+const ALONE_MAX: usize = 2;
 
 /// A MySQL or MariaDB database with tasks. Clones share it.
 #[derive(Clone, Debug)]
@@ -55,12 +67,19 @@ pub(crate) struct MySql {
     access: Arc<Access>,
     runner: Runner,
     marks: Arc<Mutex<Marks>>,
+    claims: Arc<Mutex<Claims>>,
+    /// When a server took no writes, and another was looked for.
+    looked_for_primary: Arc<Mutex<Option<Instant>>>,
+    /// When accounts were compared with tasks.
+    repaired: Arc<Mutex<Option<Instant>>>,
     tally: Arc<Mutex<Mark<i64>>>,
     /// The numbers of plugin versions.
     plugins: Arc<Mutex<HashMap<String, i64>>>,
     /// The hosts that this process registered, and when each was last noted to be here.
     hosts: Arc<Mutex<HashMap<HostId, Instant>>>,
     submits: Arc<together::Together>,
+    /// For submits that somebody may be in the way of.
+    alone: Arc<Semaphore>,
     /// Leases of settlements that failed in a way that leaves open whether they were committed.
     in_doubt: Arc<Mutex<HashSet<LeaseRef>>>,
 }
@@ -73,19 +92,22 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl MySql {
     /// Connect, with patience if the server cannot be reached, to see that it can be used.
     pub(crate) async fn open(config: &Config) -> Result<Self> {
-        let access = Access::new(config)?;
+        let access = Arc::new(Access::new(config)?);
         let (connection, server) = access.connect_with_patience(config.patience).await?;
         drop(connection);
-        let runner =
-            Runner::new(access.pool(&server), access.place.clone(), config.patience, config.connections.statement_timeout);
+        let runner = Runner::new(Arc::clone(&access), &server, config.patience, config.connections.statement_timeout);
         Ok(Self {
-            access: Arc::new(access),
+            access,
             runner,
             marks: Arc::default(),
+            claims: Arc::default(),
+            looked_for_primary: Arc::default(),
+            repaired: Arc::default(),
             tally: Arc::new(Mutex::new(Mark::at(0))),
             plugins: Arc::default(),
             hosts: Arc::default(),
             submits: Arc::default(),
+            alone: Arc::new(Semaphore::new(ALONE_MAX)),
             in_doubt: Arc::default(),
         })
     }
@@ -96,7 +118,16 @@ impl MySql {
         T: Send + 'static,
         F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
     {
-        let done = self.runner.run(doing, operation).await;
+        self.run_waiting(Waiting::Long, doing, operation).await
+    }
+
+    /// As [`MySql::run`], with another way to wait for locks.
+    async fn run_waiting<T, F>(&self, waiting: Waiting, doing: &'static str, operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
+    {
+        let done = self.runner.run(waiting, doing, operation).await;
         locked(&self.marks).hint();
         done
     }
@@ -161,6 +192,10 @@ impl Backend for MySql {
         self.status().await
     }
 
+    async fn rehearse(&self) -> Result<Vec<String>> {
+        self.rehearsed().await
+    }
+
     async fn now(&self) -> Result<Timestamp> {
         const NOW: &str = concat!("SELECT ", now!());
         let doing = "asking for the time";
@@ -202,8 +237,32 @@ impl Backend for MySql {
         self.settle_group(settlements).await
     }
 
+    async fn update_many(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        self.merge_many(updates).await
+    }
+
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
         self.merge_data(lease_ref, members).await
+    }
+
+    async fn excuse(&self, host: HostId, leases: &[LeaseRef]) -> Result<u64> {
+        self.excuse_host(host, leases).await
+    }
+
+    async fn note_running(&self, host: HostId, versions: &[PluginVersion]) -> Result<()> {
+        self.note_running_versions(host, versions).await
+    }
+
+    async fn quarantined(&self) -> Result<Vec<Quarantine>> {
+        self.versions_under_quarantine().await
+    }
+
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        self.release_version(digest).await
+    }
+
+    async fn audit(&self) -> Result<Vec<String>> {
+        self.compare_tables().await
     }
 
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
@@ -255,7 +314,19 @@ impl Backend for MySql {
     }
 
     async fn get(&self, key: &str) -> Result<Option<Task>> {
-        self.task_of(key).await
+        self.task_of(Name::Key(key.to_owned())).await
+    }
+
+    async fn get_by_id(&self, id: TaskId) -> Result<Option<Task>> {
+        self.task_of(Name::Id(id)).await
+    }
+
+    async fn cancel_by_id(&self, id: TaskId, retention: Duration) -> Result<()> {
+        self.end_by_hand(Name::Id(id), operate::ByHand::Cancel, retention).await
+    }
+
+    async fn retry_by_id(&self, id: TaskId) -> Result<()> {
+        self.retry_by_hand(Name::Id(id)).await
     }
 
     async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
@@ -271,15 +342,15 @@ impl Backend for MySql {
     }
 
     async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
-        self.end_by_hand(key, operate::ByHand::Finish, retention).await
+        self.end_by_hand(Name::Key(key.to_owned()), operate::ByHand::Finish, retention).await
     }
 
     async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
-        self.end_by_hand(key, operate::ByHand::Cancel, retention).await
+        self.end_by_hand(Name::Key(key.to_owned()), operate::ByHand::Cancel, retention).await
     }
 
     async fn retry(&self, key: &str) -> Result<()> {
-        self.retry_by_hand(key).await
+        self.retry_by_hand(Name::Key(key.to_owned())).await
     }
 
     async fn clean_up(&self, limit: u32) -> Result<u64> {
@@ -298,6 +369,6 @@ impl Backend for MySql {
         {
             tracing::debug!(%error, "the hosts of this process are left to their leases");
         }
-        self.runner.pool.close().await;
+        self.runner.close().await;
     }
 }

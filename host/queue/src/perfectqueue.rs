@@ -19,10 +19,13 @@ mod blob;
 mod broken;
 mod candidates;
 mod claim;
+mod deaths;
+mod excuse;
 mod hold;
 mod hosts;
 mod keep;
 mod lease;
+mod lock;
 mod lost;
 mod operate;
 mod order;
@@ -41,7 +44,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::mysql::{MySqlConnection, MySqlPool};
-use tokio::sync::{Notify, OnceCell};
+use tokio::sync::{Notify, OnceCell, watch};
 
 use self::run::Patience;
 use self::schema::Columns;
@@ -50,9 +53,12 @@ use crate::mysql::connect::Access;
 use crate::mysql::failure::Failure;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, State, Stats,
-    Submitted, Task, TaskId, Timestamp, Transaction,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
+    Settlement, State, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
 };
+
+/// How long closing waits for what is under way.
+const CLOSED_WITHIN: Duration = Duration::from_secs(5);
 
 /// PerfectQueue's table.
 #[derive(Debug)]
@@ -66,6 +72,8 @@ struct Shared {
     config: crate::PerfectQueue,
     policy: Policy,
     patience: Duration,
+    /// How long a try of an operation may take.
+    limit: Duration,
     access: Access,
     pool: MySqlPool,
     /// Known once the table was found.
@@ -76,6 +84,8 @@ struct Shared {
     pages: Arc<read::Pages>,
     strays: Arc<operate::Strays>,
     wakeup: Notify,
+    /// Whether the queue is being closed.
+    closes: watch::Sender<bool>,
 }
 
 impl PerfectQueue {
@@ -92,6 +102,8 @@ impl PerfectQueue {
             config: table.clone(),
             policy: config.policy.clone(),
             patience: config.patience,
+            // An operation has several statements.
+            limit: config.connections.statement_timeout.saturating_mul(2),
             pool: access.pool(&server),
             access,
             names: OnceCell::new(),
@@ -101,19 +113,20 @@ impl PerfectQueue {
             pages: Arc::default(),
             strays: Arc::default(),
             wakeup: Notify::new(),
+            closes: watch::Sender::new(false),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
 
     /// What the server says of the tables, on a connection of the pool.
     async fn columns(&self, doing: &'static str) -> Result<Columns> {
+        async fn find(shared: &Shared) -> Result<Columns, sqlx::Error> {
+            let mut connection = shared.pool.acquire().await?;
+            Columns::find(&shared.config, &mut connection).await
+        }
         let mut patience = Patience::new(self.shared.patience);
         loop {
-            let found = async {
-                let mut connection = self.shared.pool.acquire().await?;
-                Columns::find(&self.shared.config, &mut connection).await
-            };
-            match found.await {
+            match self.shared.bounded(find(&self.shared)).await {
                 Ok(columns) => return Ok(columns),
                 Err(error) => self.shared.pause_or_give_up(&mut patience, error, doing).await?,
             }
@@ -141,11 +154,23 @@ impl Shared {
         const NOW: &str = "SELECT CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)";
         let mut patience = Patience::new(self.patience);
         loop {
-            match sqlx::query_scalar(NOW).fetch_one(&self.pool).await {
+            match self.bounded(sqlx::query_scalar(NOW).fetch_one(&self.pool)).await {
                 Ok(now) => return Ok(Timestamp(now)),
                 Err(error) => self.pause_or_give_up(&mut patience, error, "asking for the time").await?,
             }
         }
+    }
+
+    /// What a read answers, unless the server keeps silent.
+    async fn bounded<T>(&self, read: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+        let silence = || sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the server gave no answer"));
+        tokio::time::timeout(self.limit, read).await.unwrap_or_else(|_| Err(silence()))
+    }
+
+    /// Ready when the queue is being closed.
+    async fn closing(&self) {
+        // It is there as long as this is.
+        let _ = self.closes.subscribe().wait_for(|closes| *closes).await;
     }
 
     /// A read failed: wait before the next try, unless it would fail again or comes too late.
@@ -185,6 +210,10 @@ impl Backend for PerfectQueue {
         Ok(self.columns("comparing the tables").await?.drift(&self.shared.config))
     }
 
+    async fn warnings(&self) -> Result<Vec<String>> {
+        self.shared.perform(schema::Warnings).await
+    }
+
     async fn schema_status(&self) -> Result<SchemaStatus> {
         Ok(self.columns("looking at the tables").await?.status(&self.shared.config))
     }
@@ -194,7 +223,12 @@ impl Backend for PerfectQueue {
     }
 
     fn check(&self, task: &NewTask) -> Result<()> {
-        submit::check(task, self.shared.config.side_table)
+        submit::check(task, self.shared.config.side_table)?;
+        // Once the table is known; what only the server can tell is refused when it is stored.
+        match self.shared.names.get().map(|names| names.fit(&task.key, task.user.as_deref())) {
+            Some(table::Fit::No(problem)) => Err(Error::InvalidTask { key: task.key.clone(), problem }),
+            _ => Ok(()),
+        }
     }
 
     async fn submit(&self, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
@@ -238,7 +272,15 @@ impl Backend for PerfectQueue {
     }
 
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
-        self.shared.update(lease_ref, members).await
+        let update = Update { lease_ref, members: members.to_vec() };
+        self.shared.update(&[update]).await?.pop().unwrap_or(Ok(LeaseAnswer::Lost))
+    }
+
+    async fn update_many(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        if updates.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.shared.update(updates).await
     }
 
     /// Nothing to do: a row whose lease ran out may be acquired as it is, and is counted as lost then.
@@ -252,6 +294,38 @@ impl Backend for PerfectQueue {
 
     async fn unregister_host(&self, host: HostId) -> Result<()> {
         self.shared.unregister(host).await
+    }
+
+    async fn excuse(&self, host: HostId, leases: &[LeaseRef]) -> Result<u64> {
+        if !self.shared.config.side_table {
+            return Ok(0);
+        }
+        let mut leases = self.shared.leases.keys(leases);
+        leases.sort_unstable();
+        leases.dedup();
+        self.shared.perform(excuse::Excuse { number: hosts::number(host), leases }).await
+    }
+
+    /// Of a host that nobody watches there is no place to note it, and nobody finds it dead.
+    async fn note_running(&self, host: HostId, versions: &[PluginVersion]) -> Result<()> {
+        match hosts::number(host) {
+            0 => Ok(()),
+            number => self.shared.perform(deaths::NoteRunning { number, versions: versions.to_vec() }).await,
+        }
+    }
+
+    async fn quarantined(&self) -> Result<Vec<Quarantine>> {
+        if !self.shared.config.side_table {
+            return Ok(Vec::new());
+        }
+        self.shared.perform(deaths::Quarantined).await
+    }
+
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        if !self.shared.config.side_table {
+            return Ok(false);
+        }
+        self.shared.perform(deaths::ReleasePlugin { digest: digest.to_owned() }).await
     }
 
     /// The policy has its say when the tasks are met again, as with all leases here that were lost.
@@ -301,7 +375,19 @@ impl Backend for PerfectQueue {
     }
 
     async fn get(&self, key: &str) -> Result<Option<Task>> {
-        self.shared.perform(read::Get { key: key.to_owned() }).await
+        self.shared.perform(read::Get { which: operate::Which::Key(key.to_owned()) }).await
+    }
+
+    async fn get_by_id(&self, id: TaskId) -> Result<Option<Task>> {
+        self.shared.perform(read::Get { which: operate::Which::Number(id) }).await
+    }
+
+    async fn cancel_by_id(&self, id: TaskId, retention: Duration) -> Result<()> {
+        self.shared.end(operate::Which::Number(id), State::Cancelled, retention).await
+    }
+
+    async fn retry_by_id(&self, id: TaskId) -> Result<()> {
+        self.shared.retry(operate::Which::Number(id)).await
     }
 
     async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
@@ -317,17 +403,15 @@ impl Backend for PerfectQueue {
     }
 
     async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
-        self.shared.perform(operate::End { key: key.to_owned(), state: State::Finished, retention }).await
+        self.shared.end(operate::Which::Key(key.to_owned()), State::Finished, retention).await
     }
 
     async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
-        self.shared.perform(operate::End { key: key.to_owned(), state: State::Cancelled, retention }).await
+        self.shared.end(operate::Which::Key(key.to_owned()), State::Cancelled, retention).await
     }
 
     async fn retry(&self, key: &str) -> Result<()> {
-        self.shared.perform(operate::Retry { key: key.to_owned() }).await?;
-        self.shared.wake();
-        Ok(())
+        self.shared.retry(operate::Which::Key(key.to_owned())).await
     }
 
     async fn clean_up(&self, limit: u32) -> Result<u64> {
@@ -339,7 +423,11 @@ impl Backend for PerfectQueue {
     }
 
     async fn close(&self) {
-        self.shared.claimer.lock().await.close();
-        self.shared.pool.close().await;
+        self.shared.closes.send_replace(true);
+        // A claim that waits for the lock ends at once; one in the middle of a statement ends by itself.
+        if let Ok(mut claimer) = tokio::time::timeout(CLOSED_WITHIN, self.shared.claimer.lock()).await {
+            claimer.close();
+        }
+        let _ = tokio::time::timeout(CLOSED_WITHIN, self.shared.pool.close()).await;
     }
 }

@@ -8,22 +8,29 @@
 //! counted is appended as differences. Only users have rows of their own that claims lock, one each, so that their limits hold.
 
 mod accounts;
+mod audit;
 mod between;
 mod claim;
 mod connections;
+mod excuse;
 mod failure;
 mod held;
 mod hosts;
 mod keep;
 mod listen;
 mod mark;
+mod mend;
 mod operate;
 mod read;
+mod rehearse;
 mod schema;
-mod served;
 mod session;
 mod settle;
 mod submit;
+mod suspects;
+mod tally;
+mod unreadable;
+mod versions;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -32,12 +39,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use self::connections::Connections;
+use self::operate::Name;
 use self::session::Shared;
 use crate::batch::Batch;
 use crate::{
-    AttemptRecord, Backend, Beat, Claim, Claimed, Config, Filter, HostDescription, HostId, HostRecord, LeaseAnswer, LeaseRef,
-    Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task, TaskId,
-    Timestamp, Transaction,
+    AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
+    Settlement, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
 };
 
 /// A PostgreSQL database with tasks.
@@ -70,6 +78,10 @@ impl Backend for Postgres {
 
     async fn schema_status(&self) -> Result<SchemaStatus> {
         self.shared.run("looking at the schema", |session| Box::pin(schema::status(session))).await
+    }
+
+    async fn rehearse(&self) -> Result<Vec<String>> {
+        self.shared.run("rehearsing what a host does", |session| Box::pin(rehearse::rehearse(session))).await
     }
 
     async fn now(&self) -> Result<Timestamp> {
@@ -122,7 +134,7 @@ impl Backend for Postgres {
         let broken = taken.value_mut().map(claim::Taken::open).unwrap_or_default();
         // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
         if !broken.is_empty()
-            && let Err(error) = claim::set_aside(&self.shared, broken).await
+            && let Err(error) = self.set_aside(broken).await
         {
             tracing::error!(%error, "damaged tasks cannot be set aside yet");
         }
@@ -149,7 +161,47 @@ impl Backend for Postgres {
     }
 
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
-        keep::merge_data(&self.shared, lease_ref, members).await
+        let update = Update { lease_ref, members: members.to_vec() };
+        keep::update_many(&self.shared, &[update]).await?.pop().unwrap_or(Err(Error::Closed))
+    }
+
+    async fn update_many(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        keep::update_many(&self.shared, updates).await
+    }
+
+    async fn excuse(&self, host: HostId, leases: &[LeaseRef]) -> Result<u64> {
+        let leases = leases.to_vec();
+        let excused = self.shared.run("taking losses back", move |session| {
+            let leases = leases.clone();
+            Box::pin(async move { excuse::excuse(session, host, &leases).await })
+        });
+        excused.await
+    }
+
+    async fn note_running(&self, host: HostId, versions: &[PluginVersion]) -> Result<()> {
+        let versions = versions.to_vec();
+        let noted = self.shared.run("noting what runs on a host", move |session| {
+            let versions = versions.clone();
+            Box::pin(async move { versions::note_running(session, host, &versions).await })
+        });
+        noted.await
+    }
+
+    async fn quarantined(&self) -> Result<Vec<Quarantine>> {
+        self.shared.run("reading plugin versions under quarantine", |session| Box::pin(versions::quarantined(session))).await
+    }
+
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        let digest = digest.to_owned();
+        let released = self.shared.run("releasing a plugin version", move |session| {
+            let digest = digest.clone();
+            Box::pin(async move { versions::release(session, &digest).await })
+        });
+        released.await
+    }
+
+    async fn audit(&self) -> Result<Vec<String>> {
+        self.shared.run_long("comparing the tables", audit::TIME_MAX, |session| Box::pin(audit::audit(session))).await
     }
 
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
@@ -230,23 +282,30 @@ impl Backend for Postgres {
         let digests = digests.to_vec();
         let noted = self.shared.run("noting plugin versions", move |session| {
             let digests = digests.clone();
-            Box::pin(async move { hosts::note_plugins(session, host, &digests).await })
+            Box::pin(async move { versions::note_plugins(session, host, &digests).await })
         });
         noted.await
     }
 
     async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
         let doing = "reading the plugin versions of a host";
-        self.shared.run(doing, move |session| Box::pin(async move { served::served_by(session, host).await })).await
+        self.shared.run(doing, move |session| Box::pin(async move { versions::served_by(session, host).await })).await
     }
 
     async fn get(&self, key: &str) -> Result<Option<Task>> {
-        let key = key.to_owned();
-        let read = self.shared.run("reading a task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { read::get(session, &key).await })
-        });
-        read.await
+        self.read(Name::Key(key.to_owned())).await
+    }
+
+    async fn get_by_id(&self, id: TaskId) -> Result<Option<Task>> {
+        self.read(Name::Id(id)).await
+    }
+
+    async fn cancel_by_id(&self, id: TaskId, retention: Duration) -> Result<()> {
+        self.end("cancelling a task", Name::Id(id), operate::ByHand::Cancel, retention).await
+    }
+
+    async fn retry_by_id(&self, id: TaskId) -> Result<()> {
+        self.retry_one(Name::Id(id)).await
     }
 
     async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
@@ -272,20 +331,15 @@ impl Backend for Postgres {
     }
 
     async fn force_finish(&self, key: &str, retention: Duration) -> Result<()> {
-        self.end("finishing a task by force", key, operate::ByHand::Finish, retention).await
+        self.end("finishing a task by force", Name::Key(key.to_owned()), operate::ByHand::Finish, retention).await
     }
 
     async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
-        self.end("cancelling a task", key, operate::ByHand::Cancel, retention).await
+        self.end("cancelling a task", Name::Key(key.to_owned()), operate::ByHand::Cancel, retention).await
     }
 
     async fn retry(&self, key: &str) -> Result<()> {
-        let key = key.to_owned();
-        let retried = self.shared.run("retrying a task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { operate::retry(session, &key).await })
-        });
-        retried.await
+        self.retry_one(Name::Key(key.to_owned())).await
     }
 
     async fn clean_up(&self, limit: u32) -> Result<u64> {
@@ -318,12 +372,39 @@ impl Backend for Postgres {
 }
 
 impl Postgres {
-    async fn end(&self, doing: &'static str, key: &str, by: operate::ByHand, retention: Duration) -> Result<()> {
-        let key = key.to_owned();
+    async fn end(&self, doing: &'static str, name: Name, by: operate::ByHand, retention: Duration) -> Result<()> {
         let ended = self.shared.run(doing, move |session| {
-            let key = key.clone();
-            Box::pin(async move { operate::end(session, &key, by, retention).await })
+            let name = name.clone();
+            Box::pin(async move { operate::end(session, &name, by, retention).await })
         });
         ended.await
+    }
+
+    async fn retry_one(&self, name: Name) -> Result<()> {
+        let retried = self.shared.run("retrying a task", move |session| {
+            let name = name.clone();
+            Box::pin(async move { operate::retry(session, &name).await })
+        });
+        retried.await
+    }
+
+    async fn read(&self, name: Name) -> Result<Option<Task>> {
+        let read = self.shared.run("reading a task", move |session| {
+            let name = name.clone();
+            Box::pin(async move { read::get(session, &name).await })
+        });
+        read.await
+    }
+
+    /// Whether or not the caller waits.
+    async fn set_aside(&self, broken: Vec<unreadable::Broken>) -> Result<()> {
+        let pass = self.shared.pass().await?;
+        let shared = Arc::clone(&self.shared);
+        let aside = tokio::spawn(async move {
+            let aside = unreadable::set_aside(&shared, broken).await;
+            drop(pass);
+            aside
+        });
+        aside.await.unwrap_or(Err(Error::Closed))
     }
 }

@@ -100,6 +100,12 @@ impl Queue {
     /// [`Error::Config`] for a URL that cannot be used, [`Error::File`], [`Error::Locked`], [`Error::ReadOnly`] or [`Error::Corrupt`] for a
     /// file that cannot.
     pub async fn open(config: &Config) -> Result<Self> {
+        // The driver would tell it as a server that cannot be reached.
+        if let Some(path) = config.connections.certificate_authority.as_deref().filter(|path| !path.is_file()) {
+            let problem =
+                format!("there is no file {}, which is to hold the certificate of the server's authority", path.display());
+            return Err(Error::Config { setting: "sslca", problem });
+        }
         let backend: Arc<dyn Backend> = match config.database()? {
             Database::Sqlite(path) => Arc::new(Sqlite::open(&path, config).await?),
             Database::Postgres => Arc::new(Postgres::open(config).await?),
@@ -187,6 +193,7 @@ impl Queue {
             alone,
             ignore_users: options.ignore_users,
             accepts: options.accepts.clone(),
+            limited: None,
         };
         let host = self.host(&mut state).await?;
         let claimed = match self.backend.claim(&claim(host)).await {

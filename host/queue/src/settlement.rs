@@ -60,8 +60,10 @@ pub enum Event {
         /// What is missing.
         message: String,
     },
-    /// The host that had the task is gone, or its lease ran out.
+    /// The host that had the task is gone, or, where nobody can tell, its lease ran out.
     Lost,
+    /// The lease ran out although the host lives: it slept, or could not reach the database in time. Nobody is to blame.
+    Overdue,
 }
 
 impl Event {
@@ -80,6 +82,7 @@ impl Event {
             Self::Stopped => "stop",
             Self::Unrouted { .. } => "unrouted",
             Self::Lost => "lost",
+            Self::Overdue => "overdue",
         }
     }
 
@@ -105,6 +108,7 @@ impl Event {
             Self::Lost => {
                 Some((self.name().to_owned(), "the host is gone or the lease ran out before the attempt ended".to_owned()))
             }
+            Self::Overdue => Some((self.name().to_owned(), "the lease ran out while its host was stopped or cut off".to_owned())),
         }
     }
 }
@@ -133,6 +137,8 @@ pub struct Attempt {
     pub lost_alone: u32,
     /// It ran alone.
     pub alone: bool,
+    /// How long ago, by the database's clock, it was lost for the first time since an attempt ended otherwise; zero if never.
+    pub lost_for: Duration,
 }
 
 impl Attempt {
@@ -146,7 +152,16 @@ impl Attempt {
             lost: task.lost,
             lost_alone: task.lost_alone,
             alone: task.alone,
+            // Only whoever finds it lost needs it.
+            lost_for: Duration::ZERO,
         }
+    }
+}
+
+impl Attempt {
+    /// The same after the handler gave a sign of its own: whatever ended hosts before, this attempt did not.
+    fn cleared(self) -> Self {
+        Self { lost: 0, lost_alone: 0, alone: false, lost_for: Duration::ZERO, ..self }
     }
 }
 
@@ -163,12 +178,15 @@ pub struct Policy {
     pub failed_retention: Duration,
     /// The most counted attempts of tasks that do not say. None: no limit.
     pub max_attempts: Option<u32>,
+    /// No task ends as failed because it was lost before so much time has passed since it was lost first.
+    pub suspicion: Duration,
 }
 
 impl Policy {
     /// How often a task is lost before it is claimed alone from then on.
     pub const LOST_MAX: u32 = 2;
-    /// How often a task is lost while alone before it ends as failed.
+    /// How often a task is lost while alone before it may end as failed, see [`Policy::suspicion`]. Until then each further attempt waits
+    /// twice as long as the one before.
     pub const LOST_ALONE_MAX: u32 = 3;
     /// How often in a row a task is released or handed back before each further time waits for [`Policy::retry_wait`].
     pub const RELEASES_MAX: u32 = 1_000;
@@ -183,6 +201,7 @@ impl Default for Policy {
             retention: Duration::from_secs(300),
             failed_retention: Duration::from_secs(14 * 24 * 3600),
             max_attempts: None,
+            suspicion: Duration::from_secs(3_600),
         }
     }
 }
@@ -310,8 +329,8 @@ pub fn decide(event: &Event, attempt: Attempt, policy: &Policy, random: f64) -> 
         | Event::Malformed { .. } => try_again(None, attempt, policy, random),
         Event::Failure { kind: FailureKind::Reject, .. } => fail(attempt, policy),
         // A handler that hands its task back lets others pass; one that was stopped by its host did not ask for that.
-        Event::Release { delay } => hand_back(Some(delay.unwrap_or_default()), attempt, policy),
-        Event::Stopped => hand_back(None, attempt, policy),
+        Event::Release { delay } => hand_back(Some(delay.unwrap_or_default()), attempt.cleared(), policy),
+        Event::Stopped | Event::Overdue => hand_back(None, attempt, policy),
         // Another outcome than a release: the row of releases ends.
         Event::Unrouted { .. } => wait_uncounted(Some(policy.retry_wait), 0, attempt),
         Event::Lost => lose(attempt, policy),
@@ -320,6 +339,7 @@ pub fn decide(event: &Event, attempt: Attempt, policy: &Policy, random: f64) -> 
 
 /// A counted attempt that did not get there: once more, unless it was the last one allowed.
 fn try_again(delay: Option<Duration>, attempt: Attempt, policy: &Policy, random: f64) -> Verdict {
+    let attempt = attempt.cleared();
     if attempt.max_attempts.or(policy.max_attempts).is_some_and(|most| attempt.attempt >= most) {
         return fail(attempt, policy);
     }
@@ -348,17 +368,21 @@ fn wait_uncounted(delay: Option<Duration>, releases: u32, attempt: Attempt) -> V
     Verdict::Wait { delay, counted: false, releases, lost: attempt.lost, lost_alone: attempt.lost_alone, alone: attempt.alone }
 }
 
-/// The task may be what killed its host. Lost twice, it may only endanger itself; lost three times like that, it is given up. Suspicion is
-/// never lifted by a later outcome, since a task that sometimes kills its host would kill again in company; an operator's retry lifts it.
+/// The task may be what killed its host. Lost twice, it may only endanger itself; lost like that again and again, and for long enough, it is given
+/// up. Nobody can tell a dead host from one that is cut off, so an outage must not fail tasks: what is lost alone waits longer and longer, until
+/// [`Policy::suspicion`] has passed.
 fn lose(attempt: Attempt, policy: &Policy) -> Verdict {
     let lost = attempt.lost.saturating_add(1);
     let lost_alone = attempt.lost_alone.saturating_add(u32::from(attempt.alone));
-    if lost_alone >= Policy::LOST_ALONE_MAX {
+    if lost_alone >= Policy::LOST_ALONE_MAX && attempt.lost_for >= policy.suspicion {
         return Verdict::Fail { retention: policy.failed_retention, lost, lost_alone, counted: false };
     }
     let alone = attempt.alone || lost >= Policy::LOST_MAX;
     // Lost for the first time it was most likely in bad company, and keeps its place. A suspect lets the others go first.
-    let delay = alone.then_some(Duration::ZERO);
+    let delay = alone.then(|| match lost_alone.checked_sub(Policy::LOST_ALONE_MAX) {
+        None => Duration::ZERO,
+        Some(more) => (policy.suspicion / 60).saturating_mul(1 << more.min(6)),
+    });
     Verdict::Wait { delay, counted: false, releases: attempt.releases, lost, lost_alone, alone }
 }
 

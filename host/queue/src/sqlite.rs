@@ -7,16 +7,22 @@
 //! A host lives as long as its process holds a lock on a file of its own, in a folder beside the database (see [`hosts`]).
 
 mod accounts;
+mod aside;
+mod audit;
+mod choose;
 mod claim;
 mod failure;
 mod hosts;
 mod keep;
+mod neighbours;
 mod operate;
 mod read;
+mod rows;
 mod schema;
 mod served;
 mod settle;
 mod submit;
+mod suspicion;
 mod together;
 mod writer;
 
@@ -24,20 +30,22 @@ mod writer;
 mod tests;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use sqlx::sqlite::{SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{ConnectOptions, Connection};
 use tokio::sync::Notify;
 
-use self::writer::{Access, Writer};
+use self::neighbours::{Seen, Watch};
+use self::operate::Named;
+use self::writer::{Access, Original, Writer};
 use crate::batch::Batch;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, Policy, Reclaimed, Result, SchemaStatus, Settlement, Stats, Submitted, Task,
-    TaskId, Timestamp,
+    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
+    Settlement, Stats, Submitted, Task, TaskId, Timestamp, Update,
 };
 
 /// Connections that read.
@@ -62,6 +70,12 @@ pub(crate) struct Sqlite {
     submits: Arc<together::Together>,
     wakeup: Arc<Notify>,
     hosts: hosts::Locks,
+    /// When accounts were compared with what they count.
+    repaired: Mutex<Option<Instant>>,
+    file: Arc<Original>,
+    seen: Arc<Seen>,
+    /// Begun by the first who waits for a hint: producers do not.
+    watch: Mutex<Option<Watch>>,
 }
 
 impl Sqlite {
@@ -93,14 +107,66 @@ impl Sqlite {
         })?;
         let path = Arc::new(real);
         let wakeup = Arc::new(Notify::new());
-        let access =
-            Access { options: options.clone(), path: Arc::clone(&path), patience: config.patience, wakeup: Arc::clone(&wakeup) };
+        let (file, seen) = (Arc::new(Original::at(&path)), Arc::<Seen>::default());
+        let access = Access {
+            options: options.clone(),
+            path: Arc::clone(&path),
+            patience: config.patience,
+            wakeup: Arc::clone(&wakeup),
+            file: Arc::clone(&file),
+            seen: Arc::clone(&seen),
+        };
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .acquire_timeout(config.patience)
             .connect_lazy_with(options.busy_timeout(config.patience).pragma("query_only", "ON").pragma("cache_size", "-8192"));
         let hosts = hosts::Locks::beside(&path);
-        Ok(Self { writer: Writer::start(connection, access), submits: Arc::default(), readers, wakeup, hosts, path })
+        let writer = Writer::start(connection, access);
+        Ok(Self {
+            writer,
+            submits: Arc::default(),
+            readers,
+            wakeup,
+            hosts,
+            repaired: Mutex::default(),
+            path,
+            file,
+            seen,
+            watch: Mutex::default(),
+        })
+    }
+
+    async fn cancel_named(&self, named: Named, retention: Duration) -> Result<()> {
+        self.writer
+            .run("cancelling a task", move |session| Box::pin(operate::end(session, named, operate::ByHand::Cancel, retention)))
+            .await
+    }
+
+    /// Set right what accounts count wrongly, at most once a minute. Only who writes into the tables by hand can bring that about.
+    async fn repair_accounts(&self) -> Result<()> {
+        {
+            let mut repaired = self.repaired.lock().unwrap_or_else(PoisonError::into_inner);
+            if repaired.is_some_and(|repaired| repaired.elapsed() < aside::REPAIR_INTERVAL) {
+                return Ok(());
+            }
+            *repaired = Some(Instant::now());
+        }
+        let users = aside::misfits(&self.readers).await.map_err(self.reading("comparing accounts"))?;
+        if users.is_empty() {
+            return Ok(());
+        }
+        tracing::error!(accounts = users.len(), "accounts do not count what their users have; they are counted anew");
+        self.writer
+            .run("counting accounts anew", move |session| {
+                Box::pin(async move {
+                    for user in users {
+                        aside::recount(session, &user).await?;
+                    }
+                    session.wake = true;
+                    Ok(())
+                })
+            })
+            .await
     }
 
     /// A reader's error in the queue's words.
@@ -133,7 +199,7 @@ async fn connect_with_patience(
     path: &Path,
     patience: Duration,
 ) -> Result<sqlx::sqlite::SqliteConnection> {
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     loop {
         let opened = async {
             let mut connection = options.connect().await?;
@@ -208,7 +274,9 @@ impl Backend for Sqlite {
                 move |session| Box::pin(async move { claim::claim(session, &claim).await }),
                 claim::Taken::give_back,
             )
-            .await?;
+            .await;
+        // The old file knows this host, and nobody else does any more.
+        let taken = taken.map_err(|error| if self.file.is_gone() { Error::UnknownHost(host) } else { error })?;
         let (claimed, broken) = taken.into_claimed();
         // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
         if !broken.is_empty()
@@ -236,7 +304,41 @@ impl Backend for Sqlite {
     }
 
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
-        self.merge_data(lease_ref, members).await
+        let answers = self.merge_data(&[Update { lease_ref, members: members.to_vec() }]).await?;
+        answers.into_iter().next().unwrap_or(Ok(LeaseAnswer::Lost))
+    }
+
+    async fn update_many(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        self.merge_data(updates).await
+    }
+
+    async fn excuse(&self, host: HostId, leases: &[LeaseRef]) -> Result<u64> {
+        let leases = leases.to_vec();
+        self.writer
+            .run("taking back losses", move |session| Box::pin(async move { suspicion::excuse(session, host, &leases).await }))
+            .await
+    }
+
+    async fn note_running(&self, host: HostId, versions: &[PluginVersion]) -> Result<()> {
+        let versions = versions.to_vec();
+        self.writer
+            .run("noting what runs", move |session| {
+                Box::pin(async move { suspicion::note_running(session, host, &versions).await })
+            })
+            .await
+    }
+
+    async fn quarantined(&self) -> Result<Vec<Quarantine>> {
+        suspicion::quarantined(&self.readers).await.map_err(self.reading("reading the quarantine"))
+    }
+
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        let digest = digest.to_owned();
+        self.writer.run("releasing a plugin version", move |session| Box::pin(suspicion::release(session, digest))).await
+    }
+
+    async fn audit(&self) -> Result<Vec<String>> {
+        audit::audit(&self.readers).await.map_err(self.reading("comparing the tables"))
     }
 
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
@@ -299,6 +401,10 @@ impl Backend for Sqlite {
         read::get(&self.readers, key).await.map_err(self.reading("reading a task"))
     }
 
+    async fn get_by_id(&self, id: TaskId) -> Result<Option<Task>> {
+        read::get_by_id(&self.readers, id).await.map_err(self.reading("reading a task"))
+    }
+
     async fn attempts(&self, key: &str) -> Result<Vec<AttemptRecord>> {
         read::attempts(&self.readers, key).await.map_err(self.reading("reading attempts"))
     }
@@ -315,24 +421,31 @@ impl Backend for Sqlite {
         let key = key.to_owned();
         self.writer
             .run("finishing a task by force", move |session| {
-                Box::pin(operate::end(session, key, operate::ByHand::Finish, retention))
+                Box::pin(operate::end(session, Named::Key(key), operate::ByHand::Finish, retention))
             })
             .await
     }
 
     async fn cancel(&self, key: &str, retention: Duration) -> Result<()> {
-        let key = key.to_owned();
-        self.writer
-            .run("cancelling a task", move |session| Box::pin(operate::end(session, key, operate::ByHand::Cancel, retention)))
-            .await
+        self.cancel_named(Named::Key(key.to_owned()), retention).await
+    }
+
+    async fn cancel_by_id(&self, id: TaskId, retention: Duration) -> Result<()> {
+        self.cancel_named(Named::Id(id), retention).await
     }
 
     async fn retry(&self, key: &str) -> Result<()> {
-        let key = key.to_owned();
-        self.writer.run("retrying a task", move |session| Box::pin(operate::retry(session, key))).await
+        let named = Named::Key(key.to_owned());
+        self.writer.run("retrying a task", move |session| Box::pin(operate::retry(session, named))).await
+    }
+
+    async fn retry_by_id(&self, id: TaskId) -> Result<()> {
+        let named = Named::Id(id);
+        self.writer.run("retrying a task", move |session| Box::pin(operate::retry(session, named))).await
     }
 
     async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.repair_accounts().await?;
         if !operate::has_garbage(&self.readers).await.map_err(self.reading("looking for ended retention"))? {
             return Ok(0);
         }
@@ -340,10 +453,15 @@ impl Backend for Sqlite {
     }
 
     async fn wakeup(&self) {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| {
+            let wakeup = Arc::clone(&self.wakeup);
+            Watch::start(&self.path, Arc::clone(&self.seen), self.writer.looker(), self.readers.clone(), wakeup)
+        });
         self.wakeup.notified().await;
     }
 
     async fn close(&self) {
+        drop(self.watch.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.writer.close().await;
         self.readers.close().await;
         self.hosts.release_all();

@@ -339,6 +339,9 @@ pub struct Task {
     pub error_code: Option<String>,
     /// The last failure, in words.
     pub error_message: Option<String>,
+    /// What of its row cannot be read, if something cannot; such a task is set aside as failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unreadable: Option<String>,
     /// Its data, decompressed; None where a list leaves it out. The bytes are a JSON object.
     #[serde(skip)]
     pub data: Option<Vec<u8>>,
@@ -360,7 +363,7 @@ pub struct AttemptRecord {
     pub plugin_digest: Option<String>,
     /// When it was settled or found lost.
     pub ended_at: Timestamp,
-    /// How it ended: `finish`, `retry`, `failure`, `trap`, `time-out`, `memory`, `malformed`, `release`, `stop`, `unrouted`, `lost`, ...
+    /// How it ended: `finish`, `retry`, `failure`, `trap`, `time-out`, `memory`, `malformed`, `release`, `stop`, `unrouted`, `lost`, `overdue`, `excused`, ...
     pub event: String,
     /// The short name of the failure.
     pub error_code: Option<String>,

@@ -1,6 +1,8 @@
-//! Real database servers for tests and benches (Debian's `postgresql` and `mariadb-server`), on free ports and in folders of their own.
+//! Real database servers for tests and benches (Debian's `postgresql` and `mariadb-server`), on free ports and in folders of their own, and gates
+//! before them.
 
 mod certificates;
+pub mod gate;
 #[path = "../../src/guarded.rs"]
 mod guarded;
 pub mod mariadb;

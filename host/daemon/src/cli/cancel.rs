@@ -1,24 +1,30 @@
 //! `laelaps cancel`.
 
-use serde_json::json;
-
 use super::output::Output;
-use super::{Exit, Key, Place};
+use super::{Exit, Name, Place, Which};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    task: Key,
+    task: Which,
 }
 
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let (config, queue) = place.open().await?;
-        queue.backend().cancel(&self.task.key, config.queue.policy.retention).await?;
-        queue.backend().close().await;
-        Place::note(&config, "cancel", json!({ "task": self.task.key }));
+        let (backend, retention) = (queue.backend(), config.queue.policy.retention);
+        let name = self.task.name();
+        let is_left = match &name {
+            Name::Key(key) => backend.cancel(key, retention).await.map(|()| true)?,
+            Name::Id(id) => {
+                backend.cancel_by_id(*id, retention).await?;
+                backend.get_by_id(*id).await?.is_some()
+            }
+        };
+        backend.close().await;
+        Place::note(&config, "cancel", name.fields());
         let mut output = Output::open();
-        output.line(&format!("task {:?} is cancelled", self.task.key))?;
+        output.line(&format!("{name} is {}", if is_left { "cancelled" } else { "removed" }))?;
         output.close()?;
         Ok(Exit::Done)
     }

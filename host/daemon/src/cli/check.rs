@@ -2,10 +2,10 @@
 
 use std::time::SystemTime;
 
-use laelaps_queue::{Kind, Queue, SchemaStatus, Timestamp};
+use laelaps_queue::{Filter, Kind, Quarantine, Queue, SchemaStatus, State, Task, Timestamp};
 use laelaps_watchdog::{Root, Session, WatchdogQueue, fleet};
 
-use super::output::{Output, counted, in_one_line, table};
+use super::output::{Output, counted, in_one_line, moment, table};
 use super::plugin::{Found, survey};
 use super::{Complaint, Exit, Place, exit};
 use crate::config::Config;
@@ -13,8 +13,17 @@ use crate::fleet::ZooKeeper;
 use crate::host;
 use crate::plugin::scan;
 
+/// Tasks that ended as failed, looked at for those that were set aside.
+const FAILED_MAX: usize = 100_000;
+/// Set-aside tasks that are named.
+const NAMED_MAX: usize = 10;
+
 #[derive(Debug, clap::Args)]
-pub(super) struct Arguments {}
+pub(super) struct Arguments {
+    /// Compare every table of the queue with every other, too: reads all of it, and changes nothing
+    #[arg(long)]
+    data: bool,
+}
 
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
@@ -42,7 +51,16 @@ impl Arguments {
             }
             Ok(())
         };
-        note(database(&config).await, &mut output)?;
+        match database(&config).await {
+            Ok((line, queue)) => {
+                note(Ok(line), &mut output)?;
+                for problem in Box::pin(look_into(&queue, &config, self.data, &mut output)).await? {
+                    note(Err(problem), &mut output)?;
+                }
+                queue.close().await;
+            }
+            Err(error) => note(Err(error), &mut output)?,
+        }
         for (what, zookeeper, root) in roots(&config) {
             note(look_at_root(what, zookeeper, root).await, &mut output)?;
         }
@@ -86,7 +104,8 @@ async fn look_at_root(what: &str, zookeeper: &ZooKeeper, root: &Root) -> anyhow:
     Ok(format!("{what:<14} {root}: {found}, sessions end after {timeout:?}"))
 }
 
-async fn database(config: &Config) -> anyhow::Result<String> {
+/// What is said of the database, and the queue in it, still open.
+async fn database(config: &Config) -> anyhow::Result<(String, Queue)> {
     let (is_ours, hint) = match &config.queue.kind {
         Kind::Native => {
             (true, "somebody changed them by hand; put them back, or move the tasks to a new database made by `laelaps init`")
@@ -100,7 +119,6 @@ async fn database(config: &Config) -> anyhow::Result<String> {
     let asked = machine();
     let now = queue.backend().now().await;
     let answered = machine();
-    queue.close().await;
     let (status, drift) = (status?, drift?);
     // Of a table that somebody else made, what is missing says more than a version that is written nowhere.
     let drift_counts = match status {
@@ -114,7 +132,95 @@ async fn database(config: &Config) -> anyhow::Result<String> {
     }
     let version = host::fit(config, &status)?;
     let clock = if is_ours { String::new() } else { format!("\nclock          {}", ahead(now?, asked, answered)) };
-    Ok(format!("database       {}: schema {version}{clock}", config.queue.place()))
+    Ok((format!("database       {}: schema {version}{clock}", config.queue.place()), queue))
+}
+
+/// What a host would find when it works on the queue. What stops nobody is warned of here; the rest is answered.
+async fn look_into(queue: &Queue, config: &Config, data: bool, output: &mut Output) -> anyhow::Result<Vec<anyhow::Error>> {
+    let (backend, place) = (queue.backend(), config.queue.place());
+    let mut problems = Vec::new();
+    output.flush()?;
+    match backend.rehearse().await {
+        Ok(missing) => problems.extend(missing.into_iter().map(|missing| {
+            let hint =
+                "let an administrator of the database grant or set what is named; docs/databases.md and docs/databases-mysql.md list what a host needs";
+            Complaint::new(Exit::Database, format!("{place}: a host could not work: {}", in_one_line(&missing, 1_000)), hint)
+                .into()
+        })),
+        Err(error) => problems.push(error.into()),
+    }
+    match backend.warnings().await {
+        Ok(warnings) => warnings.iter().for_each(|warning| exit::warn(&format!("{place}: {warning}"))),
+        Err(error) => problems.push(error.into()),
+    }
+    match set_aside(queue).await {
+        Ok(None) => {}
+        Ok(Some(told)) => exit::warn(&format!("{place}: {told}")),
+        Err(error) => problems.push(error.into()),
+    }
+    match backend.quarantined().await {
+        Ok(quarantined) => {
+            quarantined.iter().for_each(|quarantine| exit::warn(&format!("{place}: {}", in_quarantine(quarantine))))
+        }
+        Err(error) => problems.push(error.into()),
+    }
+    if data && config.queue.kind != Kind::Native {
+        output.line("data           not compared: only our own tables are")?;
+    } else if data {
+        match backend.audit().await {
+            Ok(findings) if findings.is_empty() => output.line("data           every table agrees with every other")?,
+            Ok(findings) => {
+                output.line(&format!("data           {}", counted(findings.len() as u64, "contradiction")))?;
+                for finding in &findings {
+                    output.line(&format!("  {}", in_one_line(finding, 1_000)))?;
+                }
+                output.flush()?;
+                let hint = "hosts mend some of it by themselves: check again in a minute; report what stays, with these lines";
+                let message = format!("{place}: {} in the data", counted(findings.len() as u64, "contradiction"));
+                problems.push(Complaint::new(Exit::Database, message, hint).into());
+            }
+            Err(error) => problems.push(error.into()),
+        }
+    }
+    Ok(problems)
+}
+
+fn in_quarantine(Quarantine { version, deaths, since }: &Quarantine) -> String {
+    let (name, digest) = (in_one_line(&version.name, 150), in_one_line(&version.digest, 64));
+    let (deaths, since) = (counted((*deaths).into(), "host"), moment(*since));
+    format!(
+        "plugin {name}, version {digest}, is under quarantine: {deaths} died while it ran alone there, the last at {since}. Its tasks wait; \
+        replace the plugin, or let it run again with `laelaps plugin release {digest}`"
+    )
+}
+
+/// The tasks that were set aside because they cannot be read, in words.
+async fn set_aside(queue: &Queue) -> laelaps_queue::Result<Option<String>> {
+    let mut filter = Filter { states: vec![State::Failed], limit: 1_000, ..Filter::default() };
+    let (mut looked_at, mut found) = (0, Vec::new());
+    let is_whole = loop {
+        let page = queue.backend().list(&filter).await?;
+        looked_at += page.tasks.len();
+        let is_set_aside =
+            |task: &&Task| task.unreadable.is_some() || matches!(task.error_code.as_deref(), Some("unreadable" | "damaged-data"));
+        found.extend(page.tasks.iter().filter(is_set_aside).map(|task| task.id.0));
+        filter.after = page.next;
+        if page.next.is_none() || looked_at >= FAILED_MAX {
+            break page.next.is_none();
+        }
+    };
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let named: Vec<String> = found.iter().take(NAMED_MAX).map(i64::to_string).collect();
+    let more = if found.len() > NAMED_MAX { ", ..." } else { "" };
+    let bound = if is_whole { "" } else { " or more" };
+    Ok(Some(format!(
+        "{}{bound} set aside, because what is stored of them cannot be read (number {}{more}): `laelaps show --id N` tells what is wrong, \
+        `laelaps cancel --id N` removes one; then its producer can submit it again",
+        counted(found.len() as u64, "task"),
+        named.join(", ")
+    )))
 }
 
 /// The machine's clock, in seconds.

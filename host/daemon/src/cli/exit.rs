@@ -21,7 +21,7 @@ pub enum Exit {
     Configuration,
     /// The database cannot be used.
     Database,
-    /// There is no such task, root or node.
+    /// There is no such task, root, node or plugin version.
     NoSuchTask,
     /// The task or root exists, but not in a state that allows it; or what is to be made exists already.
     WrongState,
@@ -44,7 +44,7 @@ pub(super) const TABLE: &str = "Exit codes:\n  \
     2  wrong usage, or data that breaks a bound\n  \
     3  the configuration is missing or refused\n  \
     4  the database cannot be used\n  \
-    5  no such task, root or node\n  \
+    5  no such task, root, node or plugin version\n  \
     6  the task's or root's state does not allow it, or what is to be made exists already\n  \
     7  a plugin is refused, or a handler did not finish its task\n  \
     8  ZooKeeper cannot be used\n  \
@@ -220,7 +220,7 @@ fn exit(error: &anyhow::Error) -> Exit {
     match find::<Queue>(error) {
         Some(Queue::InvalidTask { .. }) => Exit::Usage,
         Some(Queue::Config { .. }) => Exit::Configuration,
-        Some(Queue::NotFound(_)) => Exit::NoSuchTask,
+        Some(Queue::NotFound(_) | Queue::NoSuchId(_)) => Exit::NoSuchTask,
         Some(Queue::AlreadyEnded { .. } | Queue::WrongState { .. }) => Exit::WrongState,
         Some(_) => Exit::Database,
         None => Exit::Failed,

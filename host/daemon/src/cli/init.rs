@@ -1,16 +1,20 @@
 //! `laelaps init`.
 
-use laelaps_queue::{Config, Database, PlannedStep, Queue};
+use laelaps_queue::{Config, Database, Migration, PlannedStep, Queue};
 use serde_json::json;
 
 use super::output::Output;
-use super::{Exit, Place};
+use super::{Exit, Place, exit};
+use crate::start::{self, News};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// Print the SQL that would be run, and change nothing
     #[arg(long)]
     dry_run: bool,
+    /// Wait for a database that cannot be reached, however long it takes, instead of `pq_connect_timeout`
+    #[arg(long, conflicts_with = "dry_run")]
+    wait: bool,
 }
 
 impl Arguments {
@@ -19,9 +23,7 @@ impl Arguments {
         if self.dry_run {
             return dry_run(&config.queue).await;
         }
-        let queue = Queue::open(&config.queue).await?;
-        let migration = queue.backend().init().await?;
-        queue.backend().close().await;
+        let migration = if self.wait { made_in_time(&config.queue).await? } else { made(&config.queue).await? };
         Place::note(&config, "init", json!({ "schema": migration.version, "steps": migration.applied.len() }));
         let mut output = Output::open();
         output.line(&match migration.applied.as_slice() {
@@ -31,6 +33,30 @@ impl Arguments {
         output.close()?;
         Ok(Exit::Done)
     }
+}
+
+async fn made(config: &Config) -> anyhow::Result<Migration> {
+    let queue = Queue::open(config).await?;
+    let migration = queue.backend().init().await;
+    queue.backend().close().await;
+    Ok(migration?)
+}
+
+/// As [`made`], once the database is there.
+async fn made_in_time(config: &Config) -> anyhow::Result<Migration> {
+    let short = start::impatient(config);
+    let look = async || {
+        // What is wrong is known at once, and the tables are made with all patience.
+        Queue::open(&short).await?.backend().close().await;
+        made(config).await
+    };
+    let tell = |news: News<'_>| {
+        if let News::Reason(error, waited) = news {
+            let hint = start::hint(error);
+            exit::warn(&format!("waiting for the database, for {} s so far: {error:#} ({hint})", waited.as_secs()));
+        }
+    };
+    start::until_there(look, tell).await
 }
 
 async fn dry_run(config: &Config) -> anyhow::Result<Exit> {

@@ -31,6 +31,8 @@ pub(super) struct TaskJson<'a> {
     plugin_digest: Option<&'a str>,
     error_code: Option<&'a str>,
     error_message: Option<&'a str>,
+    /// What of its row cannot be read.
+    unreadable: Option<&'a str>,
     /// The producer's bytes, untouched. They are a JSON object in one line or several.
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<Box<RawValue>>,
@@ -83,6 +85,7 @@ impl<'a> TaskJson<'a> {
             plugin_digest: task.plugin_digest.as_deref(),
             error_code: task.error_code.as_deref(),
             error_message: task.error_message.as_deref(),
+            unreadable: task.unreadable.as_deref(),
             data: task.data.as_deref().and_then(raw),
             output: task.output.as_deref().map(OutputJson::new),
             history: None,

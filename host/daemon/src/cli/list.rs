@@ -34,6 +34,12 @@ pub(super) struct Arguments {
     /// Only what follows the task with this id: to go on where a list ended
     #[arg(long, value_name = "ID")]
     after: Option<i64>,
+    /// Only the task with this number
+    #[arg(long, value_name = "N", allow_negative_numbers = true, conflicts_with_all = ["state", "task_type", "user", "prefix", "after", "unreadable"])]
+    id: Option<i64>,
+    /// Only tasks that cannot be read; every task that the other filters let pass is looked at
+    #[arg(long)]
+    unreadable: bool,
     /// With the tasks' data; in JSON also with their output
     #[arg(long)]
     data: bool,
@@ -51,12 +57,28 @@ fn state_parser() -> impl clap::builder::TypedValueParser<Value = State> {
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let (_, queue) = place.open().await?;
+        if let Some(id) = self.id.map(TaskId) {
+            let task = queue.backend().get_by_id(id).await?.ok_or(laelaps_queue::Error::NoSuchId(id))?;
+            queue.backend().close().await;
+            let mut listing = Listing::new(self.json, self.data);
+            listing.add(&[if self.data { task } else { Task { data: None, output: None, ..task } }])?;
+            listing.close()?;
+            return Ok(Exit::Done);
+        }
         let mut filter = self.filter();
         let mut left = NonZeroU32::new(self.limit).map_or(u64::MAX, |limit| limit.get().into());
         let mut listing = Listing::new(self.json, self.data);
         let next = loop {
-            filter.limit = u32::try_from(left.min(PAGE.into())).unwrap_or(PAGE);
-            let page = queue.backend().list(&filter).await?;
+            filter.limit = if self.unreadable { PAGE } else { u32::try_from(left.min(PAGE.into())).unwrap_or(PAGE) };
+            let mut page = queue.backend().list(&filter).await?;
+            if self.unreadable {
+                page.tasks.retain(|task| task.unreadable.is_some());
+                let most = usize::try_from(left).unwrap_or(usize::MAX);
+                if page.tasks.len() > most {
+                    page.tasks.truncate(most);
+                    page.next = page.tasks.last().map(|task| task.id);
+                }
+            }
             left -= page.tasks.len() as u64;
             listing.add(&page.tasks)?;
             filter.after = page.next;
@@ -91,19 +113,21 @@ struct Listing {
     table: Option<comfy_table::Table>,
     data: bool,
     count: u64,
+    unreadable: u64,
 }
 
 impl Listing {
     fn new(json: bool, data: bool) -> Self {
-        let mut header = vec!["key", "type", "user", "state", "created_at", "timeout", "attempts"];
+        let mut header = vec!["key", "type", "user", "state", "created_at", "timeout", "attempts", "id"];
         if data {
             header.push("data");
         }
-        Self { output: Output::open(), table: (!json).then(|| table(&header)), data, count: 0 }
+        Self { output: Output::open(), table: (!json).then(|| table(&header)), data, count: 0, unreadable: 0 }
     }
 
     fn add(&mut self, tasks: &[Task]) -> anyhow::Result<()> {
         self.count += tasks.len() as u64;
+        self.unreadable += tasks.iter().filter(|task| task.unreadable.is_some()).count() as u64;
         for task in tasks {
             match &mut self.table {
                 Some(table) => {
@@ -122,7 +146,12 @@ impl Listing {
             }
             self.output.line(&format!("{} entries.", self.count))?;
         }
-        Ok(self.output.close()?)
+        self.output.close()?;
+        if self.unreadable > 0 {
+            let hint = "`laelaps show --id N` tells what is wrong with one, `laelaps cancel --id N` removes it";
+            anstream::eprintln!("{} of these cannot be read: {hint}", self.unreadable);
+        }
+        Ok(())
     }
 }
 
@@ -137,10 +166,14 @@ fn row(task: &Task, with_data: bool) -> Vec<String> {
         in_one_line(&task.key, 255),
         in_one_line(&task.task_type, 255),
         in_one_line(task.user.as_deref().unwrap_or(""), 255),
-        task.state.as_str().to_owned(),
+        match task.unreadable {
+            None => task.state.as_str().to_owned(),
+            Some(_) => format!("{}, unreadable", task.state.as_str()),
+        },
         moment(task.created_at),
         timeout.unwrap_or_default(),
         task.attempts.to_string(),
+        task.id.0.to_string(),
     ];
     if with_data {
         row.push(in_one_line(&String::from_utf8_lossy(task.data.as_deref().unwrap_or_default()), DATA_WIDTH));

@@ -74,10 +74,16 @@ pub(super) fn counted(count: u64, noun: &str) -> String {
 
 /// A moment to the second, in UTC.
 pub(super) fn moment(timestamp: Timestamp) -> String {
-    match jiff::Timestamp::from_millisecond(timestamp.0) {
-        Ok(timestamp) => timestamp.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
-        Err(_) => format!("{} ms", timestamp.0),
+    match civil(timestamp) {
+        Some(moment) => moment.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+        None => format!("{} ms", timestamp.0),
     }
+}
+
+/// A moment in UTC. Not a [`jiff::Timestamp`], which ends a day before the year 9999 does.
+fn civil(timestamp: Timestamp) -> Option<jiff::civil::DateTime> {
+    let epoch = jiff::civil::date(1970, 1, 1).to_datetime(jiff::civil::Time::midnight());
+    epoch.checked_add(jiff::SignedDuration::from_millis(timestamp.0)).ok()
 }
 
 /// When a task may run, in UTC to the second; in a word if that is up to somebody.
@@ -87,9 +93,9 @@ pub(super) fn run_at(task: &Task) -> String {
 
 /// A moment to the millisecond, in UTC, as JSON carries it.
 pub(super) fn exact_moment(timestamp: Timestamp) -> String {
-    match jiff::Timestamp::from_millisecond(timestamp.0) {
-        Ok(timestamp) => timestamp.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string(),
-        Err(_) => format!("{} ms", timestamp.0),
+    match civil(timestamp) {
+        Some(moment) => moment.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string(),
+        None => format!("{} ms", timestamp.0),
     }
 }
 
@@ -131,6 +137,7 @@ mod tests {
     fn moments_are_utc() {
         assert_eq!(moment(Timestamp(1_700_000_000_123)), "2023-11-14T22:13:20Z");
         assert_eq!(exact_moment(Timestamp(1_700_000_000_123)), "2023-11-14T22:13:20.123Z");
+        assert_eq!(exact_moment(laelaps_queue::NewTask::RUN_AT_MAX), "9999-12-31T23:59:59.999Z");
         assert_eq!(moment(Timestamp(i64::MAX)), format!("{} ms", i64::MAX));
     }
 }

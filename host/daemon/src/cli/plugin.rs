@@ -1,6 +1,7 @@
 //! `laelaps plugin`: looking at plugins, and trying them out.
 
 mod inspect;
+mod quarantine;
 mod run;
 
 use std::io::Read as _;
@@ -25,6 +26,10 @@ enum Command {
     Inspect(inspect::Arguments),
     /// Run one task in a handler, here and now, without a database
     Run(Box<run::Arguments>),
+    /// List plugin versions that no host runs any more, because hosts died while they ran nothing else
+    Quarantine(quarantine::List),
+    /// Let a plugin version under quarantine run again
+    Release(quarantine::Release),
 }
 
 impl Arguments {
@@ -33,6 +38,8 @@ impl Arguments {
             Command::List(arguments) => arguments.run(place).await,
             Command::Inspect(arguments) => arguments.run(place).await,
             Command::Run(arguments) => arguments.run().await,
+            Command::Quarantine(arguments) => arguments.run(place).await,
+            Command::Release(arguments) => arguments.run(place).await,
         }
     }
 }

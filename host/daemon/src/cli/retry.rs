@@ -1,24 +1,26 @@
 //! `laelaps retry`.
 
-use serde_json::json;
-
 use super::output::Output;
-use super::{Exit, Key, Place};
+use super::{Exit, Name, Place, Which};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    task: Key,
+    task: Which,
 }
 
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let (config, queue) = place.open().await?;
-        queue.backend().retry(&self.task.key).await?;
+        let name = self.task.name();
+        match &name {
+            Name::Key(key) => queue.backend().retry(key).await?,
+            Name::Id(id) => queue.backend().retry_by_id(*id).await?,
+        }
         queue.backend().close().await;
-        Place::note(&config, "retry", json!({ "task": self.task.key }));
+        Place::note(&config, "retry", name.fields());
         let mut output = Output::open();
-        output.line(&format!("task {:?} may run now", self.task.key))?;
+        output.line(&format!("{name} may run now"))?;
         output.close()?;
         Ok(Exit::Done)
     }

@@ -4,12 +4,12 @@ use laelaps_queue::{AttemptRecord, Error, Task};
 
 use super::json::TaskJson;
 use super::output::{Output, in_one_line, moment, printable, run_at, table};
-use super::{Complaint, Exit, Key, Place};
+use super::{Complaint, Exit, Name, Place, Which};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    task: Key,
+    task: Which,
     /// All of it as one JSON object
     #[arg(long, conflicts_with_all = ["data", "output"])]
     json: bool,
@@ -24,9 +24,15 @@ pub(super) struct Arguments {
 impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let (_, queue) = place.open().await?;
-        let key = &self.task.key;
-        let task = queue.backend().get(key).await?.ok_or_else(|| Error::NotFound(key.clone()))?;
-        let attempts = queue.backend().attempts(key).await?;
+        let task = match self.task.name() {
+            Name::Key(key) => queue.backend().get(&key).await?.ok_or(Error::NotFound(key))?,
+            Name::Id(id) => queue.backend().get_by_id(id).await?.ok_or(Error::NoSuchId(id))?,
+        };
+        // What is shown of a key that cannot be read may be the key of another task.
+        let attempts = match task.unreadable {
+            None => queue.backend().attempts(&task.key).await?,
+            Some(_) => Vec::new(),
+        };
         queue.backend().close().await;
         let mut output = Output::open();
         if self.json {
@@ -77,6 +83,7 @@ fn facts(task: &Task) -> Vec<(&'static str, String)> {
         ("key", task.key.clone()),
         ("type", task.task_type.clone()),
         ("state", task.state.as_str().to_owned()),
+        ("id", task.id.0.to_string()),
         ("attempts", format!("{}{}", task.attempts, limit(task.max_attempts))),
         ("created_at", moment(task.created_at)),
         ("run_at", run_at(task)),
@@ -99,6 +106,7 @@ fn facts(task: &Task) -> Vec<(&'static str, String)> {
     add("plugin", task.plugin_digest.clone());
     add("error_code", task.error_code.clone());
     add("error", task.error_message.clone());
+    add("unreadable", task.unreadable.clone());
     facts
 }
 

@@ -46,7 +46,7 @@ struct Options {
     /// On whose account it runs
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
-    /// Not before this moment: seconds since 1970, or a time such as 2026-12-24T18:00:00Z
+    /// Not before this moment: seconds since 1970, a time such as 2026-12-24T18:00:00Z, or a date (its beginning in UTC)
     #[arg(short = 't', long, value_name = "UNIXTIME", value_parser = line::moment_from_text, allow_negative_numbers = true)]
     run_at: Option<Timestamp>,
     /// The most tasks of this user at once

@@ -57,6 +57,10 @@ fn read(mut keys: Keys<'_>, index: usize, defaults: Defaults<'_>, lookup: &Looku
     let plugin = plugin_name(&mut keys);
     let limits = limits(&mut keys);
     let policy = section::policy(&mut keys, defaults.policy);
+    if keys.take(section::SUSPICION).is_some() {
+        let problem = "belongs to the section: a host that finds a task lost does not ask for its route".to_owned();
+        keys.problem(section::SUSPICION, problem, Some("move it beside `routes`; it counts for all of them"));
+    }
     let grants = match keys.mapping("grants", "a mapping of folders, environment and follow_ups") {
         Some(keys) => grants::read(keys, defaults.follow_ups, lookup),
         None => Grants { follow_ups: defaults.follow_ups.clone(), ..Grants::default() },

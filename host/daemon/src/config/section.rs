@@ -21,6 +21,9 @@ use crate::plugin;
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const HOUR: Duration = Duration::from_secs(3600);
 
+/// The key of how long a task has to be suspected before it is given up. In no route: who finds a task lost knows none.
+pub(super) const SUSPICION: &str = "suspicion_time";
+
 /// Times that a task waits or is kept.
 pub(super) const RETENTION: RangeInclusive<Duration> = Duration::ZERO..=YEARS_10;
 pub(super) const WAIT: RangeInclusive<Duration> = Duration::ZERO..=YEARS_10;
@@ -52,6 +55,8 @@ pub(super) fn validate(
     let cleanup_interval = keys.whole("cleanup_interval", 0..=1_000_000).unwrap_or(20);
     let Place { url, kind, connections, unknown } = database::place(&mut keys, cleanup_interval, lookup);
     let policy = policy(&mut keys, &Policy::default());
+    let suspicion = keys.duration(SUSPICION, WAIT).unwrap_or(policy.suspicion);
+    let policy = Policy { suspicion, ..policy };
     let children = children(&mut keys);
     let (task_heartbeat_interval, alive_time) = lease(&mut keys);
     let log = keys.text("log", "the path of a file").map(PathBuf::from);
@@ -232,6 +237,7 @@ pub(super) fn policy(keys: &mut Keys<'_>, defaults: &Policy) -> Policy {
         retention: keys.duration("retention_time", RETENTION).unwrap_or(defaults.retention),
         failed_retention: keys.duration("failed_retention_time", RETENTION).unwrap_or(defaults.failed_retention),
         max_attempts: keys.whole_or("max_attempts", ATTEMPTS, "unlimited").unwrap_or(defaults.max_attempts),
+        suspicion: defaults.suspicion,
     }
 }
 

@@ -49,6 +49,7 @@ fn a_minimal_file_has_perfectqueues_defaults() {
     assert_eq!(config.queue.policy.retry_wait, Duration::from_secs(300));
     assert_eq!(config.queue.policy.backoff, Backoff::Fixed(Duration::from_secs(300)));
     assert_eq!(config.queue.policy.max_attempts, None);
+    assert_eq!(config.queue.policy.suspicion, Duration::from_secs(3_600));
     assert_eq!(config.child_graceful_kill_limit, None);
     assert_eq!(config.child_heartbeat_interval, Duration::from_secs(2));
     assert_eq!(config.child_heartbeat_limit, Duration::from_secs(10));
@@ -404,13 +405,15 @@ development:
 #[test]
 fn lengths_of_time_and_sizes_are_numbers_or_texts() {
     let config = load(&with(
-        "poll_interval: 250ms\nalive_time: 1h 30m\nretry_wait: 2.5\nfailed_retention_time: 30 days\nroutes:\n- {type: a, plugin: p, memory: 64MB, log_limit: 4096}",
+        "poll_interval: 250ms\nalive_time: 1h 30m\nretry_wait: 2.5\nfailed_retention_time: 30 days\nsuspicion_time: 2h\nroutes:\n- {type: a, plugin: p, memory: 64MB, log_limit: 4096}",
     ))
     .expect("valid");
     assert_eq!(config.poll_interval, Duration::from_millis(250));
     assert_eq!(config.alive_time, Duration::from_secs(5_400));
     assert_eq!(config.queue.policy.retry_wait, Duration::from_millis(2_500));
     assert_eq!(config.queue.policy.failed_retention, Duration::from_secs(30 * 86_400));
+    assert_eq!(config.queue.policy.suspicion, Duration::from_secs(7_200));
+    assert_eq!(config.routes[0].policy.suspicion, Duration::from_secs(7_200), "a route has the section's");
     assert_eq!((config.routes[0].limits.memory_bytes, config.routes[0].limits.log_bytes), (64_000_000, 4_096));
 }
 

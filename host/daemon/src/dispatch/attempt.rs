@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use laelaps_queue::{Attempt, ClaimedTask, Event, Settlement};
 
+use super::buffer::is_limited;
 use super::{Held, Shared};
 use crate::config::{Route, Routes};
 use crate::leases::LeasedTask;
@@ -24,17 +25,27 @@ pub(super) async fn attempt(shared: &Shared, held: Held, route: Option<Arc<Route
         return settle(shared, &task, policy, Event::Unrouted { message }, None, Submitted::default(), control).await;
     };
     let digest = version.digest();
+    if let Some(quarantine) = shared.versions.quarantine(digest) {
+        let message = crate::reports::quarantined(&quarantine);
+        let event = Event::Unrouted { message };
+        return settle(shared, &task, &route.policy, event, None, Submitted::default(), control).await;
+    }
+    let Some(running) = shared.versions.begin(&route.plugin, digest, &control).await else {
+        return settle(shared, &task, &route.policy, Event::Stopped, None, Submitted::default(), control).await;
+    };
     let share = shared.unstored.share(task.descent.root);
     let unstored = UntilStored::new(Arc::clone(&share));
     let services = LeasedTask {
         leases: shared.leases.clone(),
         backend: Arc::clone(&shared.backend),
+        updates: shared.updates.clone(),
         lease_ref: task.lease_ref,
         database_time: task.claimed_at,
         at: claimed_at,
         root: task.descent.root,
         leads_here: leads_to(&shared.routes, &route.plugin),
         share,
+        _running: running,
     };
     // The data is the guest's alone: it may have megabytes, and what follows does not need it.
     let data = std::mem::take(&mut task.data);
@@ -90,5 +101,6 @@ pub(super) async fn settle(
     let settlement = Settlement::of(task.lease_ref, event, attempt, policy, fastrand::f64(), plugin_digest, follow_ups);
     shared.leases.settling(task.lease_ref);
     let key = task.key.clone();
-    shared.settler.settle(Settled { settlement, key, attempt, policy: policy.clone(), control, unstored }).await;
+    let (policy, is_limited) = (policy.clone(), is_limited(task));
+    shared.settler.settle(Settled { settlement, key, attempt, policy, control, unstored, is_limited }).await;
 }

@@ -148,7 +148,7 @@ impl Control {
     }
 
     /// Resolves once `condition` holds of this control. It is asked again after each change.
-    pub(super) async fn until(&self, condition: impl Fn(&Self) -> bool) {
+    pub(crate) async fn until(&self, condition: impl Fn(&Self) -> bool) {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);

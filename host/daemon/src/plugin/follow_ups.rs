@@ -3,6 +3,8 @@
 //! A follow-up is stored with its host's rights, so a handler that may submit anything has more than it was granted: it can let another
 //! plugin with more grants work for it, take a key before the producer does, spend another user's share, or multiply without end.
 
+use std::sync::Arc;
+
 use laelaps_queue::{ClaimedTask, Descent, NewTask, Timestamp};
 
 /// What follow-up tasks an attempt may submit. How many, and with how much data, is in [`super::Limits`].
@@ -69,7 +71,7 @@ impl Default for FollowUps {
 /// The facts about the task whose attempt submits.
 #[derive(Clone, Debug)]
 pub(super) struct Parent {
-    pub(super) plugin: String,
+    pub(super) plugin: Arc<str>,
     pub(super) key: String,
     pub(super) user: Option<String>,
     pub(super) max_running: Option<u32>,
@@ -78,9 +80,9 @@ pub(super) struct Parent {
 }
 
 impl Parent {
-    pub(super) fn of(task: &ClaimedTask, plugin: &str) -> Self {
+    pub(super) fn of(task: &ClaimedTask, plugin: Arc<str>) -> Self {
         Self {
-            plugin: plugin.to_owned(),
+            plugin,
             key: task.key.clone(),
             user: task.user.clone(),
             max_running: task.max_running,

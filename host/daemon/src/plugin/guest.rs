@@ -144,7 +144,11 @@ impl context::Host for Guest {
             note: cut(progress.note, NOTE_BYTES_MAX),
         });
         let alive_time = alive_time.map(|time| Duration::from_millis(time).min(ALIVE_TIME_MAX));
-        let held = self.attempt.ask(|services| async move { services.heartbeat(progress, alive_time).await }).await?;
+        let known = if alive_time.is_none() { self.attempt.services.note_progress(progress.clone()) } else { None };
+        let held = match known {
+            Some(held) => held,
+            None => self.attempt.ask(|services| async move { services.heartbeat(progress, alive_time).await }).await?,
+        };
         if !held {
             self.attempt.control.cancel(Cancellation::LeaseLost);
         }

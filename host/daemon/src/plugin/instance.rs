@@ -215,6 +215,11 @@ impl Instance {
         guest.attempt = attempt;
     }
 
+    /// It waits for its next attempt, and holds nothing of the last one's.
+    pub(super) fn rest(&mut self) {
+        self.store.data_mut().attempt.services = Arc::new(NoServices);
+    }
+
     pub(super) fn capture(&self) -> Capture {
         self.store.data().capture.clone()
     }

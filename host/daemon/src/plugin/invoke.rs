@@ -30,6 +30,13 @@ const LEASE_LOST_GRACE: Duration = Duration::from_millis(30);
 /// What the host does for an attempt while it runs. Called on the runtime that called [`Engine::invoke`], and not on a guest's thread unless it says so.
 #[async_trait]
 pub trait Services: Send + Sync {
+    /// Say whether the lease still holds, as far as the host knows without asking anybody, and take progress to be noted soon. None if it has to
+    /// be asked by [`Services::heartbeat`]. Called on a guest's thread, and has to answer at once.
+    fn note_progress(&self, progress: Option<Progress>) -> Option<bool> {
+        let _ = progress;
+        None
+    }
+
     /// Note progress, renew the lease (to now + `alive_time` at least, if given), and say whether it still holds.
     async fn heartbeat(&self, progress: Option<Progress>, alive_time: Option<Duration>) -> bool;
 
@@ -127,7 +134,7 @@ impl Engine {
         let (answer, answered) = oneshot::channel();
         let version = invocation.version.clone();
         let mut invocation = invocation;
-        let parent = Parent::of(&invocation.task, version.plugin());
+        let parent = Parent::of(&invocation.task, version.plugin.clone());
         let task = guest_task(&mut invocation.task);
         let mut order = Order::new(invocation, &self.shared.folders, parent, stops_at, capture.clone(), peak_bytes.clone());
         order.attempt.data_bytes = task.data.len();
@@ -198,7 +205,8 @@ impl GuestSide {
         let completion =
             Completion { follow_ups, captured: capture.take(), memory_bytes_peak: peak_bytes.load(Ordering::Relaxed), event };
         let served_well = matches!(completion.event, Event::Finish { .. } | Event::Retry { .. } | Event::Release { .. });
-        if let Some(instance) = instance.take_if(|instance| served_well && instance.served() < requests_max) {
+        if let Some(mut instance) = instance.take_if(|instance| served_well && instance.served() < requests_max) {
+            instance.rest();
             leaving.0.keep(key, &version, instance);
         }
         leaving.0.leave();

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,12 +41,20 @@ pub struct Store {
     /// What operators see. Never locked while something is waited for.
     view: Mutex<BTreeMap<String, PluginStatus>>,
     journal: Journal,
+    /// Who is told of admissions.
+    admissions: Mutex<Option<Box<dyn Admissions>>>,
     /// Held by the one look that goes on.
     scanner: tokio::sync::Mutex<Scanner>,
     changes: watch::Sender<u64>,
     closing: CancellationToken,
     /// Ends the watcher when the store is dropped.
     _close_on_drop: DropGuard,
+}
+
+/// Who is told of admissions: a module may end the host that tries it.
+pub trait Admissions: Send + Sync {
+    /// A version is about to be admitted. The admission begins when the future is ready, and is over when its answer is dropped.
+    fn begin(&self, plugin: &str, digest: Digest) -> Pin<Box<dyn Future<Output = Box<dyn Send>> + Send>>;
 }
 
 /// What one look at the folder changed.
@@ -135,6 +144,7 @@ impl Store {
         let store = Arc::new(Self {
             engine,
             journal,
+            admissions: Mutex::default(),
             folder: config.folder.clone(),
             serving: ArcSwap::default(),
             view: Mutex::default(),
@@ -193,6 +203,15 @@ impl Store {
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
+    }
+
+    /// Tell of each admission from now on, or of none.
+    pub fn note_admissions(&self, admissions: Option<Box<dyn Admissions>>) {
+        *self.lock_admissions() = admissions;
+    }
+
+    fn lock_admissions(&self) -> MutexGuard<'_, Option<Box<dyn Admissions>>> {
+        self.admissions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn closing(&self) -> &CancellationToken {
@@ -313,10 +332,15 @@ impl Store {
             let refused = Refused { plugin: plugin.to_owned(), digest: Some(digest), reason: suspicion(&died) };
             return self.refuse(scanner, refused, signature, retry, rescan);
         }
+        let beginning = self.lock_admissions().as_ref().map(|admissions| admissions.begin(plugin, digest));
+        let begun = match beginning {
+            Some(beginning) => Some(beginning.await),
+            None => None,
+        };
         let noted = self.journal.note(plugin, digest);
         crate::fault::reach("admitting");
         let admitted = self.engine.admit(plugin, digest, bytes).await;
-        drop(noted);
+        drop((noted, begun));
         match admitted {
             Ok(version) => {
                 scanner.files.insert(plugin.to_owned(), Known { signature, refused: None, retry: None });
@@ -438,7 +462,7 @@ impl Engine {
         let component = compiled.component.map_err(|problems| Failure::Refused(reason::tidy(&problems.join("; "))))?;
         let pre = self.try_out(&component).await?;
         Ok(Version {
-            plugin: plugin.to_owned(),
+            plugin: plugin.into(),
             digest,
             order: self.next_order(),
             size_bytes: bytes.len() as u64,

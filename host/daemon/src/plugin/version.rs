@@ -1,6 +1,7 @@
 //! A version of a plugin: its digest, and its code ready to be instantiated.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest as _, Sha256};
@@ -52,7 +53,7 @@ impl serde::Serialize for Digest {
 
 /// One version of a plugin that has been compiled, linked and tried.
 pub struct Version {
-    pub(super) plugin: String,
+    pub(super) plugin: Arc<str>,
     pub(super) digest: Digest,
     pub(super) order: u64,
     pub(super) size_bytes: u64,

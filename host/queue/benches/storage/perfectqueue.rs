@@ -15,6 +15,8 @@ use crate::work::{claim_of, rate, work_off};
 
 const COUNT: usize = 200_000;
 const BATCH: usize = 500;
+/// Tasks that are claimed one by one.
+const COUNT_ALONE: usize = 5_000;
 /// So many users, so much each: a batch of 500 finds room whatever else runs.
 const USERS: i64 = 100;
 const MAX_RUNNING: i64 = 50;
@@ -54,6 +56,7 @@ impl Mode {
 
 pub(crate) async fn measure(home: &Home, words: &Words, report: &mut Report) {
     rates(home, words, report).await;
+    one_at_a_time(home, words, report).await;
     backlog(home, words, report).await;
 }
 
@@ -104,6 +107,37 @@ async fn rates(home: &Home, words: &Words, report: &mut Report) {
         let remark = format!("raw SQL by age in this run: {:.1} x", limit / ruby);
         let what = format!("rdb_compat on mariadb, {order}: of Ruby's {ruby} tasks/s");
         report.promise(what, figure.median, Bound::AtLeast(times), "x", remark);
+    }
+}
+
+/// One task at a time, of one user with limit 1 and of nobody: what a host with one processor and no prefetch does.
+async fn one_at_a_time(home: &Home, words: &Words, report: &mut Report) {
+    let count = words.scaled(COUNT_ALONE);
+    report.say(format!("claim and settle one by one, {count} waiting; of one user with limit 1, and of nobody"));
+    for mode in MODES {
+        let (mut limited, mut free) = (Vec::new(), Vec::new());
+        for _ in 0..words.rounds() {
+            for (rates, of_user) in [(&mut limited, true), (&mut free, false)] {
+                let (queue, mut table) = open(home, mode.side_table).await;
+                table.fill(0..count, 1, 1).await;
+                if !of_user {
+                    table.leave_users().await;
+                }
+                rates.push(work_off(&queue, count, 1, 1, mode.ignore_users).await);
+                close(queue, table).await;
+            }
+        }
+        let name = mode.name();
+        let figure = report.figure("mariadb", &format!("PerfectQueue's table, one by one, limited, {name}"), "tasks/s", &limited);
+        let part = report.figure("mariadb", &format!("limited / free, {name}"), "x", &ratios(&limited, &free)).median;
+        let remark = format!("{:.0} tasks/s", figure.median);
+        report.promise(
+            format!("rdb_compat on mariadb, {name}: one user with limit 1, of nobody's"),
+            part,
+            Bound::AtLeast(0.5),
+            "x",
+            remark,
+        );
     }
 }
 

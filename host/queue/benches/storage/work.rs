@@ -30,6 +30,7 @@ pub(crate) async fn claim_of(queue: &Queue, limit: usize, ignore_users: bool) ->
         alone: false,
         ignore_users,
         accepts: None,
+        limited: None,
     }
 }
 

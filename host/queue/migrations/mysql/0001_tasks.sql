@@ -20,6 +20,8 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     releases       INT UNSIGNED   NOT NULL DEFAULT 0,
     lost           INT UNSIGNED   NOT NULL DEFAULT 0,
     lost_alone     INT UNSIGNED   NOT NULL DEFAULT 0,
+    -- When it was lost for the first time since `lost` was 0 last.
+    lost_at        BIGINT         NOT NULL DEFAULT 0,
     alone          TINYINT        NOT NULL DEFAULT 0,
     created_at     BIGINT         NOT NULL,
     run_at         BIGINT         NOT NULL,
@@ -30,7 +32,7 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     until          BIGINT         NOT NULL DEFAULT 0,
     -- How the last attempt ended, and the plugin version that settled it.
     event          ENUM('', 'finish', 'retry', 'release', 'failure', 'trap', 'time-out', 'memory', 'malformed', 'stop', 'unrouted', 'lost',
-                       'force-finish', 'cancel') NOT NULL DEFAULT '',
+                       'overdue', 'unreadable', 'force-finish', 'cancel') NOT NULL DEFAULT '',
     plugin         BIGINT         NOT NULL DEFAULT 0,
     finished_at    BIGINT         NOT NULL DEFAULT 0,
     retained_until BIGINT         NOT NULL DEFAULT 0,
@@ -125,8 +127,10 @@ INSERT IGNORE INTO laelaps_counter (id, pick) VALUES (1, 0);
 
 INSERT IGNORE INTO laelaps_account (user) VALUES ('');
 
--- A claim of several tasks. Its number times 1,024 plus a task's place in it is the task's lease: numbers of rows grow and are not used twice
--- (never TRUNCATE this table). Looked at once its time has come, and again later for those of its tasks that still run.
+-- A claim of several tasks. Its number times 1,048,576, plus a random number of the claim, plus a task's place in it, is the task's lease.
+-- Numbers of rows grow and are not used twice (never TRUNCATE this table); the random number keeps a lease from coming again where a replica
+-- was promoted that had not got the last claims. Looked at once its time has come, and again later for those of its tasks that still run; a
+-- host takes away what it has settled.
 CREATE TABLE IF NOT EXISTS laelaps_claim (
     id      BIGINT     NOT NULL AUTO_INCREMENT,
     host    BIGINT     NOT NULL,
@@ -148,6 +152,8 @@ CREATE TABLE IF NOT EXISTS laelaps_host (
     identity   VARBINARY(255),
     left_at    BIGINT         NOT NULL DEFAULT 0,
     ended_at   BIGINT         NOT NULL DEFAULT 0,
+    -- When it was found dead and that was entered against what it ran.
+    died_at    BIGINT         NOT NULL DEFAULT 0,
     PRIMARY KEY (id),
     KEY by_end (ended_at)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
@@ -155,6 +161,8 @@ CREATE TABLE IF NOT EXISTS laelaps_host (
 CREATE TABLE IF NOT EXISTS laelaps_plugin_version (
     id     BIGINT         NOT NULL AUTO_INCREMENT,
     digest VARBINARY(255) NOT NULL,
+    -- The plugin's name, where a host has run it.
+    name   VARBINARY(255) NOT NULL DEFAULT '',
     PRIMARY KEY (id),
     UNIQUE KEY by_digest (digest)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
@@ -164,6 +172,22 @@ CREATE TABLE IF NOT EXISTS laelaps_host_plugin (
     plugin   BIGINT NOT NULL,
     noted_at BIGINT NOT NULL,
     PRIMARY KEY (host, plugin)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
+
+-- The plugin versions that run tasks on a host, or are being admitted. A host that leaves in good order has none.
+CREATE TABLE IF NOT EXISTS laelaps_host_running (
+    host   BIGINT NOT NULL,
+    plugin BIGINT NOT NULL,
+    PRIMARY KEY (host, plugin)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
+
+-- Hosts that died while one plugin version alone ran on them, until an operator releases that version.
+CREATE TABLE IF NOT EXISTS laelaps_plugin_death (
+    plugin BIGINT NOT NULL,
+    host   BIGINT NOT NULL,
+    at     BIGINT NOT NULL,
+    PRIMARY KEY (plugin, host),
+    KEY by_host (host)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- Beside the task: what is written at its end or rarely.
@@ -198,7 +222,7 @@ CREATE TABLE IF NOT EXISTS laelaps_descendant (
     KEY by_root (root)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- Attempts that did not finish their task, at most twenty of each.
+-- Attempts that did not finish their task, at most twenty of each. `alone`: it ran alone.
 CREATE TABLE IF NOT EXISTS laelaps_attempt (
     task     BIGINT       NOT NULL,
     lease    BIGINT       NOT NULL,
@@ -207,6 +231,7 @@ CREATE TABLE IF NOT EXISTS laelaps_attempt (
     plugin   BIGINT       NOT NULL,
     ended_at BIGINT       NOT NULL,
     event    VARCHAR(32)  NOT NULL,
+    alone    TINYINT      NOT NULL DEFAULT 0,
     code     VARCHAR(255),
     message  TEXT,
     PRIMARY KEY (task, lease)
@@ -260,6 +285,12 @@ BEGIN
     DECLARE starts_at BIGINT;
     DECLARE id BIGINT;
     DECLARE part INT DEFAULT 0;
+    DECLARE part_bytes INT DEFAULT LEAST(4194304, @@max_allowed_packet DIV 4);
+    DECLARE ended_task BIGINT;
+    DECLARE ended_state VARCHAR(10) CHARACTER SET utf8mb4;
+    DECLARE rest LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+    DECLARE length_before BIGINT;
+    DECLARE depth INT DEFAULT 0;
     DECLARE EXIT HANDLER FOR SQLEXCEPTION
     BEGIN
         IF on_its_own = 1 THEN
@@ -283,10 +314,35 @@ BEGIN
     IF LENGTH(task_user) > 255 OR task_user REGEXP '[\\x{00}-\\x{1f}\\x{7f}-\\x{9f}]' THEN
         SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'user: at most 255 bytes of text, without control characters';
     END IF;
-    IF LENGTH(plain) > 16777216 OR NOT JSON_VALID(COALESCE(task_data, '{}')) THEN
+    IF LENGTH(plain) > 16777216 THEN
         SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
-    ELSEIF JSON_TYPE(COALESCE(task_data, '{}')) <> 'OBJECT' THEN
-        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+    END IF;
+    IF task_data IS NOT NULL AND VERSION() LIKE '%MariaDB%' THEN
+        -- Its JSON functions take what is not JSON, {"a":1.} for example, and nothing deep. So strings become a sign that JSON has not, other scalars
+        -- 0, and then the innermost objects and arrays 0, until one 0 is left of all.
+        SET rest = REGEXP_REPLACE(task_data COLLATE utf8mb4_bin,
+            '"(?:[^"\\\\\\x{00}-\\x{1f}]++|\\\\(?:["\\\\/bfnrt]|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}\\\\u[dD][c-fC-F][0-9a-fA-F]{2}))*+"', CHAR(1));
+        SET rest = REGEXP_REPLACE(rest, '-?(?:0|[1-9][0-9]*+)(?:\\.[0-9]++)?(?:[eE][+-]?[0-9]++)?|true|false|null', '0');
+        SET rest = REGEXP_REPLACE(rest, '[ \\t\\n\\r]++', '');
+        IF LEFT(rest, 1) = '{' AND INSTR(task_data, CHAR(1)) = 0 THEN
+            REPEAT
+                SET length_before = CHAR_LENGTH(rest);
+                SET rest = REGEXP_REPLACE(rest,
+                    '\\{(?:\\x{01}:[0\\x{01}](?:,\\x{01}:[0\\x{01}])*+)?\\}|\\[(?:[0\\x{01}](?:,[0\\x{01}])*+)?\\]', '0');
+                SET depth = depth + 1;
+            UNTIL CHAR_LENGTH(rest) = length_before OR depth = 1000 END REPEAT;
+        ELSE
+            SET rest = '';
+        END IF;
+        IF rest <> '0' THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+        END IF;
+    ELSEIF task_data IS NOT NULL THEN
+        IF NOT JSON_VALID(task_data) THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+        ELSEIF JSON_TYPE(task_data) <> 'OBJECT' THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+        END IF;
     END IF;
     IF task_max_running NOT BETWEEN 0 AND 4294967295 THEN
         SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'max_running: a whole number from 0 to 4294967295';
@@ -309,15 +365,35 @@ BEGIN
         START TRANSACTION;
     END IF;
 
+    -- A key is free once its retention has ended, whether or not its task was removed by then.
+    -- A plain SELECT, which locks nothing: others store keys before and behind this one.
+    SELECT MAX(t.id) INTO ended_task FROM laelaps_task AS t
+        WHERE t.`key` = CAST(task_key AS BINARY) AND t.retained_until BETWEEN 1 AND now_ms;
+    IF ended_task IS NOT NULL THEN
+        SELECT MAX(CAST(t.state AS CHAR)) INTO ended_state FROM laelaps_task AS t
+            WHERE t.id = ended_task AND t.retained_until BETWEEN 1 AND now_ms FOR UPDATE;
+        IF ended_state IS NOT NULL THEN
+            DELETE FROM laelaps_task WHERE laelaps_task.id = ended_task;
+            DELETE FROM laelaps_task_data WHERE task = ended_task;
+            DELETE FROM laelaps_output WHERE task = ended_task;
+            DELETE FROM laelaps_failure WHERE task = ended_task;
+            DELETE FROM laelaps_progress WHERE task = ended_task;
+            DELETE FROM laelaps_attempt WHERE task = ended_task;
+            DELETE FROM laelaps_set_aside WHERE task = ended_task;
+            DELETE FROM laelaps_descendant WHERE task = ended_task;
+            INSERT INTO laelaps_tally (what, name, tasks) VALUES ('ended', ended_state, -1);
+        END IF;
+    END IF;
+
     INSERT IGNORE INTO laelaps_task (`key`, type, user, max_running, max_attempts, created_at, run_at)
         VALUES (task_key, task_type, owner, task_max_running, task_max_attempts, now_ms, starts_at);
     IF ROW_COUNT() = 1 THEN
         SET id = LAST_INSERT_ID();
         REPEAT
             INSERT INTO laelaps_task_data (task, part, bytes, data)
-                VALUES (id, part, IF(part = 0, LENGTH(plain), 0), SUBSTRING(plain, part * 4194304 + 1, 4194304));
+                VALUES (id, part, IF(part = 0, LENGTH(plain), 0), SUBSTRING(plain, part * part_bytes + 1, part_bytes));
             SET part = part + 1;
-        UNTIL part * 4194304 >= LENGTH(plain) END REPEAT;
+        UNTIL part * part_bytes >= LENGTH(plain) END REPEAT;
         IF starts_at > now_ms THEN
             INSERT INTO laelaps_scheduled (run_at, task) VALUES (starts_at, id);
         ELSEIF owner = '' THEN

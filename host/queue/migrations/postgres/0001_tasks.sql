@@ -24,6 +24,8 @@ CREATE TABLE laelaps.task (
     until          int8,
     finished_at    int8,
     retained_until int8,
+    -- When it was lost for the first time since an attempt ended otherwise; set while `lost` is above zero.
+    lost_at        int8,
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           int8,
     depth          int4,
@@ -77,10 +79,12 @@ CREATE TABLE laelaps.scheduled (
     PRIMARY KEY (run_at, task)
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
--- What was lost with its host too often to run in company, and is due.
+-- What was lost with its host too often to run in company, and is due. One host is told of it, and drains for it until `reserved_until`.
 CREATE TABLE laelaps.suspect (
-    run_at int8 NOT NULL,
-    task   int8 NOT NULL,
+    run_at         int8 NOT NULL,
+    task           int8 NOT NULL,
+    reserved_by    int8,
+    reserved_until int8,
     PRIMARY KEY (run_at, task)
 );
 
@@ -124,7 +128,8 @@ CREATE TABLE laelaps.account_change (
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
 -- Hosts, also those that are gone, so that a lost attempt can be traced to the plugin versions that its host served. A host that has left
--- claims nothing more; it has ended when it holds nothing more. The identity is what a watchdog knows it by.
+-- claims nothing more; it has ended when it holds nothing more. The identity is what a watchdog knows it by. died_at: found dead, so that its
+-- death counts once.
 CREATE TABLE laelaps.host (
     id         int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name       text NOT NULL,
@@ -133,14 +138,17 @@ CREATE TABLE laelaps.host (
     seen_at    int8 NOT NULL,
     identity   text COLLATE "C",
     left_at    int8,
-    ended_at   int8
+    ended_at   int8,
+    died_at    int8
 );
 
 CREATE INDEX host_here ON laelaps.host (id) WHERE ended_at IS NULL;
 
 CREATE TABLE laelaps.plugin_version (
     id     int4 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    digest text COLLATE "C" NOT NULL UNIQUE
+    digest text COLLATE "C" NOT NULL UNIQUE,
+    -- The plugin that it is a version of, as it was called last; '' while no host has said so.
+    name   text COLLATE "C" NOT NULL DEFAULT ''
 );
 
 CREATE TABLE laelaps.host_plugin (
@@ -149,6 +157,23 @@ CREATE TABLE laelaps.host_plugin (
     noted_at int8 NOT NULL,
     PRIMARY KEY (host, plugin)
 );
+
+-- The plugin versions with running attempts on a host, or under admission there. A host that leaves in good order has none.
+CREATE TABLE laelaps.host_running (
+    host   int8 NOT NULL,
+    plugin int4 NOT NULL,
+    PRIMARY KEY (host, plugin)
+);
+
+-- Hosts that were found dead while one plugin version alone ran on them, until it is released.
+CREATE TABLE laelaps.plugin_death (
+    plugin int4 NOT NULL,
+    host   int8 NOT NULL,
+    at     int8 NOT NULL,
+    PRIMARY KEY (plugin, host)
+);
+
+CREATE INDEX plugin_death_host ON laelaps.plugin_death (host);
 
 -- Beside the task: what is written at its end or rarely.
 CREATE TABLE laelaps.output (
@@ -192,6 +217,8 @@ CREATE TABLE laelaps.attempt (
     plugin   int4,
     ended_at int8 NOT NULL,
     event    text NOT NULL,
+    -- Of a lost one: it ran alone.
+    alone    bool NOT NULL DEFAULT false,
     code     text,
     message  text,
     PRIMARY KEY (task, lease)
@@ -218,35 +245,66 @@ CREATE TABLE laelaps.tally (
     cancelled int8 NOT NULL DEFAULT 0
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
+-- A moment as people read it; NULL beyond what a timestamp can tell.
+CREATE FUNCTION laelaps.moment(ms int8) RETURNS timestamptz LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS
+$$ SELECT CASE WHEN ms BETWEEN -62135596800000 AND 253402300800000 THEN to_timestamp(ms / 1000.0) END $$;
+
+-- Data as people read it, whatever somebody did to it.
+CREATE FUNCTION laelaps.words(data bytea) RETURNS text LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN CASE WHEN substring(data FROM 1 FOR 2) = '\x1f8b' THEN '(compressed)' ELSE convert_from(data, 'UTF8') END;
+EXCEPTION WHEN data_exception THEN
+    RETURN '(damaged)';
+END $$;
+
 -- For people.
 CREATE VIEW laelaps.tasks AS
     SELECT task.id, task.key, task.type, task.state, nullif(task.user_name, '') AS user_name, task.attempts,
-        to_timestamp(task.created_at / 1000.0) AS created_at, to_timestamp(task.run_at / 1000.0) AS run_at,
+        laelaps.moment(task.created_at) AS created_at, laelaps.moment(task.run_at) AS run_at,
         CASE WHEN task.state = 'running' THEN host.name || ', process ' || host.process_id END AS host,
-        to_timestamp(task.until / 1000.0) AS until, to_timestamp(task.finished_at / 1000.0) AS finished_at,
-        to_timestamp(task.retained_until / 1000.0) AS retained_until, failure.code AS error_code, failure.message AS error_message,
-        CASE WHEN substring(coalesce(task.data, task_data.data) FROM 1 FOR 2) = '\x1f8b' THEN '(compressed)'
-            ELSE convert_from(coalesce(task.data, task_data.data), 'UTF8') END AS data
+        laelaps.moment(task.until) AS until, laelaps.moment(task.finished_at) AS finished_at,
+        laelaps.moment(task.retained_until) AS retained_until, failure.code AS error_code, failure.message AS error_message,
+        laelaps.words(coalesce(task.data, task_data.data)) AS data
     FROM laelaps.task LEFT JOIN laelaps.task_data ON task_data.task = task.id LEFT JOIN laelaps.host ON host.id = task.host
         LEFT JOIN laelaps.failure ON failure.task = task.id;
 
+-- Whether a text is data as every other way of submitting takes it: a JSON object of at most 16 MiB. The server checks the grammar, but lets
+-- halves of surrogate pairs pass, which no text can hold.
+CREATE FUNCTION laelaps.is_data(data text) RETURNS bool LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    plain text;
+BEGIN
+    IF octet_length(data) > 16777216 OR json_typeof(data::json) <> 'object' THEN
+        RETURN false;
+    END IF;
+    IF data !~ '\\u[dD][89a-fA-F]' THEN
+        RETURN true;
+    END IF;
+    -- Without escaped backslashes and whole pairs the only halves left are lone ones.
+    plain := regexp_replace(replace(data, '\\', '__'), '\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}', '__', 'g');
+    RETURN plain !~ '\\u[dD][89a-fA-F]';
+EXCEPTION WHEN data_exception OR statement_too_complex THEN
+    RETURN false;
+END $$;
+
 -- For producers in any language, in their own transactions:
 --     SELECT laelaps.submit('report-7', 'report', '{"month": 7}')
--- True if the task is new; a key that the queue has already is left alone. Who may use the schema may submit:
+-- True if the task is new; a key that the queue has already is left alone, unless its task has ended and its retention too. Who may use the schema may submit:
 --     GRANT USAGE ON SCHEMA laelaps TO producer
 -- `run_at` NULL, or a moment that has passed, is at once. Hosts are woken when the transaction commits, unless `wake` is false.
 CREATE FUNCTION laelaps.submit(
-    key text, type text, data json DEFAULT '{}', user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
+    key text, type text, data text DEFAULT '{}', user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
     max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
 ) RETURNS bool LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     names CONSTANT text := '[\u0001-\u001f\u007f-\u009f]';
-    plain CONSTANT bytea := convert_to(coalesce(submit.data::text, '{}'), 'UTF8');
+    plain CONSTANT bytea := convert_to(coalesce(submit.data, '{}'), 'UTF8');
     account CONSTANT text := coalesce(submit.user_name, '');
     now CONSTANT int8 := extract(epoch FROM clock_timestamp()) * 1000;
     moment int8;
     number int8;
+    gone int8;
 BEGIN
     IF submit.key IS NULL OR octet_length(submit.key) NOT BETWEEN 1 AND 255 OR submit.key COLLATE "C" ~ names THEN
         RAISE 'key: 1 to 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
@@ -257,7 +315,7 @@ BEGIN
     IF octet_length(account) > 255 OR account COLLATE "C" ~ names THEN
         RAISE 'user_name: at most 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF octet_length(plain) > 16777216 OR json_typeof(coalesce(submit.data, '{}')) <> 'object' THEN
+    IF NOT laelaps.is_data(coalesce(submit.data, '{}')) THEN
         RAISE 'data: a JSON object, at most 16777216 bytes' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF submit.max_running NOT BETWEEN 0 AND 4294967295 THEN
@@ -271,10 +329,31 @@ BEGIN
     END IF;
     moment := CASE WHEN submit.run_at > clock_timestamp() THEN extract(epoch FROM submit.run_at) * 1000 ELSE now END;
 
-    INSERT INTO laelaps.task (created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, data)
-        VALUES (now, moment, octet_length(plain), submit.max_running, submit.max_attempts, submit.key, submit.type, account,
-            CASE WHEN octet_length(plain) <= 256 THEN plain END)
-        ON CONFLICT (key) DO NOTHING RETURNING id INTO number;
+    FOR round IN 1 .. 2 LOOP
+        INSERT INTO laelaps.task (created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, data)
+            VALUES (now, moment, octet_length(plain), submit.max_running, submit.max_attempts, submit.key, submit.type, account,
+                CASE WHEN octet_length(plain) <= 256 THEN plain END)
+            ON CONFLICT (key) DO NOTHING RETURNING id INTO number;
+        EXIT WHEN number IS NOT NULL;
+        -- A task that clean-up has not come to yet does not keep its key.
+        WITH over AS (
+            DELETE FROM laelaps.task WHERE task.key = submit.key AND state IN ('finished', 'failed', 'cancelled') AND retained_until <= now
+            RETURNING id, task.type, state)
+        , counted AS (
+            INSERT INTO laelaps.tally (type, finished, failed, cancelled)
+            SELECT type, -(state = 'finished')::int, -(state = 'failed')::int, -(state = 'cancelled')::int FROM over)
+        SELECT id INTO gone FROM over;
+        IF gone IS NULL THEN
+            RETURN false;
+        END IF;
+        DELETE FROM laelaps.task_data WHERE task = gone;
+        DELETE FROM laelaps.output WHERE task = gone;
+        DELETE FROM laelaps.failure WHERE task = gone;
+        DELETE FROM laelaps.cancelled WHERE task = gone;
+        DELETE FROM laelaps.progress WHERE task = gone;
+        DELETE FROM laelaps.attempt WHERE task = gone;
+        DELETE FROM laelaps.descendant WHERE task = gone;
+    END LOOP;
     IF number IS NULL THEN
         RETURN false;
     END IF;
@@ -296,3 +375,14 @@ BEGIN
     END IF;
     RETURN true;
 END $$;
+
+-- The same for data of the other two types.
+CREATE FUNCTION laelaps.submit(
+    key text, type text, data json, user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
+    max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
+) RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, user_name, max_running, max_attempts, run_at, wake) $$;
+
+CREATE FUNCTION laelaps.submit(
+    key text, type text, data jsonb, user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
+    max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
+) RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, user_name, max_running, max_attempts, run_at, wake) $$;

@@ -15,6 +15,8 @@ CREATE TABLE task (
     releases       INTEGER NOT NULL DEFAULT 0,
     lost           INTEGER NOT NULL DEFAULT 0,
     lost_alone     INTEGER NOT NULL DEFAULT 0,
+    -- When it was lost first, if it was lost since an attempt ended otherwise.
+    lost_at        INTEGER,
     alone          INTEGER NOT NULL DEFAULT 0,
     created_at     INTEGER NOT NULL,
     run_at         INTEGER NOT NULL,
@@ -30,6 +32,8 @@ CREATE TABLE task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           INTEGER,
     depth          INTEGER,
+    -- Behind the greatest number there is SQLite gives out none.
+    CHECK (id < 4611686018427387904),
     CHECK (state IN ('waiting', 'running', 'finished', 'failed', 'cancelled')),
     CHECK ((state = 'running') = (until IS NOT NULL)),
     CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
@@ -68,10 +72,12 @@ CREATE TABLE scheduled (
     PRIMARY KEY (run_at, task)
 ) STRICT, WITHOUT ROWID;
 
--- What was lost with its host too often to run in company, and is due.
+-- What was lost with its host too often to run in company, and is due. One host at a time ends what it has, to run it: host, until when.
 CREATE TABLE suspect (
     run_at INTEGER NOT NULL,
     task   INTEGER NOT NULL,
+    host   INTEGER,
+    until  INTEGER,
     PRIMARY KEY (run_at, task)
 ) STRICT, WITHOUT ROWID;
 
@@ -118,9 +124,11 @@ CREATE TABLE host (
 
 CREATE INDEX host_here ON host (id) WHERE ended_at IS NULL;
 
+-- Plugin versions that ran tasks, each with the name that it had last.
 CREATE TABLE plugin_version (
     id     INTEGER PRIMARY KEY AUTOINCREMENT,
-    digest TEXT NOT NULL UNIQUE
+    digest TEXT NOT NULL UNIQUE,
+    name   TEXT
 ) STRICT;
 
 CREATE TABLE host_plugin (
@@ -129,6 +137,22 @@ CREATE TABLE host_plugin (
     noted_at INTEGER NOT NULL,
     PRIMARY KEY (host, plugin)
 ) STRICT, WITHOUT ROWID;
+
+-- Which versions run tasks on a host just now. Empty for a host that has left or was found dead.
+CREATE TABLE host_running (
+    host   INTEGER NOT NULL,
+    plugin INTEGER NOT NULL,
+    PRIMARY KEY (host, plugin)
+) STRICT, WITHOUT ROWID;
+
+-- Hosts that died while one version alone ran on them. Three of these put the version under quarantine.
+CREATE TABLE plugin_death (
+    host   INTEGER PRIMARY KEY,
+    plugin INTEGER NOT NULL,
+    at     INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX plugin_death_of ON plugin_death (plugin);
 
 -- Beside the task: what is written at its end or rarely.
 CREATE TABLE output (
@@ -158,11 +182,12 @@ CREATE TABLE descendant (
 
 CREATE INDEX descendant_root ON descendant (root);
 
--- Attempts that did not finish their task, at most twenty of each.
+-- Attempts that did not finish their task, at most twenty of each. `alone` says that it ran alone.
 CREATE TABLE attempt (
     task     INTEGER NOT NULL,
     lease    INTEGER NOT NULL,
     attempt  INTEGER NOT NULL,
+    alone    INTEGER NOT NULL DEFAULT 0,
     host     INTEGER,
     plugin   INTEGER,
     ended_at INTEGER NOT NULL,
@@ -191,27 +216,51 @@ CREATE TABLE tally (
 
 -- For producers that speak SQL, with any SQLite from 3.38 on:
 --     INSERT INTO submit (key, type, data) VALUES ('report-7', 'report', '{"month": 7}')
--- A key that the queue has already is left alone. `run_at` in milliseconds since 1970; NULL, or a moment that has passed, is at once. It can be
--- part of the producer's own transaction. Hosts find the task when they poll.
+-- A key that the queue has already is left alone, until its retention has ended. `run_at` in milliseconds since 1970; NULL, or a moment that has
+-- passed, is at once. It can be part of the producer's own transaction. Hosts learn of it when it commits.
 CREATE VIEW submit AS
     SELECT task.key, task.type, task_data.data, task.user, task.max_running, task.max_attempts, task.run_at
     FROM task JOIN task_data ON task_data.task = task.id WHERE task.state = 'waiting';
 
+-- A name is UTF-8 if each of its characters, read and written again, has the same bytes. (SQLite reads U+FFFE and U+FFFF as U+FFFD.)
 CREATE TRIGGER submit_task INSTEAD OF INSERT ON submit
-WHEN NOT EXISTS (SELECT 1 FROM task WHERE key = NEW.key)
+WHEN NOT EXISTS (SELECT 1 FROM task WHERE key = NEW.key AND (retained_until IS NULL
+    OR retained_until > CAST(round((julianday('now') - 2440587.5) * 86400000) AS INTEGER)))
 BEGIN
     SELECT RAISE(ABORT, 'key: 1 to 255 bytes of text, without control characters') WHERE NOT coalesce(typeof(NEW.key) = 'text'
         AND length(CAST(NEW.key AS BLOB)) BETWEEN 1 AND 255 AND instr(NEW.key, char(0)) = 0
         AND NEW.key NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
+    SELECT RAISE(ABORT, 'key: not UTF-8') WHERE NEW.key GLOB '*[^ -~]*' AND EXISTS (SELECT 1
+        FROM json_each('[' || substr(replace(hex(zeroblob(length(NEW.key))), '00', ',0'), 2) || ']') AS place
+        WHERE CAST(substr(NEW.key, place.key + 1, 1) AS BLOB)
+            NOT IN (CAST(char(unicode(substr(NEW.key, place.key + 1, 1))) AS BLOB), x'efbfbe', x'efbfbf'));
     SELECT RAISE(ABORT, 'type: 1 to 255 bytes of text, without control characters') WHERE NOT coalesce(typeof(NEW.type) = 'text'
         AND length(CAST(NEW.type AS BLOB)) BETWEEN 1 AND 255 AND instr(NEW.type, char(0)) = 0
         AND NEW.type NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
-    SELECT RAISE(ABORT, 'user: at most 255 bytes of text, without control characters') WHERE NOT coalesce(NEW.user IS NULL
-        OR (typeof(NEW.user) = 'text' AND length(CAST(NEW.user AS BLOB)) <= 255 AND instr(NEW.user, char(0)) = 0
-            AND NEW.user NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*'), 0);
+    SELECT RAISE(ABORT, 'type: not UTF-8') WHERE NEW.type GLOB '*[^ -~]*' AND EXISTS (SELECT 1
+        FROM json_each('[' || substr(replace(hex(zeroblob(length(NEW.type))), '00', ',0'), 2) || ']') AS place
+        WHERE CAST(substr(NEW.type, place.key + 1, 1) AS BLOB)
+            NOT IN (CAST(char(unicode(substr(NEW.type, place.key + 1, 1))) AS BLOB), x'efbfbe', x'efbfbf'));
+    SELECT RAISE(ABORT, 'user: at most 255 bytes of text, without control characters') WHERE NEW.user IS NOT NULL
+        AND NOT coalesce(typeof(NEW.user) = 'text'
+        AND length(CAST(NEW.user AS BLOB)) <= 255 AND instr(NEW.user, char(0)) = 0
+        AND NEW.user NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
+    SELECT RAISE(ABORT, 'user: not UTF-8') WHERE NEW.user GLOB '*[^ -~]*' AND EXISTS (SELECT 1
+        FROM json_each('[' || substr(replace(hex(zeroblob(length(NEW.user))), '00', ',0'), 2) || ']') AS place
+        WHERE CAST(substr(NEW.user, place.key + 1, 1) AS BLOB)
+            NOT IN (CAST(char(unicode(substr(NEW.user, place.key + 1, 1))) AS BLOB), x'efbfbe', x'efbfbf'));
     SELECT RAISE(ABORT, 'data: a JSON object as text, at most 16777216 bytes') WHERE NEW.data IS NOT NULL
-        AND NOT coalesce(typeof(NEW.data) = 'text' AND length(CAST(NEW.data AS BLOB)) <= 16777216
+        AND NOT coalesce(typeof(NEW.data) = 'text' AND length(CAST(NEW.data AS BLOB)) <= 16777216 AND instr(NEW.data, char(0)) = 0
             AND CASE WHEN json_valid(NEW.data) THEN json_type(NEW.data) = 'object' END, 0);
+    -- SQLite reads most of what is not UTF-8, and half a pair of surrogates, as U+FFFD, and a byte without its leading one as U+0080 to U+00BF.
+    SELECT RAISE(ABORT, 'data: not UTF-8') WHERE NEW.data GLOB '*[^' || char(1) || '-' || char(127) || ']*' AND (
+        replace(replace(replace(NEW.data, char(65533), ''), CAST(x'efbfbe' AS TEXT), ''), CAST(x'efbfbf' AS TEXT), '') GLOB '*' || char(65533) || '*'
+        OR NEW.data GLOB '*[' || char(128) || '-' || char(191) || ']*' AND EXISTS (
+            SELECT 1 FROM json_each('[0' || replace(hex(zeroblob(63)), '00', ',0') || ']') AS place
+            WHERE replace(NEW.data, char(place.key + 128), '') GLOB '*' || char(place.key + 128) || '*'));
+    SELECT RAISE(ABORT, 'data: half a pair of surrogates') WHERE NEW.data GLOB '*\u[dD][89a-fA-F]*' AND EXISTS (
+        SELECT 1 FROM (SELECT key AS text FROM json_tree(NEW.data) UNION ALL SELECT atom FROM json_tree(NEW.data) WHERE type = 'text')
+        WHERE replace(replace(replace(text, char(65533), ''), CAST(x'efbfbe' AS TEXT), ''), CAST(x'efbfbf' AS TEXT), '') GLOB '*' || char(65533) || '*');
     SELECT RAISE(ABORT, 'max_running: a whole number from 0 to 4294967295') WHERE NEW.max_running IS NOT NULL
         AND NOT (typeof(NEW.max_running) = 'integer' AND NEW.max_running BETWEEN 0 AND 4294967295);
     SELECT RAISE(ABORT, 'max_attempts: a whole number from 1 to 4294967295') WHERE NEW.max_attempts IS NOT NULL
@@ -219,16 +268,27 @@ BEGIN
     SELECT RAISE(ABORT, 'run_at: milliseconds since 1970, up to the year 9999') WHERE NEW.run_at IS NOT NULL
         AND NOT (typeof(NEW.run_at) = 'integer' AND NEW.run_at <= 253402300799999);
 
+    -- What had this key before and is over.
+    DELETE FROM task_data WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    DELETE FROM output WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    DELETE FROM failure WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    DELETE FROM progress WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    DELETE FROM attempt WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    DELETE FROM descendant WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    UPDATE tally SET tasks = max(tasks - 1, 0) WHERE what = 'ended' AND name = (SELECT state FROM task WHERE key = NEW.key);
+    DELETE FROM tally WHERE what = 'ended' AND tasks = 0;
+    DELETE FROM task WHERE key = NEW.key;
+
     INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at)
         SELECT NEW.key, NEW.type, coalesce(NEW.user, ''), NEW.max_running, NEW.max_attempts, clock.now, max(clock.now, coalesce(NEW.run_at, 0))
         FROM (SELECT CAST(round((julianday('now') - 2440587.5) * 86400000) AS INTEGER) AS now) AS clock;
-    INSERT INTO task_data (task, bytes, data)
+    INSERT OR REPLACE INTO task_data (task, bytes, data)
         SELECT id, length(CAST(coalesce(NEW.data, '{}') AS BLOB)), coalesce(NEW.data, '{}') FROM task WHERE key = NEW.key;
     INSERT INTO scheduled (run_at, task) SELECT run_at, id FROM task WHERE key = NEW.key AND run_at > created_at;
     INSERT INTO ready (user, run_at, task, max_running)
         SELECT user, run_at, id, max_running FROM task WHERE key = NEW.key AND run_at <= created_at;
     INSERT INTO account (user, picked)
-        SELECT user, (SELECT pick FROM counter) FROM task WHERE key = NEW.key AND run_at <= created_at ON CONFLICT (user) DO NOTHING;
+        SELECT user, (SELECT coalesce(max(pick), 0) FROM counter) FROM task WHERE key = NEW.key AND run_at <= created_at ON CONFLICT (user) DO NOTHING;
     UPDATE account SET ready = ready + 1, (head_at, head_task, head_max) =
             (SELECT run_at, task, max_running FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
         WHERE user = (SELECT user FROM task WHERE key = NEW.key AND run_at <= created_at);

@@ -3,7 +3,7 @@
 //! An operation notes its changes in [`Changes`] and appends them as its last step, in its own transaction. So they cannot drift, and no two
 //! operations wait for one row. Who chooses between users folds the changes in first; see [`fold`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use sqlx::mysql::MySqlArguments;
 use sqlx::query::Query;
@@ -11,7 +11,8 @@ use sqlx::{MySql, Row as _};
 
 use super::connect::text;
 use super::failure::Failure;
-use super::rows::{count, json, names, places};
+use super::mend::places_of_unreadable;
+use super::rows::{count, names, places};
 use super::session::Session;
 use crate::State;
 
@@ -19,6 +20,9 @@ use crate::State;
 pub(super) const FOLDED_BY_CLAIM: i64 = 1_000;
 /// Changes, or rows of counts, that are folded at once otherwise.
 pub(super) const FOLDED_MAX: i64 = 5_000;
+/// Rows of counts that are folded at once at most, where they are of many names: as long as no more than half as many types are about, the
+/// table stays bounded.
+const TALLY_MAX: i64 = 80_000;
 /// Rows of counts that are left alone.
 const TALLY_LEFT: usize = 1_000;
 
@@ -58,10 +62,11 @@ impl Changes {
         self.user(user, 0);
     }
 
-    /// A task of this user runs no more.
-    pub(super) fn stopped(&mut self, user: &str) {
+    /// A task of this user runs no more. If it has a limit, another one may run now.
+    pub(super) fn stopped(&mut self, user: &str, max_running: Option<u32>) {
         self.user(user, -1);
         self.running -= 1;
+        self.woken |= !user.is_empty() && max_running.is_some();
     }
 
     /// A task of this type came into the queue.
@@ -104,33 +109,34 @@ impl Changes {
 
     /// Put tasks where waiting tasks wait: ready, suspect or scheduled.
     pub(super) async fn enqueue(&mut self, session: &mut Session<'_>, waiting: &[Waiting]) -> Result<(), Failure> {
-        const READY: &str = "INSERT INTO laelaps_ready (run_at, task, max_running)
+        // A row that is there already, which nothing of ours leaves behind, is as good.
+        const READY: &str = "INSERT IGNORE INTO laelaps_ready (run_at, task, max_running)
             SELECT s.run_at, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
                 run_at BIGINT PATH '$[0]', task BIGINT PATH '$[1]', max_running BIGINT PATH '$[2]')) AS s";
-        const READY_OF_USER: &str = "INSERT INTO laelaps_ready_of_user (user, run_at, task, max_running)
+        const READY_OF_USER: &str = "INSERT IGNORE INTO laelaps_ready_of_user (user, run_at, task, max_running)
             SELECT s.user, s.run_at, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
                 user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
                 max_running BIGINT PATH '$[3]')) AS s";
-        const SUSPECT: &str = concat!("INSERT INTO laelaps_suspect (run_at, task) SELECT s.run_at, s.task FROM ", places!());
-        const SCHEDULED: &str = concat!("INSERT INTO laelaps_scheduled (run_at, task) SELECT s.run_at, s.task FROM ", places!());
+        const SUSPECT: &str =
+            concat!("INSERT IGNORE INTO laelaps_suspect (run_at, task) SELECT s.run_at, s.task FROM ", places!());
+        const SCHEDULED: &str =
+            concat!("INSERT IGNORE INTO laelaps_scheduled (run_at, task) SELECT s.run_at, s.task FROM ", places!());
         let now = session.now;
         let (due, later): (Vec<&Waiting>, Vec<&Waiting>) = waiting.iter().partition(|task| task.run_at <= now);
         let (suspect, ready): (Vec<&Waiting>, Vec<&Waiting>) = due.into_iter().partition(|task| task.alone);
         let (of_users, ready): (Vec<&Waiting>, Vec<&Waiting>) = ready.into_iter().partition(|task| !task.user.is_empty());
-        if !ready.is_empty() {
-            let rows = json(ready.iter().map(|task| (task.run_at, task.task, task.max_running)));
+        for rows in session.chunks(ready.iter().map(|task| (task.run_at, task.task, task.max_running))) {
             sqlx::query(READY).bind(rows).execute(session.db()).await?;
         }
-        if !of_users.is_empty() {
-            let rows = json(of_users.iter().map(|task| (&task.user, task.run_at, task.task, task.max_running)));
+        for rows in session.chunks(of_users.iter().map(|task| (&task.user, task.run_at, task.task, task.max_running))) {
             sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?;
-            for task in &of_users {
-                self.user(&task.user, 0);
-            }
+        }
+        for task in &of_users {
+            self.user(&task.user, 0);
         }
         for (sql, tasks) in [(SUSPECT, &suspect), (SCHEDULED, &later)] {
-            if !tasks.is_empty() {
-                sqlx::query(sql).bind(json(tasks.iter().map(|task| (task.run_at, task.task)))).execute(session.db()).await?;
+            for rows in session.chunks(tasks.iter().map(|task| (task.run_at, task.task))) {
+                sqlx::query(sql).bind(rows).execute(session.db()).await?;
             }
         }
         // Also a task for later: the claimer has to learn when it is due.
@@ -144,8 +150,8 @@ impl Changes {
             "INSERT INTO laelaps_account_change (user, running) SELECT s.user, s.running FROM JSON_TABLE(?, '$[*]' COLUMNS (
             user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', running BIGINT PATH '$[1]')) AS s";
         session.wake |= self.woken;
-        if !self.users.is_empty() {
-            sqlx::query(USERS).bind(json(&self.users)).execute(session.db()).await?;
+        for users in session.chunks(&self.users) {
+            sqlx::query(USERS).bind(users).execute(session.db()).await?;
         }
         let types = self.types.iter().map(|(name, tasks)| ("type", name.as_str(), *tasks));
         let ended = self.ended.iter().map(|(name, tasks)| ("ended", *name, *tasks));
@@ -159,8 +165,8 @@ async fn add_to_tally(session: &mut Session<'_>, changes: Vec<(&str, &str, i64)>
         "INSERT INTO laelaps_tally (what, name, tasks) SELECT s.what, s.name, s.tasks FROM JSON_TABLE(?, '$[*]' COLUMNS (
         what VARCHAR(10) CHARACTER SET utf8mb4 PATH '$[0]', name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]',
         tasks BIGINT PATH '$[2]')) AS s";
-    if !changes.is_empty() {
-        sqlx::query(TALLY).bind(json(changes)).execute(session.db()).await?;
+    for changes in session.chunks(changes) {
+        sqlx::query(TALLY).bind(changes).execute(session.db()).await?;
     }
     Ok(())
 }
@@ -174,46 +180,63 @@ pub(super) struct AccountChange {
     pub(super) picked: Option<i64>,
 }
 
+/// What folding has come to.
+pub(super) struct Folded {
+    /// The last change; None if there was none.
+    pub(super) last: Option<i64>,
+    /// Where tasks of users stand whose names cannot be read.
+    pub(super) broken: Vec<(i64, i64)>,
+}
+
 /// Fold at most so many changes behind `after` into users' accounts, oldest first. The caller holds the counter's row, whose pick a new
-/// account enters at. Answers the last change; None if there was none.
-pub(super) async fn fold(session: &mut Session<'_>, pick: i64, after: i64, most: i64) -> Result<Option<i64>, Failure> {
+/// account enters at, and mends what is broken.
+pub(super) async fn fold(session: &mut Session<'_>, pick: i64, after: i64, most: i64) -> Result<Folded, Failure> {
     const CHANGES: &str =
         "SELECT id, user, running FROM laelaps_account_change WHERE id > ? ORDER BY id LIMIT ? FOR UPDATE SKIP LOCKED";
     let rows = sqlx::query(CHANGES).bind(after).bind(most).fetch_all(session.db()).await?;
     let mut users: BTreeMap<String, i64> = BTreeMap::new();
     let mut ids: Vec<i64> = Vec::with_capacity(rows.len());
+    let mut unreadable: BTreeSet<Vec<u8>> = BTreeSet::new();
     for row in &rows {
         ids.push(row.try_get(0)?);
-        *users.entry(text(row, 1)?).or_default() += row.try_get::<i64, _>(2)?;
+        match String::from_utf8(row.try_get(1)?) {
+            Ok(user) => *users.entry(user).or_default() += row.try_get::<i64, _>(2)?,
+            Err(error) => drop(unreadable.insert(error.into_bytes())),
+        }
     }
     let last = ids.last().copied();
     if !ids.is_empty() {
         remove_by_id(
             session,
             "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
-            STRAIGHT_JOIN laelaps_account_change AS r ON r.id = s.id",
+            STRAIGHT_JOIN laelaps_account_change AS r FORCE INDEX (PRIMARY) ON r.id = s.id",
             &ids,
         )
         .await?;
         let changes = users.into_iter().map(|(user, running)| AccountChange { user, running, picked: None }).collect();
         write_accounts(session, pick, changes).await?;
     }
-    Ok(last)
+    let mut broken = Vec::new();
+    for user in unreadable {
+        broken.extend(places_of_unreadable(session, &user).await?);
+    }
+    Ok(Folded { last, broken })
 }
 
 async fn remove_by_id(session: &mut Session<'_>, sql: &'static str, ids: &[i64]) -> Result<(), Failure> {
-    sqlx::query(sql).bind(json(ids)).execute(session.db()).await?;
+    for ids in session.chunks(ids) {
+        sqlx::query(sql).bind(ids).execute(session.db()).await?;
+    }
     Ok(())
 }
 
 /// Write changes of accounts, each with its user's oldest ready task as it is now. The caller holds the counter's row.
 pub(super) async fn write_accounts(session: &mut Session<'_>, pick: i64, changes: Vec<AccountChange>) -> Result<(), Failure> {
+    // As the place says it, whatever the task's own row says: so it is chosen, found out, and mended.
     const HEADS: &str = concat!(
-        "SELECT oldest.name, t.id, t.run_at, t.max_running
-        FROM (SELECT s.name, (SELECT r.task FROM laelaps_ready_of_user AS r WHERE r.user = s.name ORDER BY r.run_at, r.task LIMIT 1) AS head
-            FROM ",
-        names!(),
-        ") AS oldest STRAIGHT_JOIN laelaps_task AS t ON t.id = oldest.head"
+        "SELECT s.name, (SELECT CONCAT_WS(',', r.run_at, r.task, r.max_running) FROM laelaps_ready_of_user AS r WHERE r.user = s.name
+            ORDER BY r.run_at, r.task LIMIT 1) FROM ",
+        names!()
     );
     const WRITE: &str = "INSERT INTO laelaps_account (user, running, head_at, head_task, head_max, picked)
         SELECT s.user, s.running, s.head_at, s.head_task, s.head_max, s.picked FROM JSON_TABLE(?, '$[*]' COLUMNS (
@@ -226,51 +249,71 @@ pub(super) async fn write_accounts(session: &mut Session<'_>, pick: i64, changes
     const LEAVE: &str = concat!(
         "DELETE a FROM ",
         names!(),
-        " STRAIGHT_JOIN laelaps_account AS a ON a.user = s.name WHERE a.running = 0 AND a.head_task IS NULL AND a.user <> ''"
+        " STRAIGHT_JOIN laelaps_account AS a FORCE INDEX (PRIMARY) ON a.user = s.name WHERE a.running = 0 AND a.head_task IS NULL AND a.user <> ''"
     );
     if changes.is_empty() {
         return Ok(());
     }
-    let users = json(changes.iter().map(|change| change.user.as_str()));
     let mut heads: HashMap<String, (i64, i64, Option<u32>)> = HashMap::with_capacity(changes.len());
-    for row in sqlx::query(HEADS).bind(users).fetch_all(session.db()).await? {
-        heads.insert(row.try_get(0)?, (row.try_get(2)?, row.try_get(1)?, row.try_get(3)?));
+    for users in session.chunks(changes.iter().map(|change| change.user.as_str())) {
+        for row in sqlx::query(HEADS).bind(users).fetch_all(session.db()).await? {
+            let words: Option<String> = row.try_get(1)?;
+            if let Some(head) = words.as_deref().and_then(head) {
+                heads.insert(row.try_get(0)?, head);
+            }
+        }
     }
-    let rows = json(changes.iter().map(|change| {
+    let rows = session.chunks(changes.iter().map(|change| {
         let (head_at, head_task, head_max) = match heads.get(&change.user).filter(|_| !change.user.is_empty()) {
-            Some((run_at, task, max_running)) => (Some(run_at), Some(task), *max_running),
+            Some((run_at, task, max_running)) => (Some(*run_at), Some(*task), *max_running),
             None => (None, None, None),
         };
         let picked = change.picked.unwrap_or(pick);
         (&change.user, change.running, head_at, head_task, head_max, picked, u8::from(change.picked.is_some()))
     }));
-    sqlx::query(WRITE).bind(rows).execute(session.db()).await?;
-    let idle = json(changes.iter().filter(|change| !heads.contains_key(&change.user)).map(|change| change.user.as_str()));
-    if idle != "[]" {
+    for rows in rows {
+        sqlx::query(WRITE).bind(rows).execute(session.db()).await?;
+    }
+    let idle = changes.iter().filter(|change| !heads.contains_key(&change.user)).map(|change| change.user.as_str());
+    for idle in session.chunks(idle) {
         sqlx::query(LEAVE).bind(idle).execute(session.db()).await?;
     }
     Ok(())
+}
+
+/// Time, task and max_running of an oldest ready task.
+fn head(words: &str) -> Option<(i64, i64, Option<u32>)> {
+    let mut words = words.split(',');
+    let (run_at, task) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    Some((run_at, task, words.next().and_then(|most| most.parse().ok())))
 }
 
 /// Fold rows of counts together, if there are many. Answers where to begin the next time.
 pub(super) async fn fold_tally(session: &mut Session<'_>, after: i64) -> Result<i64, Failure> {
     const ROWS: &str =
         "SELECT id, CAST(what AS CHAR), name, tasks FROM laelaps_tally WHERE id > ? ORDER BY id LIMIT ? FOR UPDATE SKIP LOCKED";
-    let rows = sqlx::query(ROWS).bind(after).bind(FOLDED_MAX).fetch_all(session.db()).await?;
     let mut sums: BTreeMap<(String, String), i64> = BTreeMap::new();
-    let mut ids: Vec<i64> = Vec::with_capacity(rows.len());
-    for row in &rows {
-        ids.push(row.try_get(0)?);
-        *sums.entry((row.try_get(1)?, text(row, 2)?)).or_default() += row.try_get::<i64, _>(3)?;
+    let mut ids: Vec<i64> = Vec::new();
+    let mut last = after;
+    // Folding what is of many names makes nothing smaller: then more of it is looked at.
+    while count(ids.len()) < TALLY_MAX {
+        let rows = sqlx::query(ROWS).bind(last).bind(FOLDED_MAX).fetch_all(session.db()).await?;
+        for row in &rows {
+            ids.push(row.try_get(0)?);
+            *sums.entry((row.try_get(1)?, text(row, 2)?)).or_default() += row.try_get::<i64, _>(3)?;
+        }
+        last = ids.last().copied().unwrap_or(last);
+        if sums.len() * 2 <= ids.len() || count(rows.len()) < FOLDED_MAX {
+            break;
+        }
     }
-    // Folding what is of many names makes nothing smaller.
-    let Some(last) = ids.last().copied().filter(|_| ids.len() > TALLY_LEFT && sums.len() * 2 <= ids.len()) else {
+    if ids.len() <= TALLY_LEFT || sums.len() * 2 > ids.len() {
         return Ok(after);
-    };
+    }
     remove_by_id(
         session,
         "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
-        STRAIGHT_JOIN laelaps_tally AS r ON r.id = s.id",
+        STRAIGHT_JOIN laelaps_tally AS r FORCE INDEX (PRIMARY) ON r.id = s.id",
         &ids,
     )
     .await?;

@@ -1,15 +1,15 @@
 //! Which tasks a claim takes. Those without user are simply the oldest ones that no other claim has its hands on. Tasks of users are chosen
 //! by [`crate::fair`], one claim after the other: the counter's row is held until the claim has committed, and with it all accounts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use sqlx::Row as _;
 use sqlx::mysql::MySqlRow;
 
 use super::accounts::{FOLDED_BY_CLAIM, fold};
-use super::connect::text;
 use super::failure::Failure;
+use super::mend::{places_of_unreadable, user_of};
 use super::rows::{count, ids, json};
 use super::session::Session;
 use crate::fair::{self, Account, Candidate, Rest};
@@ -73,15 +73,26 @@ pub(super) struct Choice {
     pub(super) ready: Look<Ready>,
     pub(super) of_users: Look<Ready>,
     pub(super) changes: Look<i64>,
+    /// Places (time and task) that contradict their tasks, to be mended.
+    pub(super) broken: Vec<(i64, i64)>,
 }
 
-/// Choose at most `limit` tasks.
-pub(super) async fn choose(session: &mut Session<'_>, way: Way, limit: usize, starts: Starts) -> Result<Choice, Failure> {
+/// How many tasks to choose at most.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub(super) tasks: usize,
+    /// Of these, tasks of users that have a limit.
+    pub(super) limited: usize,
+}
+
+/// Choose tasks.
+pub(super) async fn choose(session: &mut Session<'_>, way: Way, limits: Limits, starts: Starts) -> Result<Choice, Failure> {
     const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
     let mut choice = Choice::default();
+    let limit = limits.tasks;
     match way {
         Way::WithoutUser => {
-            let found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready).await?;
+            let found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
             choice.chosen = found.into_iter().map(|found| found.chosen).collect();
         }
         Way::Oldest => choice.chosen = oldest_of_all(session, limit, starts, &mut choice).await?,
@@ -89,17 +100,21 @@ pub(super) async fn choose(session: &mut Session<'_>, way: Way, limit: usize, st
             let pick: i64 = sqlx::query_scalar(HOLD).fetch_one(session.db()).await?;
             choice.pick = Some(pick);
             let started = Instant::now();
-            let last = fold(session, pick, starts.changes, FOLDED_BY_CLAIM).await?;
-            choice.changes = Some((starts.changes, started.elapsed(), last));
+            let folded = fold(session, pick, starts.changes, FOLDED_BY_CLAIM).await?;
+            choice.changes = Some((starts.changes, started.elapsed(), folded.last));
+            choice.broken.extend(folded.broken);
             let suspect = if way == Way::BetweenUsers { None } else { suspect(session).await? };
             choice.alone = suspect.is_some();
             choice.chosen = match suspect {
                 Some(chosen) => vec![chosen],
                 None if way == (Way::Alone { ignore_users: true }) => oldest_of_all(session, limit, starts, &mut choice).await?,
-                None => between_users(session, limit, pick, starts, &mut choice.ready).await?,
+                None => between_users(session, limits, pick, starts, &mut choice).await?,
             };
         }
     }
+    // A task that stands in two places is taken once.
+    let mut seen = HashSet::with_capacity(choice.chosen.len());
+    choice.chosen.retain(|chosen| seen.insert(chosen.task));
     choice.chosen = fitting(session, choice.chosen).await?;
     Ok(choice)
 }
@@ -111,8 +126,9 @@ async fn oldest_of_all(
     starts: Starts,
     choice: &mut Choice,
 ) -> Result<Vec<Chosen>, Failure> {
-    let mut found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready).await?;
-    found.extend(oldest(session, OLDEST_OF_USERS, starts.of_users, limit, &mut choice.of_users).await?);
+    let mut found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
+    let of_users = oldest(session, OLDEST_OF_USERS, starts.of_users, limit, &mut choice.of_users, &mut choice.broken).await?;
+    found.extend(of_users);
     found.sort_unstable_by_key(|found| (found.chosen.run_at, found.chosen.task));
     found.truncate(limit);
     Ok(found.into_iter().map(|found| found.chosen).collect())
@@ -120,7 +136,7 @@ async fn oldest_of_all(
 
 pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, t.user
     FROM (SELECT run_at, task FROM laelaps_suspect ORDER BY run_at, task LIMIT ?) AS oldest
-    STRAIGHT_JOIN laelaps_task AS t ON t.id = oldest.task
+    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = oldest.task
     LEFT JOIN laelaps_account AS a ON a.user = t.user AND t.user <> ''
     WHERE t.max_running IS NULL OR COALESCE(a.running, 0) < GREATEST(t.max_running, 1)
     ORDER BY oldest.run_at, oldest.task LIMIT 1";
@@ -128,7 +144,7 @@ pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, t.user
 /// The oldest task that has to run alone and whose user's limit allows it.
 async fn suspect(session: &mut Session<'_>) -> Result<Option<Chosen>, Failure> {
     let Some(row) = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).fetch_optional(session.db()).await? else { return Ok(None) };
-    Ok(Some(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: text(&row, 2)?, pick: None }))
+    Ok(Some(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: user_of(&row, 2)?, pick: None }))
 }
 
 /// A ready task whose row is held.
@@ -150,19 +166,28 @@ async fn oldest(
     start: Ready,
     limit: usize,
     look: &mut Look<Ready>,
+    broken: &mut Vec<(i64, i64)>,
 ) -> Result<Vec<Found>, Failure> {
     let mut start = start;
     loop {
         let started = Instant::now();
         let rows = sqlx::query(sql).bind(start.0).bind(start.1).bind(start.0).bind(count(limit)).fetch_all(session.db()).await?;
         let took = started.elapsed();
-        let found = |row: &MySqlRow| {
-            let chosen = Chosen { run_at: row.try_get(0)?, task: row.try_get(1)?, user: text(row, 3)?, pick: None };
-            Ok(Found { chosen, max_running: row.try_get(2)? })
-        };
-        let found: Vec<Found> = rows.iter().map(found).collect::<Result<_, sqlx::Error>>()?;
-        *look = Some((start, took, found.last().map(|last| (last.chosen.run_at, last.chosen.task))));
-        if !found.is_empty() || start == HEAD {
+        let mut found = Vec::with_capacity(rows.len());
+        let mut last = None;
+        for row in &rows {
+            let (run_at, task) = (row.try_get(0)?, row.try_get(1)?);
+            last = Some((run_at, task));
+            match String::from_utf8(row.try_get(3)?) {
+                Ok(user) if !user.is_empty() || sql == OLDEST => {
+                    let chosen = Chosen { run_at, task, user, pick: None };
+                    found.push(Found { chosen, max_running: row.try_get(2)? });
+                }
+                _ => broken.push((run_at, task)),
+            }
+        }
+        *look = Some((start, took, last));
+        if last.is_some() || start == HEAD {
             return Ok(found);
         }
         start = HEAD;
@@ -172,23 +197,28 @@ async fn oldest(
 /// Tasks picked between users, in the fair order.
 async fn between_users(
     session: &mut Session<'_>,
-    limit: usize,
+    limits: Limits,
     last_pick: i64,
     starts: Starts,
-    look: &mut Look<Ready>,
+    choice: &mut Choice,
 ) -> Result<Vec<Chosen>, Failure> {
-    let mut accounts = open_accounts(session, limit, last_pick + 1).await?;
-    accounts.extend(without_user(session, limit, starts, look).await?);
+    let limit = limits.tasks;
+    let mut accounts = open_accounts(session, limits, last_pick + 1, &mut choice.broken).await?;
+    accounts.extend(without_user(session, limit, starts, choice).await?);
     if accounts.is_empty() {
         return Ok(Vec::new());
     }
     let mut chosen: Vec<Chosen> = Vec::with_capacity(limit);
+    let mut limited = limits.limited;
     for _ in 0..ROUNDS_MAX {
         let number = last_pick + 1 + count(chosen.len());
         let wanted = limit - chosen.len();
+        if limited == 0 {
+            accounts.retain(|account| !account.candidates.front().is_some_and(|first| is_limited(account, first)));
+        }
         let needed = fair::estimate(&accounts, wanted, number);
         candidates(session, &mut accounts, &needed).await?;
-        let picks = fair::pick(&mut accounts, wanted, number);
+        let (picks, cut) = pick_limited(&mut accounts, wanted, number, &mut limited);
         let first = chosen.len();
         chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| Chosen {
             task: pick.candidate.task,
@@ -198,7 +228,7 @@ async fn between_users(
         }));
         let stopped_short = chosen.len() < limit && chosen.len() > first;
         let unknown = accounts.iter().any(|account| account.candidates.is_empty() && account.rest == Rest::Unknown);
-        if !(stopped_short && unknown) {
+        if !(stopped_short && (unknown || cut)) {
             break;
         }
         refill(session, &mut accounts, &chosen).await?;
@@ -214,26 +244,83 @@ pub(super) const OPEN_ACCOUNTS: &str =
         WHERE open = 1 AND picked < ? ORDER BY picked LIMIT ?)";
 
 /// The users that could be picked: those of the greatest weight, and those passed over for long.
-async fn open_accounts(session: &mut Session<'_>, limit: usize, first_pick: i64) -> Result<Vec<Account>, Failure> {
+async fn open_accounts(
+    session: &mut Session<'_>,
+    limits: Limits,
+    first_pick: i64,
+    broken: &mut Vec<(i64, i64)>,
+) -> Result<Vec<Account>, Failure> {
+    let limit = limits.tasks;
     let aged = count(limit) / fair::AGED_EVERY + 1;
     let last_pick = first_pick + count(limit) - 1;
-    let rows = sqlx::query(OPEN_ACCOUNTS)
+    let mut rows = sqlx::query(OPEN_ACCOUNTS)
         .bind(count(limit))
         .bind(last_pick - fair::AGED_AFTER)
         .bind(aged)
         .fetch_all(session.db())
         .await?;
-    let account = |row: &MySqlRow| {
-        let head = candidate(row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
-        Ok(Account {
-            user: text(row, 0)?,
+    // Those may all have a limit, and the others be behind them.
+    if limits.limited < limit && rows.len() >= limit {
+        rows.extend(sqlx::query(OPEN_WITHOUT_LIMIT).bind(count(limit)).fetch_all(session.db()).await?);
+    }
+    let mut accounts = Vec::with_capacity(rows.len());
+    let mut seen: HashSet<Vec<u8>> = HashSet::with_capacity(rows.len());
+    for row in &rows {
+        let user: Vec<u8> = row.try_get(0)?;
+        if !seen.insert(user.clone()) {
+            continue;
+        }
+        let Ok(user) = String::from_utf8(user.clone()) else {
+            broken.extend(places_of_unreadable(session, &user).await?);
+            continue;
+        };
+        let head_at: Option<i64> = row.try_get(3)?;
+        let head = candidate(head_at.unwrap_or(0), row.try_get(4)?, row.try_get(5)?);
+        accounts.push(Account {
+            user,
             running: row.try_get(1)?,
             picked: row.try_get(2)?,
             candidates: [head].into(),
             rest: Rest::Unknown,
-        })
-    };
-    Ok(rows.iter().map(account).collect::<Result<_, sqlx::Error>>()?)
+        });
+    }
+    Ok(accounts)
+}
+
+pub(super) const OPEN_WITHOUT_LIMIT: &str = "SELECT user, running, picked, head_at, head_task, head_max
+    FROM laelaps_account FORCE INDEX (by_weight) WHERE open = 1 AND head_max IS NULL ORDER BY weight, head_at, head_task LIMIT ?";
+
+/// Whether a task counts against its user's limit.
+fn is_limited(account: &Account, candidate: &Candidate) -> bool {
+    !account.user.is_empty() && candidate.max_running.is_some()
+}
+
+/// As [`fair::pick`], with at most so many tasks of users that have a limit. If the next one would be one too many, the picks end before it:
+/// what follows is picked among the others.
+fn pick_limited(accounts: &mut Vec<Account>, wanted: usize, first_pick: i64, limited: &mut usize) -> (Vec<fair::Pick>, bool) {
+    if *limited >= wanted {
+        let picks = fair::pick(accounts, wanted, first_pick);
+        *limited -= picks.iter().filter(|pick| is_limited(&accounts[pick.account], &pick.candidate)).count();
+        return (picks, false);
+    }
+    let before = accounts.clone();
+    let picks = fair::pick(accounts, wanted, first_pick);
+    let mut room = *limited;
+    let fitting = picks.iter().take_while(|pick| {
+        let counts = usize::from(is_limited(&accounts[pick.account], &pick.candidate));
+        let fits = counts <= room;
+        room = room.saturating_sub(counts);
+        fits
+    });
+    let fitting = fitting.count();
+    if fitting == picks.len() {
+        *limited = room;
+        return (picks, false);
+    }
+    // The same picks again, up to there.
+    *accounts = before;
+    *limited = 0;
+    (fair::pick(accounts, fitting, first_pick), true)
 }
 
 /// The tasks without user as one more user, as many as could be picked.
@@ -241,10 +328,10 @@ async fn without_user(
     session: &mut Session<'_>,
     limit: usize,
     starts: Starts,
-    look: &mut Look<Ready>,
+    choice: &mut Choice,
 ) -> Result<Option<Account>, Failure> {
     const PICKED: &str = "SELECT picked FROM laelaps_account WHERE user = ''";
-    let found = oldest(session, OLDEST, starts.ready, limit, look).await?;
+    let found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
     if found.is_empty() {
         return Ok(None);
     }
@@ -270,7 +357,7 @@ pub(super) const CANDIDATES_OF_SEVERAL: &str =
             wanted BIGINT PATH '$[3]')) AS s
         UNION ALL
         SELECT walk.user, t.run_at, t.id, t.max_running, walk.wanted - 1, walk.steps + 1
-        FROM walk STRAIGHT_JOIN laelaps_task AS t ON t.id = (SELECT later.task FROM laelaps_ready_of_user AS later
+        FROM walk STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = (SELECT later.task FROM laelaps_ready_of_user AS later
             WHERE later.user = walk.user AND later.run_at >= walk.run_at AND (later.run_at > walk.run_at OR later.task > walk.task)
             ORDER BY later.run_at, later.task LIMIT 1)
         WHERE walk.wanted > 0)
@@ -338,12 +425,12 @@ async fn fitting(session: &mut Session<'_>, mut chosen: Vec<Chosen>) -> Result<V
     const SUM: &str = concat!(
         "SELECT CAST(COALESCE(SUM(d.bytes), 0) AS SIGNED) FROM ",
         ids!(),
-        " STRAIGHT_JOIN laelaps_task_data AS d ON d.task = s.id AND d.part = 0"
+        " STRAIGHT_JOIN laelaps_task_data AS d FORCE INDEX (PRIMARY) ON d.task = s.id AND d.part = 0"
     );
     const BYTES: &str = concat!(
         "SELECT s.id, CAST(d.bytes AS SIGNED) FROM ",
         ids!(),
-        " STRAIGHT_JOIN laelaps_task_data AS d ON d.task = s.id AND d.part = 0"
+        " STRAIGHT_JOIN laelaps_task_data AS d FORCE INDEX (PRIMARY) ON d.task = s.id AND d.part = 0"
     );
     if chosen.len() < 2 {
         return Ok(chosen);

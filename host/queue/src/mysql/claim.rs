@@ -4,20 +4,22 @@
 //! is only read. Whoever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims
 //! under way, and claims that come later find it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use sqlx::Row as _;
 use sqlx::mysql::MySqlRow;
 
-use super::accounts::{AccountChange, Changes, Waiting, write_accounts};
-use super::choose::{Choice, Chosen, HEAD, Look, Ready, Starts, Way, choose};
+use super::accounts::{AccountChange, Changes, write_accounts};
+use super::choose::{Choice, Chosen, Limits, Starts, Way, choose};
 use super::connect::text;
+use super::due::move_due;
 use super::failure::{self, Failure};
-use super::mark::Mark;
+use super::mark::Looks;
+use super::mend::{mend, unreadable_names, user_of};
 use super::rows::{Joined, count, ids, json, places};
-use super::session::{Session, now};
+use super::session::{Session, Waiting as LockWait, now};
 use super::{MySql, locked};
 use crate::outcome::ms;
 use crate::{
@@ -27,68 +29,19 @@ use crate::{
 
 /// The most tasks of one claim.
 const CLAIMED_MAX: u32 = 1_000;
-/// Numbers that a claim has for the leases of its tasks.
-const LEASES_OF_CLAIM: i64 = 1_024;
-/// Tasks whose time has come that one claim moves over.
-const DUE_MAX: i64 = 1_000;
+/// Numbers that a claim has for the leases of its tasks: it uses some in a row, from a random one on, so that a claim whose number comes again,
+/// because a replica was promoted that had not got the first, has other leases.
+pub(super) const LEASES_OF_CLAIM: i64 = 1 << 20;
+/// Claims that there can be in the life of a database. At a million a second they last for three months, at a thousand for centuries.
+const CLAIMS_EVER: i64 = i64::MAX / LEASES_OF_CLAIM;
+/// A server that takes no writes is asked for again after this.
+const PRIMARY_AGAIN: Duration = Duration::from_secs(10);
+/// Rounds of claiming, where all that was claimed had to be set aside.
+const ASIDE_ROUNDS_MAX: usize = 20;
+/// A task that is due and cannot be moved yet, since somebody holds it, is looked at again after this.
+const DUE_AGAIN: Duration = Duration::from_millis(100);
 /// A claim is looked at for the first time after this at the latest, to let go of what has ended by then.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
-
-/// Where this process came to in the tables that claims take from.
-#[derive(Debug)]
-pub(super) struct Marks {
-    ready: Mark<Ready>,
-    of_users: Mark<Ready>,
-    scheduled: Mark<Ready>,
-    changes: Mark<i64>,
-}
-
-impl Default for Marks {
-    fn default() -> Self {
-        Self { ready: Mark::at(HEAD), of_users: Mark::at(HEAD), scheduled: Mark::at(HEAD), changes: Mark::at(0) }
-    }
-}
-
-impl Marks {
-    fn starts(&self) -> Starts {
-        Starts { ready: self.ready.start(), of_users: self.of_users.start(), changes: self.changes.start() }
-    }
-
-    /// Something began to wait, perhaps behind the marks.
-    pub(super) fn hint(&mut self) {
-        self.ready.hint();
-        self.of_users.hint();
-    }
-
-    /// Where to begin with users' changes.
-    pub(super) fn changes_start(&self) -> i64 {
-        self.changes.start()
-    }
-
-    /// Users' changes were looked at.
-    pub(super) fn changes_looked(&mut self, start: i64, took: Duration, last: Option<i64>) {
-        self.changes.looked(start, took, last);
-    }
-
-    fn looked(&mut self, choice: &Looks) {
-        fn note<P: Copy + Ord>(mark: &mut Mark<P>, look: Look<P>) {
-            if let Some((start, took, last)) = look {
-                mark.looked(start, took, last);
-            }
-        }
-        note(&mut self.ready, choice.ready);
-        note(&mut self.of_users, choice.of_users);
-        note(&mut self.changes, choice.changes);
-    }
-}
-
-/// The looks that a choice took.
-#[derive(Default)]
-struct Looks {
-    ready: Look<Ready>,
-    of_users: Look<Ready>,
-    changes: Look<i64>,
-}
 
 /// What a claim took out of the database, data as it is stored.
 #[derive(Default)]
@@ -101,6 +54,8 @@ pub(super) struct Taken {
 /// A claimed task that nobody can read.
 pub(super) struct Broken {
     pub(super) task: ClaimedTask,
+    /// What is wrong: a short name, and in words.
+    pub(super) code: &'static str,
     pub(super) problem: String,
 }
 
@@ -123,7 +78,10 @@ impl Taken {
             let plain = data::decompress(std::mem::take(&mut task.data));
             match plain.and_then(|plain| data::check(&plain).map(|()| plain)) {
                 Ok(plain) => tasks.push(ClaimedTask { data: plain, ..task }),
-                Err(problem) => broken.push(Broken { task, problem }),
+                Err(problem) => {
+                    let problem = format!("the stored data cannot be used: {problem}");
+                    broken.push(Broken { task, code: "damaged-data", problem });
+                }
             }
         }
         (Claimed { tasks, alone_waiting: self.alone_waiting, next_due_in: self.next_due_in }, broken)
@@ -142,15 +100,36 @@ struct Outlook {
 }
 
 impl MySql {
-    /// Take waiting tasks under new leases. Runs on the task of the caller, which must not be dropped.
+    /// Take waiting tasks under new leases. Runs on the task of the caller, which must not be dropped. Those whose names cannot be read are set
+    /// aside, and others taken instead.
     pub(super) async fn take_tasks(&self, claim: &Claim) -> Result<Taken> {
+        for _ in 0..ASIDE_ROUNDS_MAX {
+            let (taken, unreadable) = self.take_some(claim).await?;
+            if unreadable.is_empty() {
+                return Ok(taken);
+            }
+            if let Err(error) = self.set_broken_aside(claim.host, unreadable).await {
+                tracing::error!(%error, "unreadable tasks cannot be set aside yet");
+                return Ok(taken);
+            }
+            if !taken.tasks.is_empty() {
+                return Ok(taken);
+            }
+        }
+        Ok(Taken::default())
+    }
+
+    async fn take_some(&self, claim: &Claim) -> Result<(Taken, Vec<Broken>)> {
         let mut outlook = self.look_out(claim.host).await?;
         if outlook.next_due.is_some_and(|due| due <= outlook.now) {
             self.move_due().await?;
             outlook = self.look_out(claim.host).await?;
         }
-        let next_due_in =
-            outlook.next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(outlook.now)));
+        let next_due = outlook.next_due.filter(|due| *due < NewTask::HELD_AT.0);
+        let next_due_in = next_due.map(|due| match Timestamp(due).since(Timestamp(outlook.now)) {
+            Duration::ZERO => DUE_AGAIN,
+            wait => wait,
+        });
         let way = if claim.alone && outlook.suspects > 0 {
             Some(Way::Alone { ignore_users: claim.ignore_users })
         } else if claim.ignore_users {
@@ -160,20 +139,20 @@ impl MySql {
         } else {
             outlook.ready.then_some(Way::WithoutUser)
         };
-        let tasks = match way {
+        let (tasks, unreadable) = match way {
             Some(way) => self.take_in(way, claim).await?,
-            None => Vec::new(),
+            None => Default::default(),
         };
         let alone_waiting = outlook.suspects > i64::from(tasks.iter().any(|task| task.alone));
-        Ok(Taken { tasks, alone_waiting, next_due_in })
+        Ok((Taken { tasks, alone_waiting, next_due_in }, unreadable))
     }
 
-    async fn take_in(&self, way: Way, claim: &Claim) -> Result<Vec<ClaimedTask>> {
+    async fn take_in(&self, way: Way, claim: &Claim) -> Result<(Vec<ClaimedTask>, Vec<Broken>)> {
         let (starts, claim) = (locked(&self.marks).starts(), claim.clone());
-        let taken: Arc<Mutex<(Vec<ClaimedTask>, Looks)>> = Arc::default();
+        let taken: Arc<Mutex<Took>> = Arc::default();
         let last_try = Arc::clone(&taken);
         self.runner
-            .run_here("claiming tasks", move |session| {
+            .run_here(LockWait::Long, "claiming tasks", move |session| {
                 let (claim, taken) = (claim.clone(), Arc::clone(&last_try));
                 Box::pin(async move {
                     let one = locked(&taken).0.first().map(|task| task.lease_ref).filter(|_| session.repeated);
@@ -188,9 +167,21 @@ impl MySql {
                 })
             })
             .await?;
-        let (tasks, looks) = std::mem::take(&mut *locked(&taken));
+        let (tasks, unreadable, looks) = std::mem::take(&mut *locked(&taken));
         locked(&self.marks).looked(&looks);
-        Ok(tasks)
+        if unreadable.is_empty() {
+            locked(&self.claims).taken(&tasks);
+        }
+        Ok((tasks, unreadable))
+    }
+
+    /// Use other connections from now on, unless that was tried a moment ago.
+    fn look_for_a_primary(&self) {
+        let mut looked = locked(&self.looked_for_primary);
+        if looked.is_none_or(|looked| looked.elapsed() >= PRIMARY_AGAIN) {
+            *looked = Some(Instant::now());
+            self.access.forget_connections();
+        }
     }
 
     async fn look_out(&self, host: HostId) -> Result<Outlook> {
@@ -199,11 +190,13 @@ impl MySql {
             now!(),
             ", (SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0),
             (SELECT run_at FROM laelaps_scheduled WHERE run_at >= ? ORDER BY run_at, task LIMIT 1),
-            (SELECT COUNT(*) FROM (SELECT 1 FROM laelaps_suspect LIMIT 2) AS few),
+            (SELECT COUNT(*) FROM (SELECT 1 FROM (SELECT run_at, task FROM laelaps_suspect ORDER BY run_at, task LIMIT 100) AS oldest
+                STRAIGHT_JOIN laelaps_task AS t ON t.id = oldest.task LEFT JOIN laelaps_account AS a ON a.user = t.user AND t.user <> ''
+                WHERE t.max_running IS NULL OR COALESCE(a.running, 0) < GREATEST(t.max_running, 1) LIMIT 2) AS few),
             EXISTS (SELECT 1 FROM laelaps_account_change WHERE id > ?),
             EXISTS (SELECT 1 FROM laelaps_account WHERE open = 1),
             EXISTS (SELECT 1 FROM laelaps_ready WHERE run_at >= ?),
-            EXISTS (SELECT 1 FROM laelaps_ready_of_user WHERE run_at >= ?)"
+            EXISTS (SELECT 1 FROM laelaps_ready_of_user WHERE run_at >= ?), @@read_only"
         );
         let (starts, scheduled) = {
             let marks = locked(&self.marks);
@@ -217,6 +210,10 @@ impl MySql {
         let read = |error: sqlx::Error| self.runner.place.worded(error, "looking for work");
         if row.try_get::<i64, _>(1).map_err(read)? == 0 {
             return Err(failure::unknown_host(host).into_error("claiming tasks", &self.runner.place));
+        }
+        if row.try_get::<i64, _>(8).map_err(read)? != 0 {
+            // It may have been the primary. Where its name leads by now there may be another.
+            self.look_for_a_primary();
         }
         let outlook = || {
             Ok(Outlook {
@@ -237,47 +234,15 @@ impl MySql {
         let start = locked(&self.marks).scheduled.start();
         let (took, last) = self
             .runner
-            .run_here("moving what is due", move |session| Box::pin(async move { move_due(session, start).await }))
+            .run_here(LockWait::Long, "moving what is due", move |session| {
+                Box::pin(async move { move_due(session, start).await })
+            })
             .await?;
         let mut marks = locked(&self.marks);
         marks.scheduled.looked(start, took, last);
         marks.hint();
         Ok(())
     }
-}
-
-async fn move_due(session: &mut Session<'_>, start: Ready) -> Result<(Duration, Option<Ready>), Failure> {
-    const DUE: &str = "SELECT run_at, task FROM laelaps_scheduled WHERE run_at >= ? AND run_at <= ?
-        ORDER BY run_at, task LIMIT ? FOR UPDATE SKIP LOCKED";
-    const TASKS: &str = concat!(
-        "SELECT t.id, t.run_at, t.user, t.max_running, t.alone FROM ",
-        ids!(),
-        " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id"
-    );
-    const OUT: &str =
-        concat!("DELETE r FROM ", places!(), " STRAIGHT_JOIN laelaps_scheduled AS r ON r.run_at = s.run_at AND r.task = s.task");
-    let now = session.now;
-    let started = Instant::now();
-    let due: Vec<(i64, i64)> = sqlx::query_as(DUE).bind(start.0).bind(now).bind(DUE_MAX).fetch_all(session.db()).await?;
-    let took = started.elapsed();
-    if due.is_empty() {
-        return Ok((took, None));
-    }
-    sqlx::query(OUT).bind(json(&due)).execute(session.db()).await?;
-    let mut waiting = Vec::with_capacity(due.len());
-    for row in sqlx::query(TASKS).bind(json(due.iter().map(|(_, task)| task))).fetch_all(session.db()).await? {
-        waiting.push(Waiting {
-            task: row.try_get(0)?,
-            run_at: row.try_get(1)?,
-            user: text(&row, 2)?,
-            max_running: row.try_get(3)?,
-            alone: row.try_get(4)?,
-        });
-    }
-    let mut changes = Changes::default();
-    changes.enqueue(session, &waiting).await?;
-    changes.write(session).await?;
-    Ok((took, due.last().copied()))
 }
 
 /// Whether this task was put under this lease: then its claim was committed, although nobody heard of it.
@@ -288,32 +253,78 @@ async fn is_leased(session: &mut Session<'_>, lease_ref: LeaseRef) -> Result<boo
     Ok(found == 1)
 }
 
-/// Choose tasks and put them under new leases.
-async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts) -> Result<(Vec<ClaimedTask>, Looks), Failure> {
+/// What one try took: tasks, those whose names cannot be read, and the looks that it cost.
+type Took = (Vec<ClaimedTask>, Vec<Broken>, Looks);
+
+/// Choose tasks and put them under new leases. Those whose names cannot be read come second.
+async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts) -> Result<Took, Failure> {
     const PICKED: &str = "UPDATE laelaps_counter SET pick = ? WHERE id = 1";
-    let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
-    let choice = choose(session, way, limit, starts).await?;
+    let tasks = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
+    let limited = claim.limited.map_or(tasks, |limited| usize::try_from(limited).unwrap_or(tasks)).min(tasks);
+    let mut choice = choose(session, way, Limits { tasks, limited }, starts).await?;
     let looks = Looks { ready: choice.ready, of_users: choice.of_users, changes: choice.changes };
+    let mut changes = Changes::default();
+    mend(session, &choice.broken, &mut changes).await?;
+    let overtaken = if session.conflicts > 0 { leave_out_overtaken(session, &mut choice).await? } else { Vec::new() };
     if choice.chosen.is_empty() {
-        return Ok((Vec::new(), looks));
+        if let Some(pick) = choice.pick {
+            write_accounts(session, pick, of_accounts(&overtaken, &[])).await?;
+        }
+        changes.write(session).await?;
+        return Ok((Vec::new(), Vec::new(), looks));
     }
     hold_host(session, claim.host).await?;
     take_out(session, &choice).await?;
-    let tasks = lease(session, claim, &choice.chosen).await?;
-    let mut changes = Changes::default();
-    changes.claimed(count(tasks.len()));
+    let Leased { tasks, unreadable } = lease(session, claim, &choice).await?;
+    let leased = tasks.iter().chain(unreadable.iter().map(|broken| &broken.task));
+    // What is counted is what was leased, whatever was chosen.
+    let users: HashMap<i64, &str> =
+        leased.map(|task| (task.lease_ref.task.0, task.user.as_deref().unwrap_or_default())).collect();
+    changes.claimed(count(users.len()));
     match choice.pick {
         Some(pick) => {
             let last = choice.chosen.iter().filter_map(|chosen| chosen.pick).max();
-            write_accounts(session, pick, of_accounts(&choice.chosen)).await?;
+            let running: Vec<&str> = users.values().copied().collect();
+            choice.chosen.extend(overtaken);
+            write_accounts(session, pick, of_accounts(&choice.chosen, &running)).await?;
             if let Some(last) = last {
                 sqlx::query(PICKED).bind(last).execute(session.db()).await?;
             }
         }
-        None => choice.chosen.iter().for_each(|chosen| changes.started(&chosen.user)),
+        None => users.values().for_each(|user| changes.started(user)),
+    }
+    if users.len() < choice.chosen.len() {
+        let wrong = choice.chosen.iter().filter(|chosen| !users.contains_key(&chosen.task));
+        let wrong: Vec<(i64, i64)> = wrong.map(|chosen| (chosen.run_at, chosen.task)).collect();
+        mend(session, &wrong, &mut changes).await?;
     }
     changes.write(session).await?;
-    Ok((tasks, looks))
+    Ok((tasks, unreadable, looks))
+}
+
+pub(super) const STILL_OF_USER: &str = concat!(
+    "SELECT r.run_at, r.task FROM ",
+    places!(),
+    " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_time) ON r.run_at = s.run_at AND r.task = s.task FOR UPDATE"
+);
+
+/// Leave out tasks of users that are not where they were seen: another one has taken them, or the account was wrong about them. Answers those.
+async fn leave_out_overtaken(session: &mut Session<'_>, choice: &mut Choice) -> Result<Vec<Chosen>, Failure> {
+    if choice.alone {
+        return Ok(Vec::new());
+    }
+    let of_users = choice.chosen.iter().filter(|chosen| !chosen.user.is_empty());
+    let places = json(of_users.map(|chosen| (chosen.run_at, chosen.task)));
+    if places == "[]" {
+        return Ok(Vec::new());
+    }
+    let still: HashSet<(i64, i64)> =
+        sqlx::query_as(STILL_OF_USER).bind(places).fetch_all(session.db()).await?.into_iter().collect();
+    let chosen = std::mem::take(&mut choice.chosen);
+    let (there, overtaken) =
+        chosen.into_iter().partition(|chosen| chosen.user.is_empty() || still.contains(&(chosen.run_at, chosen.task)));
+    choice.chosen = there;
+    Ok(overtaken)
 }
 
 /// Hold the row of a host that is about to be given tasks.
@@ -327,95 +338,118 @@ async fn hold_host(session: &mut Session<'_>, host: HostId) -> Result<(), Failur
     held.map(drop).ok_or_else(|| failure::unknown_host(host))
 }
 
-/// What the chosen mean for their users.
-fn of_accounts(chosen: &[Chosen]) -> Vec<AccountChange> {
+/// What the chosen, and the users whose tasks run now, mean for accounts.
+fn of_accounts(chosen: &[Chosen], running: &[&str]) -> Vec<AccountChange> {
     let mut accounts: HashMap<&str, AccountChange> = HashMap::with_capacity(chosen.len());
+    let account = |user: &str| AccountChange { user: user.to_owned(), running: 0, picked: None };
     for chosen in chosen {
-        let account = accounts.entry(chosen.user.as_str()).or_insert_with(|| AccountChange {
-            user: chosen.user.clone(),
-            running: 0,
-            picked: None,
-        });
-        account.running += i64::from(!chosen.user.is_empty());
+        let account = accounts.entry(chosen.user.as_str()).or_insert_with(|| account(&chosen.user));
         account.picked = account.picked.max(chosen.pick);
+    }
+    for user in running.iter().copied().filter(|user| !user.is_empty()) {
+        accounts.entry(user).or_insert_with(|| account(user)).running += 1;
     }
     let mut accounts: Vec<AccountChange> = accounts.into_values().collect();
     accounts.sort_unstable_by(|one, other| one.user.cmp(&other.user));
     accounts
 }
 
+pub(super) const READY: &str = concat!(
+    "DELETE r FROM ",
+    places!(),
+    " STRAIGHT_JOIN laelaps_ready AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task"
+);
+
+pub(super) const SUSPECT_OUT: &str = concat!(
+    "DELETE r FROM ",
+    places!(),
+    " STRAIGHT_JOIN laelaps_suspect AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task"
+);
+
+pub(super) const READY_OF_USER: &str = "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]',
+            run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]')) AS s
+        STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (PRIMARY) ON r.user = s.user AND r.run_at = s.run_at AND r.task = s.task";
+
 /// Take the chosen from where they wait.
 async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Failure> {
-    const READY: &str =
-        concat!("DELETE r FROM ", places!(), " STRAIGHT_JOIN laelaps_ready AS r ON r.run_at = s.run_at AND r.task = s.task");
-    const SUSPECT: &str =
-        concat!("DELETE r FROM ", places!(), " STRAIGHT_JOIN laelaps_suspect AS r ON r.run_at = s.run_at AND r.task = s.task");
-    const READY_OF_USER: &str = "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]',
-            run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]')) AS s
-        STRAIGHT_JOIN laelaps_ready_of_user AS r ON r.user = s.user AND r.run_at = s.run_at AND r.task = s.task";
     let (of_users, ready): (Vec<&Chosen>, Vec<&Chosen>) =
         choice.chosen.iter().partition(|chosen| !chosen.user.is_empty() && !choice.alone);
     let mut taken = 0;
     if !ready.is_empty() {
         let rows = json(ready.iter().map(|chosen| (chosen.run_at, chosen.task)));
-        let sql = if choice.alone { SUSPECT } else { READY };
+        let sql = if choice.alone { SUSPECT_OUT } else { READY };
         taken += sqlx::query(sql).bind(rows).execute(session.db()).await?.rows_affected();
     }
     if !of_users.is_empty() {
-        let rows = json(of_users.iter().map(|chosen| (&chosen.user, chosen.run_at, chosen.task)));
-        taken += sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?.rows_affected();
+        for rows in session.chunks(of_users.iter().map(|chosen| (&chosen.user, chosen.run_at, chosen.task))) {
+            taken += sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?.rows_affected();
+        }
     }
     // Tasks of users are chosen without holding them: one may have been cancelled, or taken by who does not look at users.
     if taken == choice.chosen.len() as u64 { Ok(()) } else { Err(Failure::Overtaken) }
 }
 
-pub(super) const LEASE: &str = concat!(
-    "UPDATE ",
-    ids!(),
-    " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
-    SET t.state = 'running', t.lease = ? + s.place, t.host = ?, t.until = ? WHERE t.state = 'waiting'"
-);
+/// A place that its task's row does not know gives nothing.
+pub(super) const LEASE: &str =
+    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, run_at BIGINT PATH '$[0]', id BIGINT PATH '$[1]')) AS s
+    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
+    SET t.state = 'running', t.lease = ? + s.place, t.host = ?, t.until = ?, t.finished_at = 0, t.retained_until = 0
+    WHERE t.state = 'waiting' AND t.run_at = s.run_at AND t.alone = ?";
 
 pub(super) const LEASED: &str = concat!(
     "SELECT t.id, t.lease, t.`key`, t.type, t.user, t.attempts, t.max_attempts, t.lost, t.lost_alone, t.alone, t.releases,
         t.created_at, d.part, d.data, t.max_running, t.root, t.depth
     FROM ",
     ids!(),
-    " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id AND t.lease = ? + s.place LEFT JOIN laelaps_task_data AS d ON d.task = t.id"
+    " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id AND t.lease = ? + s.place
+    LEFT JOIN laelaps_task_data AS d ON d.task = t.id"
 );
 
+/// What was put under leases.
+struct Leased {
+    tasks: Vec<ClaimedTask>,
+    unreadable: Vec<Broken>,
+}
+
 /// Enter the claim, put the chosen under its leases, and read them.
-async fn lease(session: &mut Session<'_>, claim: &Claim, chosen: &[Chosen]) -> Result<Vec<ClaimedTask>, Failure> {
-    let tasks = json(chosen.iter().map(|chosen| chosen.task));
+async fn lease(session: &mut Session<'_>, claim: &Claim, choice: &Choice) -> Result<Leased, Failure> {
+    let tasks = json(choice.chosen.iter().map(|chosen| chosen.task));
+    let places = json(choice.chosen.iter().map(|chosen| (chosen.run_at, chosen.task)));
     let now = session.now;
     let alive_ms = ms(claim.alive_time);
     // A lease that is over at once is one that ends with this millisecond.
     let until = now.saturating_add(alive_ms);
     let entered = enter_claim(session, claim.host.0, until.min(now + ms(FIRST_LOOK)), tasks.clone()).await?;
-    let first = entered.saturating_mul(LEASES_OF_CLAIM);
-    let query = sqlx::query(LEASE).bind(tasks.clone()).bind(first).bind(claim.host.0).bind(until);
+    if entered >= CLAIMS_EVER {
+        let words = "the numbers for leases are used up; make the tables anew in another database";
+        return Err(Failure::from(sqlx::Error::Decode(words.into())));
+    }
+    let first = entered * LEASES_OF_CLAIM + fastrand::i64(0..LEASES_OF_CLAIM - i64::from(CLAIMED_MAX) - 1);
+    let query = sqlx::query(LEASE).bind(places).bind(first).bind(claim.host.0).bind(until).bind(choice.alone);
     query.execute(session.db()).await?;
     let rows = sqlx::query(LEASED).bind(tasks).bind(first).fetch_all(session.db()).await?;
-    let mut claimed: Vec<(ClaimedTask, Joined)> = Vec::with_capacity(chosen.len());
-    let mut places: HashMap<i64, usize> = HashMap::with_capacity(chosen.len());
+    let mut claimed: Vec<(ClaimedTask, Option<String>, Joined)> = Vec::with_capacity(choice.chosen.len());
+    let mut places: HashMap<i64, usize> = HashMap::with_capacity(choice.chosen.len());
     for row in &rows {
         let place = *places.entry(row.try_get(0)?).or_insert(claimed.len());
         if place == claimed.len() {
-            claimed.push((leased(row, now, until)?, Joined::default()));
+            let problem = unreadable_names(row, [("key", 2), ("type", 3), ("user", 4)])?;
+            claimed.push((leased(row, now, until)?, problem, Joined::default()));
         }
         if let Some(part) = row.try_get::<Option<u16>, _>(12)? {
-            claimed[place].1.add(part, row.try_get(13)?);
+            claimed[place].2.add(part, row.try_get(13)?);
         }
     }
-    if claimed.len() != chosen.len() {
-        tracing::warn!(
-            chosen = chosen.len(),
-            claimed = claimed.len(),
-            "tasks stood as ready that do not wait; they are left as they are"
-        );
+    claimed.sort_unstable_by_key(|(task, _, _)| task.lease_ref.lease);
+    let mut leased = Leased { tasks: Vec::with_capacity(claimed.len()), unreadable: Vec::new() };
+    for (task, problem, data) in claimed {
+        let task = ClaimedTask { data: data.into_bytes(), ..task };
+        match problem {
+            None => leased.tasks.push(task),
+            Some(problem) => leased.unreadable.push(Broken { task, code: "unreadable", problem }),
+        }
     }
-    claimed.sort_unstable_by_key(|(task, _)| task.lease_ref.lease);
-    Ok(claimed.into_iter().map(|(task, data)| ClaimedTask { data: data.into_bytes(), ..task }).collect())
+    Ok(leased)
 }
 
 /// Enter tasks to be looked at when the time has come. Answers the number of the row.
@@ -426,7 +460,7 @@ pub(super) async fn enter_claim(session: &mut Session<'_>, host: i64, look_at: i
 }
 
 fn leased(row: &MySqlRow, now: i64, until: i64) -> Result<ClaimedTask, sqlx::Error> {
-    let user = text(row, 4)?;
+    let user = user_of(row, 4)?;
     let task: i64 = row.try_get(0)?;
     let root = row.try_get::<Option<i64>, _>(15)?.unwrap_or(task);
     Ok(ClaimedTask {

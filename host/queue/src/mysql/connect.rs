@@ -1,16 +1,21 @@
 //! The way to a MySQL or MariaDB server: its URL, encryption, what every session is set to, and the pool. Both kinds of tables use it.
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOptions, MySqlSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row as _};
 
-use super::failure::Place;
+use super::failure::{Place, number};
+use super::rows::PACKET_BYTES_MIN;
 use crate::patience::Patience;
 use crate::{Config, Connections, Error, Result, Tls};
 
 /// How long a session waits for a row that another one keeps locked, in seconds.
-const LOCK_WAIT_SECONDS: u32 = 10;
+pub(crate) const LOCK_WAIT_SECONDS: u32 = 10;
+/// How long the server waits for the next statement of a transaction, in seconds. Then it ends the session: its host is frozen or cut off, and
+/// others wait for what it holds.
+pub(crate) const IDLE_TRANSACTION_SECONDS: u32 = 5;
 /// Prepared statements that a connection keeps.
 const STATEMENTS_KEPT: usize = 200;
 /// The first pause before another try to connect, and the longest.
@@ -18,6 +23,8 @@ const PAUSE_FIRST: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// A connection that nobody needs is closed after this.
 const IDLE: Duration = Duration::from_secs(300);
+/// No connection lives longer, so that a change of the server behind a name is noticed.
+const LIFETIME: Duration = Duration::from_secs(300);
 
 /// What a server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +35,10 @@ pub(crate) struct Server {
     pub(crate) version: String,
     major: u32,
     minor: u32,
+    /// The most bytes of a statement (max_allowed_packet).
+    pub(crate) packet_bytes: usize,
+    /// Its binary log has statements, which each session has to change for itself.
+    logs_statements: bool,
 }
 
 impl Server {
@@ -38,7 +49,7 @@ impl Server {
         let plain = if mariadb { version.strip_prefix("5.5.5-").unwrap_or(version) } else { version };
         let mut numbers = plain.split(|character: char| !character.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
         let (major, minor) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-        Self { mariadb, version: version.to_owned(), major, minor }
+        Self { mariadb, version: version.to_owned(), major, minor, packet_bytes: usize::MAX, logs_statements: false }
     }
 
     /// SKIP LOCKED and JSON_TABLE are in MySQL from 8.0 on, in MariaDB from 10.6 on.
@@ -53,6 +64,8 @@ pub(crate) struct Access {
     pub(crate) options: MySqlConnectOptions,
     pub(crate) place: Place,
     connections: Connections,
+    /// Connections that are older than this are not used again.
+    forgotten: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Access {
@@ -63,7 +76,7 @@ impl Access {
     pub(crate) fn new(config: &Config) -> Result<Self> {
         let place = Place::of(config.place());
         let options = options(&config.url, &config.connections)?;
-        Ok(Self { options, place, connections: config.connections.clone() })
+        Ok(Self { options, place, connections: config.connections.clone(), forgotten: Arc::default() })
     }
 
     /// One connection, set up as all are, and what server it leads to.
@@ -73,24 +86,41 @@ impl Access {
     pub(crate) async fn connect(&self) -> Result<(MySqlConnection, Server)> {
         let connecting = async {
             let mut connection = self.options.connect().await?;
-            let version: String = sqlx::query_scalar("SELECT VERSION()").fetch_one(&mut connection).await?;
-            let server = Server::of(&version);
+            const ABOUT: &str = "SELECT VERSION(), CAST(@@max_allowed_packet AS UNSIGNED)";
+            let (version, packet_bytes): (String, u64) = sqlx::query_as(ABOUT).fetch_one(&mut connection).await?;
+            let mut server = Server::of(&version);
+            server.packet_bytes = usize::try_from(packet_bytes).unwrap_or(usize::MAX);
             if server.is_new_enough() {
+                server.logs_statements = logs_statements(&mut connection).await;
                 self.set_up(&mut connection, &server).await?;
             }
             Ok::<_, sqlx::Error>((connection, server))
         };
         let connected = match tokio::time::timeout(self.connections.connect_timeout, connecting).await {
-            Ok(connected) => connected.map_err(|source| self.place.connecting(source))?,
+            Ok(connected) => connected.map_err(|source| self.refused(source))?,
             Err(_) => return Err(self.place.silent(self.connections.connect_timeout)),
         };
-        if connected.1.is_new_enough() {
-            return Ok(connected);
-        }
-        let (connection, server) = connected;
+        let problem = match &connected.1 {
+            server if !server.is_new_enough() => self.place.too_old(&server.version),
+            server if server.packet_bytes < PACKET_BYTES_MIN => self.place.small_packets(server.packet_bytes, PACKET_BYTES_MIN),
+            _ => return Ok(connected),
+        };
         // The answer is given already; a goodbye that fails changes nothing.
-        let _ = connection.close().await;
-        Err(self.place.too_old(&server.version))
+        let _ = tokio::time::timeout(self.connections.connect_timeout, connected.0.close()).await;
+        Err(problem)
+    }
+
+    /// The error of a session that did not come about. Only one of its settings needs a privilege.
+    fn refused(&self, source: sqlx::Error) -> Error {
+        match number(&source) {
+            Some(1227) => self.place.statement_log(source),
+            _ => self.place.connecting(source),
+        }
+    }
+
+    /// Use no connection again that there is now: the server behind them is not the primary any more.
+    pub(crate) fn forget_connections(&self) {
+        *self.forgotten.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// As [`Access::connect`], tried again for as long as `patience` says if the server cannot be reached.
@@ -112,11 +142,17 @@ impl Access {
 
     /// A pool of such connections, made when they are needed.
     pub(crate) fn pool(&self, server: &Server) -> MySqlPool {
-        let setup = self.setup(server);
+        let (setup, forgotten) = (self.setup(server), Arc::clone(&self.forgotten));
         MySqlPoolOptions::new()
             .max_connections(self.connections.max)
             .acquire_timeout(self.acquire_timeout())
             .idle_timeout(IDLE)
+            .max_lifetime(LIFETIME)
+            .before_acquire(move |_, connection| {
+                let forgotten = *forgotten.lock().unwrap_or_else(PoisonError::into_inner);
+                let is_of_use = forgotten.is_none_or(|forgotten| forgotten.elapsed() >= connection.age);
+                Box::pin(async move { Ok(is_of_use) })
+            })
             // A connection that has died is found out by its first statement, after which the operation is tried on another.
             .test_before_acquire(false)
             .after_connect(move |connection, _| {
@@ -144,12 +180,30 @@ impl Access {
         } else {
             format!("max_execution_time = {}", timeout.as_millis().min(u128::from(u32::MAX)))
         };
+        // On MySQL there is no such limit; a transaction sets wait_timeout for itself. A walk over users' tasks has a step for each task.
+        let of_kind = if server.mariadb {
+            format!("idle_transaction_timeout = {IDLE_TRANSACTION_SECONDS}, max_recursive_iterations = {STEPS_MAX}")
+        } else {
+            format!("cte_max_recursion_depth = {STEPS_MAX}")
+        };
+        let log = if server.logs_statements { "; SET SESSION binlog_format = 'ROW'" } else { "" };
         format!(
-            "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED; \
+            "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; \
             SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', autocommit = 1, \
-            innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}, {limit}"
+            completion_type = 'NO_CHAIN', sql_safe_updates = 0, sql_select_limit = 18446744073709551615, sql_big_selects = 1, \
+            sql_auto_is_null = 0, innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}, {of_kind}, {limit}{log}"
         )
     }
+}
+
+/// Steps of one recursive query, more than a claim ever takes.
+const STEPS_MAX: u32 = 10_000;
+
+/// Whether the binary log has statements, as far as the server tells. InnoDB refuses to write READ COMMITTED transactions into such a one (1665).
+async fn logs_statements(connection: &mut MySqlConnection) -> bool {
+    const LOG: &str = "SELECT @@log_bin = 1 AND @@binlog_format = 'STATEMENT'";
+    // A server that does not know the setting has only rows.
+    sqlx::query_scalar::<_, bool>(LOG).fetch_one(connection).await.unwrap_or(false)
 }
 
 /// The driver's options.

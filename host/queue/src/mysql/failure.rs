@@ -39,6 +39,16 @@ impl Failure {
         }
     }
 
+    /// Another transaction held a lock for longer than this one waits.
+    pub(crate) fn is_lock_wait(&self) -> bool {
+        matches!(self, Self::Sql(error) if number(error) == Some(1205))
+    }
+
+    /// The server takes no writes: it is not the primary any more, or an administrator has set it so.
+    pub(crate) fn is_read_only(&self) -> bool {
+        matches!(self, Self::Sql(error) if matches!(number(error), Some(1290 | 1836)))
+    }
+
     /// The connection is of no use any more. What its last statement did is unknown.
     pub(crate) fn is_disconnection(&self) -> bool {
         matches!(self, Self::Sql(error) if is_disconnection(error))
@@ -63,11 +73,14 @@ pub(crate) fn number(error: &sqlx::Error) -> Option<u16> {
 }
 
 /// The server ended the session, or cannot be reached: shutting down (1053), out of connections (1040), connection killed (1927), network
-/// trouble as the server saw it (1158 to 1161), and whatever the driver says of its socket.
+/// trouble as the server saw it (1158 to 1161), silent for too long (4031), and whatever the driver says of its socket.
 pub(crate) fn is_disconnection(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::WorkerCrashed => true,
-        error => matches!(number(error), Some(1040 | 1053 | 1077 | 1079 | 1152 | 1158..=1161 | 1184 | 1317 | 1927 | 2006 | 2013)),
+        error => matches!(
+            number(error),
+            Some(1040 | 1053 | 1077 | 1079 | 1152 | 1158..=1161 | 1184 | 1317 | 1927 | 2006 | 2013 | 4031)
+        ),
     }
 }
 
@@ -114,6 +127,20 @@ impl Place {
         self.cannot(None, hint, Some(source))
     }
 
+    /// The server's binary log cannot take what a session of ours writes.
+    pub(crate) fn statement_log(&self, source: sqlx::Error) -> Error {
+        let problem =
+            "the server's binlog_format is STATEMENT, which takes nothing that READ COMMITTED transactions write".to_owned();
+        let hint = "set binlog_format to MIXED or ROW on the server, or let this user set it (GRANT BINLOG ADMIN ON *.*)";
+        self.cannot(Some(problem), hint, Some(source))
+    }
+
+    /// The server takes too little at once.
+    pub(crate) fn small_packets(&self, bytes: usize, least: usize) -> Error {
+        let problem = format!("the server's max_allowed_packet is {bytes} bytes; at least {least} are needed");
+        self.cannot(Some(problem), "raise max_allowed_packet on the server", None)
+    }
+
     /// The server took the connection and said nothing.
     pub(crate) fn silent(&self, waited: Duration) -> Error {
         let silence = std::io::Error::new(std::io::ErrorKind::TimedOut, format!("no answer within {} ms", waited.as_millis()));
@@ -152,6 +179,11 @@ impl Place {
 /// The error of a host that is not there.
 pub(crate) fn unknown_host(host: HostId) -> Failure {
     Failure::from(Error::UnknownHost(host))
+}
+
+/// A state as the database says it; one that is none of ours (only hands write such) counts as failed.
+pub(crate) fn state_or_failed(word: &str) -> State {
+    State::ALL.into_iter().find(|state| state.as_str() == word).unwrap_or(State::Failed)
 }
 
 /// A state as the database says it.

@@ -5,26 +5,29 @@
 //!
 //! Running tasks are found through the claims that took them, a row for each claim, looked at when the first of its leases can have ended.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::iter::Peekable;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::Row as _;
 use sqlx::mysql::MySqlRow;
 
-use super::accounts::{FOLDED_MAX, fold, fold_tally, tally_is_long};
-use super::claim::Broken;
+use super::accounts::{Changes, FOLDED_MAX, fold, fold_tally, tally_is_long};
+use super::claim::LEASES_OF_CLAIM;
 use super::connect::text;
-use super::failure::{self, Failure};
+use super::deaths::note_deaths;
+use super::failure::Failure;
+use super::mend::{mend, numbers, tasks_of_claim};
 use super::rows::{ids, json, names};
 use super::session::{Session, moment, now};
 use super::settle::Group;
 use super::{MySql, locked};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Event, FailureKind, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed,
-    Result, Settlement, TaskId, Timestamp, Verdict,
+    Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
+    Settlement, TaskId, Timestamp, Verdict,
 };
 
 /// Tasks taken back in one transaction.
@@ -39,22 +42,19 @@ const UNSEEN: Duration = Duration::from_secs(3_600);
 const SEEN_EVERY: Duration = Duration::from_secs(30);
 /// Rounds of folding users' changes in one call.
 const FOLDS_MAX: usize = 20;
+/// Transactions in one call that look for lost tasks and find none.
+const LOOKS_MAX: usize = 50;
+/// A running task that somebody holds is looked at again after this.
+const HELD_AGAIN: Duration = Duration::from_secs(1);
 
 impl MySql {
     pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
-        const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at, identity) VALUES (?, ?, ?, ?, ?)";
         description.check()?;
-        let HostDescription { name, process_id, identity } = description.clone();
-        let identity = identity.map(String::into_bytes);
+        let asked = Arc::new((description.clone(), AtomicI64::new(0)));
         let host = self
             .run("registering a host", move |session| {
-                let (name, identity) = (name.clone(), identity.clone());
-                Box::pin(async move {
-                    let now = session.now;
-                    let query = sqlx::query(ENTER).bind(name).bind(process_id).bind(now).bind(now).bind(identity);
-                    let entered = query.execute(session.db()).await?.last_insert_id();
-                    Ok(HostId(i64::try_from(entered).unwrap_or(i64::MAX)))
-                })
+                let asked = Arc::clone(&asked);
+                Box::pin(async move { enter(session, &asked.0, &asked.1).await })
             })
             .await?;
         locked(&self.hosts).insert(host, Instant::now());
@@ -74,6 +74,8 @@ impl MySql {
             Box::pin(async move {
                 let now = session.now;
                 sqlx::query(LEAVE).bind(hosts.clone()).bind(now).execute(session.db()).await?;
+                // Whatever becomes of what it still holds, it is no death.
+                sqlx::query(RUNS_NOTHING).bind(hosts.clone()).execute(session.db()).await?;
                 let found: Vec<(i64, i64, String)> = sqlx::query_as(CLAIMS_OF).bind(hosts).fetch_all(session.db()).await?;
                 let claims = found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false });
                 // Lets go of claims whose tasks have all ended; what runs is left to who takes it back.
@@ -107,13 +109,44 @@ impl MySql {
             self.fold_changes().await?;
         }
         self.fold_counts().await?;
+        self.let_go_of_claims().await?;
         if !claims_due && !hosts_gone {
             return Ok(Reclaimed::default());
         }
         let policy = Arc::new(policy.clone());
-        self.run("taking back lost tasks", move |session| {
+        let mut reclaimed = Reclaimed::default();
+        // Where hosts claim quicker than they are looked at, most claims are over; they must not keep back one that is lost.
+        for _ in 0..LOOKS_MAX {
             let policy = Arc::clone(&policy);
-            Box::pin(async move { take_back(session, &policy).await })
+            let (taken, more) = self
+                .run("taking back lost tasks", move |session| {
+                    let policy = Arc::clone(&policy);
+                    Box::pin(async move { take_back(session, &policy).await })
+                })
+                .await?;
+            reclaimed.tasks.extend(taken.tasks);
+            reclaimed.dead_hosts.extend(taken.dead_hosts);
+            if !more || !reclaimed.tasks.is_empty() {
+                break;
+            }
+        }
+        Ok(reclaimed)
+    }
+
+    /// Remove the rows of claims whose tasks this process has settled.
+    async fn let_go_of_claims(&self) -> Result<()> {
+        let over = locked(&self.claims).take_over();
+        if over.is_empty() {
+            return Ok(());
+        }
+        self.run("letting go of claims", move |session| {
+            let over = session.chunks(&over);
+            Box::pin(async move {
+                for claims in over {
+                    sqlx::query(OUT).bind(claims).execute(session.db()).await?;
+                }
+                Ok(())
+            })
         })
         .await
     }
@@ -138,6 +171,7 @@ impl MySql {
                     if !hosts.is_empty() {
                         let now = session.now;
                         sqlx::query(LEAVE).bind(json(&hosts)).bind(now).execute(session.db()).await?;
+                        note_deaths(session, &hosts).await?;
                     }
                     Ok(hosts)
                 })
@@ -159,7 +193,8 @@ impl MySql {
 
     /// Note that the hosts of this process are here, now and then.
     async fn say_that_hosts_are_here(&self) -> Result<()> {
-        const SEEN: &str = concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.seen_at = ?");
+        const SEEN: &str =
+            concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h FORCE INDEX (PRIMARY) ON h.id = s.id SET h.seen_at = ?");
         let due: Vec<HostId> = {
             let hosts = locked(&self.hosts);
             hosts.iter().filter(|(_, seen)| seen.elapsed() >= SEEN_EVERY).map(|(host, _)| *host).collect()
@@ -194,8 +229,11 @@ impl MySql {
                     Box::pin(async move {
                         let pick: i64 = sqlx::query_scalar(HOLD).fetch_one(session.db()).await?;
                         let started = Instant::now();
-                        let last = fold(session, pick, start, FOLDED_MAX).await?;
-                        Ok((started.elapsed(), last))
+                        let folded = fold(session, pick, start, FOLDED_MAX).await?;
+                        let mut changes = Changes::default();
+                        mend(session, &folded.broken, &mut changes).await?;
+                        changes.write(session).await?;
+                        Ok((started.elapsed(), folded.last))
                     })
                 })
                 .await?;
@@ -219,51 +257,36 @@ impl MySql {
         locked(&self.tally).looked(start, started.elapsed(), Some(last));
         Ok(())
     }
+}
 
-    /// Note which plugin versions a host serves from now on; those it served before stay noted.
-    pub(super) async fn note_versions(&self, host: HostId, digests: &[String]) -> Result<()> {
-        const HERE: &str = "SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0";
-        const NOTE: &str =
-            concat!("INSERT IGNORE INTO laelaps_host_plugin (host, plugin, noted_at) SELECT ?, s.id, ? FROM ", ids!());
-        let plugins = self.plugin_ids(digests.iter().map(String::as_str).collect::<BTreeSet<_>>()).await?;
-        let plugins = json(plugins.into_values());
-        self.run("noting plugin versions", move |session| {
-            let plugins = plugins.clone();
-            Box::pin(async move {
-                let here: i64 = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()).await?;
-                if here == 0 {
-                    return Err(failure::unknown_host(host));
-                }
-                let now = session.now;
-                sqlx::query(NOTE).bind(host.0).bind(now).bind(plugins).execute(session.db()).await?;
-                Ok(())
-            })
-        })
-        .await
-    }
-
-    /// Fail claimed tasks that nobody can read, so that they stop nobody.
-    pub(super) async fn set_broken_aside(&self, host: HostId, broken: Vec<Broken>) -> Result<()> {
-        let policy = Policy::default();
-        let mut settlements = Vec::with_capacity(broken.len());
-        for Broken { task, problem } in broken {
-            tracing::error!(task = task.key, host = host.0, problem, "the data of a task is damaged; it is set aside as failed");
-            let event = Event::Failure {
-                kind: FailureKind::Reject,
-                code: "damaged-data".to_owned(),
-                message: format!("the stored data cannot be used: {problem}"),
-            };
-            settlements.push(Settlement::of(task.lease_ref, event, Attempt::of(&task), &policy, 0.0, None, Vec::new()));
+/// Enter a host. `tried_at` is the moment of an earlier try, which may have been committed after all: then it is that one.
+async fn enter(session: &mut Session<'_>, description: &HostDescription, tried_at: &AtomicI64) -> Result<HostId, Failure> {
+    const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at, identity) VALUES (?, ?, ?, ?, ?)";
+    const ENTERED: &str =
+        "SELECT MAX(id) FROM laelaps_host WHERE started_at = ? AND name = ? AND process_id = ? AND identity <=> ?";
+    let HostDescription { name, process_id, identity } = description;
+    let identity = identity.as_ref().map(|identity| identity.as_bytes().to_vec());
+    if session.repeated {
+        let query =
+            sqlx::query_scalar(ENTERED).bind(tried_at.load(Ordering::Relaxed)).bind(name).bind(process_id).bind(identity.clone());
+        let entered: Option<i64> = query.fetch_one(session.db()).await?;
+        if let Some(entered) = entered {
+            return Ok(HostId(entered));
         }
-        self.settle_group(&settlements).await.map(drop)
     }
+    let now = session.now;
+    tried_at.store(now, Ordering::Relaxed);
+    let query = sqlx::query(ENTER).bind(name).bind(process_id).bind(now).bind(now).bind(identity);
+    let entered = query.execute(session.db()).await?.last_insert_id();
+    Ok(HostId(i64::try_from(entered).unwrap_or(i64::MAX)))
 }
 
 async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error> {
     const HOSTS: &str = "SELECT h.id, h.name, h.process_id, h.started_at,
-            (SELECT COUNT(*) FROM laelaps_claim AS c STRAIGHT_JOIN JSON_TABLE(c.tasks, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
-                STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
-                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1024 = c.id), h.left_at <> 0, h.identity
+            (SELECT COUNT(*) FROM laelaps_claim AS c
+                STRAIGHT_JOIN JSON_TABLE(IF(JSON_VALID(c.tasks), c.tasks, '[]'), '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
+                STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
+                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1048576 = c.id), h.left_at <> 0, h.identity
         FROM laelaps_host AS h WHERE h.ended_at = 0 ORDER BY h.id";
     let record = |row: &MySqlRow| {
         Ok(HostRecord {
@@ -305,14 +328,29 @@ struct Stray {
 const LEAVE: &str = concat!(
     "UPDATE ",
     ids!(),
-    " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.left_at = ? WHERE h.left_at = 0 AND h.ended_at = 0"
+    " STRAIGHT_JOIN laelaps_host AS h FORCE INDEX (PRIMARY) ON h.id = s.id SET h.left_at = ? WHERE h.left_at = 0 AND h.ended_at = 0"
 );
 
 /// The claims of some hosts.
-const CLAIMS_OF: &str =
-    concat!("SELECT c.id, c.host, c.tasks FROM ", ids!(), " STRAIGHT_JOIN laelaps_claim AS c ON c.host = s.id FOR UPDATE");
+const CLAIMS_OF: &str = concat!(
+    "SELECT c.id, c.host, c.tasks FROM ",
+    ids!(),
+    " STRAIGHT_JOIN laelaps_claim AS c FORCE INDEX (by_host) ON c.host = s.id FOR UPDATE SKIP LOCKED"
+);
 
-async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<Reclaimed, Failure> {
+/// From now on these hosts run nothing, as far as a death of theirs goes.
+pub(super) const RUNS_NOTHING: &str =
+    concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_host_running AS r FORCE INDEX (PRIMARY) ON r.host = s.id");
+
+pub(super) const OUT: &str =
+    concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_claim AS r FORCE INDEX (PRIMARY) ON r.id = s.id");
+
+pub(super) const NEXT: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$[0]', look_at BIGINT PATH '$[1]',
+        tasks VARCHAR(30000) CHARACTER SET ascii PATH '$[2]')) AS s
+    STRAIGHT_JOIN laelaps_claim AS c FORCE INDEX (PRIMARY) ON c.id = s.id SET c.look_at = s.look_at, c.tasks = s.tasks";
+
+/// Answers also whether more claims may be due.
+async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<(Reclaimed, bool), Failure> {
     const DUE: &str =
         "SELECT id, host, tasks FROM laelaps_claim WHERE look_at <= ? ORDER BY look_at LIMIT ? FOR UPDATE SKIP LOCKED";
     const LEFT: &str = "SELECT id FROM laelaps_host WHERE ended_at = 0 AND left_at <> 0";
@@ -324,12 +362,19 @@ async fn take_back(session: &mut Session<'_>, policy: &Policy) -> Result<Reclaim
         claims.extend(found.into_iter().map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: true }));
     }
     let due: Vec<(i64, i64, String)> = sqlx::query_as(DUE).bind(now).bind(CLAIMS_MAX).fetch_all(session.db()).await?;
+    let more = due.len() as i64 == CLAIMS_MAX;
     let due = due.into_iter().filter(|(_, host, _)| !left.contains(host));
     claims.extend(due.map(|(id, host, tasks)| ClaimRow { id, host, tasks, left: false }));
-    let strays = look_at(session, &mut claims.into_iter().peekable(), true).await?;
+    let mut claims = claims.into_iter().peekable();
+    let strays = look_at(session, &mut claims, true).await?;
+    let more = more || claims.peek().is_some();
+    let mut hosts: Vec<i64> = strays.iter().map(|stray| stray.host.0).collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    note_deaths(session, &hosts).await?;
     let tasks = lose(session, strays, policy).await?;
     let dead_hosts = strike_off(session, None).await?;
-    Ok(Reclaimed { tasks, dead_hosts })
+    Ok((Reclaimed { tasks, dead_hosts }, more))
 }
 
 /// Take back what hosts that have left hold, at most a batch.
@@ -370,21 +415,18 @@ async fn look_at(
     claims: &mut Peekable<impl Iterator<Item = ClaimRow>>,
     taking: bool,
 ) -> Result<Vec<Stray>, Failure> {
-    const RUNNING: &str = concat!(
-        "SELECT t.id, t.lease, t.`key`, t.host, t.attempts, t.max_attempts, t.releases, t.lost, t.lost_alone, t.alone, t.until, ",
-        moment!(),
-        " FROM ",
+    const SEEN: &str = concat!(
+        "SELECT t.id, t.lease, t.until FROM ",
         ids!(),
-        " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id WHERE t.state = 'running' FOR UPDATE"
+        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id WHERE t.state = 'running'"
     );
-    const OUT: &str = concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_claim AS r ON r.id = s.id");
-    const NEXT: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$[0]', look_at BIGINT PATH '$[1]',
-            tasks VARCHAR(30000) CHARACTER SET ascii PATH '$[2]')) AS s
-        STRAIGHT_JOIN laelaps_claim AS c ON c.id = s.id SET c.look_at = s.look_at, c.tasks = s.tasks";
     let mut tasks: Vec<i64> = Vec::new();
     let mut looked: HashMap<i64, bool> = HashMap::new();
     while let Some(claim) = claims.peek() {
-        let of_claim: Vec<i64> = serde_json::from_str(&claim.tasks).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        let of_claim = match numbers(&claim.tasks) {
+            Some(tasks) => tasks,
+            None => tasks_of_claim(session, claim.id).await?,
+        };
         if !looked.is_empty() && tasks.len() + of_claim.len() > RECLAIMED_MAX {
             break;
         }
@@ -400,10 +442,14 @@ async fn look_at(
     tasks.dedup();
     let mut strays = Vec::new();
     let mut alive: HashMap<i64, (i64, Vec<i64>)> = HashMap::new();
-    for row in sqlx::query(RUNNING).bind(json(tasks)).fetch_all(session.db()).await? {
+    let tasks = json(tasks);
+    let seen: Vec<(i64, i64, i64)> = sqlx::query_as(SEEN).bind(tasks.clone()).fetch_all(session.db()).await?;
+    let mut held: HashMap<i64, (i64, i64)> = seen.into_iter().map(|(task, lease, until)| (task, (lease, until))).collect();
+    for row in sqlx::query(RUNNING).bind(tasks).fetch_all(session.db()).await? {
+        held.remove(&row.try_get::<i64, _>(0)?);
         let lease: i64 = row.try_get(1)?;
         // A task may run again, under a later claim.
-        let claim = lease / 1_024;
+        let claim = lease / LEASES_OF_CLAIM;
         let Some(left) = looked.get(&claim) else { continue };
         let (until, now): (i64, i64) = (row.try_get(10)?, row.try_get(11)?);
         if taking && (*left || until <= now) {
@@ -414,6 +460,15 @@ async fn look_at(
             tasks.push(row.try_get(0)?);
         }
     }
+    // Somebody holds those: a settlement under way, or one that hangs. Nobody waits for it.
+    for (task, (lease, until)) in held {
+        let claim = lease / LEASES_OF_CLAIM;
+        let Some(left) = looked.get(&claim) else { continue };
+        let again = session.now + ms(HELD_AGAIN);
+        let (next, tasks) = alive.entry(claim).or_insert((i64::MAX, Vec::new()));
+        *next = if taking && *left { again } else { until.max(again) }.min(*next);
+        tasks.push(task);
+    }
     let over = json(looked.keys().filter(|claim| !alive.contains_key(claim)));
     sqlx::query(OUT).bind(over).execute(session.db()).await?;
     if !alive.is_empty() {
@@ -423,7 +478,16 @@ async fn look_at(
     Ok(strays)
 }
 
+pub(super) const RUNNING: &str = concat!(
+    "SELECT t.id, t.lease, t.`key`, t.host, t.attempts, t.max_attempts, t.releases, t.lost, t.lost_alone, t.alone, t.until, ",
+    moment!(),
+    ", t.lost_at FROM ",
+    ids!(),
+    " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id WHERE t.state = 'running' FOR UPDATE SKIP LOCKED"
+);
+
 fn stray(row: &MySqlRow) -> Result<Stray, sqlx::Error> {
+    let (now, lost_at): (i64, i64) = (row.try_get(11)?, row.try_get(12)?);
     Ok(Stray {
         lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
         key: text(row, 2)?,
@@ -435,6 +499,7 @@ fn stray(row: &MySqlRow) -> Result<Stray, sqlx::Error> {
             lost: row.try_get(7)?,
             lost_alone: row.try_get(8)?,
             alone: row.try_get(9)?,
+            lost_for: if lost_at == 0 { Duration::ZERO } else { Timestamp(now).since(Timestamp(lost_at)) },
         },
     })
 }
@@ -445,9 +510,13 @@ async fn strike_off(session: &mut Session<'_>, only: Option<&[i64]>) -> Result<V
     const GONE: &str = "SELECT h.id, h.name, h.process_id, h.started_at, h.identity FROM laelaps_host AS h
         WHERE h.ended_at = 0 AND (h.left_at <> 0 OR h.seen_at < ?) AND NOT EXISTS (SELECT 1 FROM laelaps_claim AS c WHERE c.host = h.id)
         FOR UPDATE SKIP LOCKED";
-    const OFF: &str = concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h ON h.id = s.id SET h.ended_at = ?");
+    const OFF: &str =
+        concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h FORCE INDEX (PRIMARY) ON h.id = s.id SET h.ended_at = ?");
     const FORGET: &str = "DELETE FROM laelaps_host WHERE ended_at <> 0 AND id <= ?";
-    const FORGET_PLUGINS: &str = "DELETE FROM laelaps_host_plugin WHERE host <= ? AND host NOT IN (SELECT id FROM laelaps_host)";
+    const FORGET_PLUGINS: [&str; 2] = [
+        "DELETE FROM laelaps_host_plugin WHERE host <= ? AND host NOT IN (SELECT id FROM laelaps_host)",
+        "DELETE FROM laelaps_host_running WHERE host <= ? AND host NOT IN (SELECT id FROM laelaps_host)",
+    ];
     let now = session.now;
     let gone = sqlx::query(GONE).bind(now - ms(UNSEEN)).fetch_all(session.db()).await?;
     let record = |row: &MySqlRow| {
@@ -464,10 +533,14 @@ async fn strike_off(session: &mut Session<'_>, only: Option<&[i64]>) -> Result<V
     let mut gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
     gone.retain(|host| only.is_none_or(|only| only.contains(&host.id.0)));
     let Some(last) = gone.iter().map(|host| host.id.0).max() else { return Ok(gone) };
-    sqlx::query(OFF).bind(json(gone.iter().map(|host| host.id.0))).bind(now).execute(session.db()).await?;
+    let ids = json(gone.iter().map(|host| host.id.0));
+    sqlx::query(OFF).bind(ids.clone()).bind(now).execute(session.db()).await?;
+    sqlx::query(RUNS_NOTHING).bind(ids).execute(session.db()).await?;
     let forgotten = last - GONE_HOSTS_KEPT;
     if sqlx::query(FORGET).bind(forgotten).execute(session.db()).await?.rows_affected() > 0 {
-        sqlx::query(FORGET_PLUGINS).bind(forgotten).execute(session.db()).await?;
+        for sql in FORGET_PLUGINS {
+            sqlx::query(sql).bind(forgotten).execute(session.db()).await?;
+        }
     }
     Ok(gone)
 }

@@ -5,6 +5,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::choose::{HEAD, Look, Ready, Starts};
+
 /// The longest time between two looks from the head. It bounds how long a task can wait behind the mark.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A look from the head that takes longer walks over what is deleted.
@@ -46,6 +48,62 @@ impl<P: Copy + Ord> Mark<P> {
     pub(super) fn hint(&mut self) {
         self.looked_at = None;
     }
+}
+
+/// Where this process came to in the tables that claims take from.
+#[derive(Debug)]
+pub(super) struct Marks {
+    ready: Mark<Ready>,
+    of_users: Mark<Ready>,
+    pub(super) scheduled: Mark<Ready>,
+    changes: Mark<i64>,
+}
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self { ready: Mark::at(HEAD), of_users: Mark::at(HEAD), scheduled: Mark::at(HEAD), changes: Mark::at(0) }
+    }
+}
+
+impl Marks {
+    pub(super) fn starts(&self) -> Starts {
+        Starts { ready: self.ready.start(), of_users: self.of_users.start(), changes: self.changes.start() }
+    }
+
+    /// Something began to wait, perhaps behind the marks.
+    pub(super) fn hint(&mut self) {
+        self.ready.hint();
+        self.of_users.hint();
+    }
+
+    /// Where to begin with users' changes.
+    pub(super) fn changes_start(&self) -> i64 {
+        self.changes.start()
+    }
+
+    /// Users' changes were looked at.
+    pub(super) fn changes_looked(&mut self, start: i64, took: Duration, last: Option<i64>) {
+        self.changes.looked(start, took, last);
+    }
+
+    pub(super) fn looked(&mut self, choice: &Looks) {
+        fn note<P: Copy + Ord>(mark: &mut Mark<P>, look: Look<P>) {
+            if let Some((start, took, last)) = look {
+                mark.looked(start, took, last);
+            }
+        }
+        note(&mut self.ready, choice.ready);
+        note(&mut self.of_users, choice.of_users);
+        note(&mut self.changes, choice.changes);
+    }
+}
+
+/// The looks that a choice took.
+#[derive(Default)]
+pub(super) struct Looks {
+    pub(super) ready: Look<Ready>,
+    pub(super) of_users: Look<Ready>,
+    pub(super) changes: Look<i64>,
 }
 
 #[cfg(test)]

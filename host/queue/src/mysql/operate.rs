@@ -1,5 +1,7 @@
 //! What operators and producers do to tasks by hand, and the removal of what is over.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sqlx::Row as _;
@@ -8,12 +10,13 @@ use super::MySql;
 use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::{self, Failure};
+use super::mend::{numbers, tasks_retained_until, user_of};
 use super::rows::{count, ids, json};
 use super::session::{Session, now};
-use super::settle::{record_attempts, retain, set_aside};
+use super::settle::{Record, record_attempts, retain, set_aside};
 use super::submit::{descend, end_descent};
 use crate::outcome::ms;
-use crate::{Error, NewTask, Result, State, error};
+use crate::{Error, NewTask, Result, State, TaskId, error};
 
 /// How a task is ended by hand.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +48,25 @@ impl ByHand {
     }
 }
 
+/// How a task is named.
+#[derive(Clone, Debug)]
+pub(super) enum Name {
+    Key(String),
+    Id(TaskId),
+}
+
+impl Name {
+    fn not_found(&self) -> Error {
+        match self {
+            Self::Key(key) => Error::NotFound(key.clone()),
+            Self::Id(id) => Error::NoSuchId(*id),
+        }
+    }
+}
+
+/// The short names of failures with which tasks are set aside that cannot be read.
+const UNREADABLE: [&str; 2] = ["unreadable", "damaged-data"];
+
 /// A task as an operation by hand needs it.
 struct Found {
     task: i64,
@@ -69,22 +91,35 @@ impl Found {
     }
 }
 
+macro_rules! find_by {
+    ($condition:literal) => {
+        concat!(
+            "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
+                CAST(event AS CHAR), root FROM laelaps_task WHERE ",
+            $condition,
+            " FOR UPDATE"
+        )
+    };
+}
+
 /// Find a task, and hold its row.
-async fn find(session: &mut Session<'_>, key: &str) -> Result<Found, Failure> {
-    look_up(session, key).await?.ok_or_else(|| Failure::from(Error::NotFound(key.to_owned())))
+async fn find(session: &mut Session<'_>, name: &Name) -> Result<Found, Failure> {
+    look_up(session, name).await?.ok_or_else(|| Failure::from(name.not_found()))
 }
 
 /// As [`find`], where there may be none.
-async fn look_up(session: &mut Session<'_>, key: &str) -> Result<Option<Found>, Failure> {
-    const FIND: &str = "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
-        CAST(event AS CHAR), root FROM laelaps_task WHERE `key` = ? FOR UPDATE";
-    let Some(row) = sqlx::query(FIND).bind(key.as_bytes().to_vec()).fetch_optional(session.db()).await? else { return Ok(None) };
+async fn look_up(session: &mut Session<'_>, name: &Name) -> Result<Option<Found>, Failure> {
+    let query = match name {
+        Name::Key(key) => sqlx::query(find_by!("`key` = ?")).bind(key.as_bytes().to_vec()),
+        Name::Id(id) => sqlx::query(find_by!("id = ?")).bind(id.0),
+    };
+    let Some(row) = query.fetch_optional(session.db()).await? else { return Ok(None) };
     Ok(Some(Found {
         task: row.try_get(0)?,
         key: text(&row, 1)?,
         task_type: text(&row, 2)?,
-        state: failure::state(&text(&row, 3)?)?,
-        user: text(&row, 4)?,
+        state: failure::state_or_failed(&text(&row, 3)?),
+        user: user_of(&row, 4)?,
         max_running: row.try_get(5)?,
         run_at: row.try_get(6)?,
         lease: row.try_get(7)?,
@@ -121,19 +156,34 @@ async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes
 }
 
 /// End a waiting or running task. A running attempt loses its lease.
-async fn end(session: &mut Session<'_>, key: &str, by: ByHand, retention: Duration) -> Result<(), Failure> {
+async fn end(session: &mut Session<'_>, name: &Name, by: ByHand, retention: Duration) -> Result<(), Failure> {
     const END: &str = "UPDATE laelaps_task SET state = ?, until = 0, event = ?, finished_at = ?, retained_until = ? WHERE id = ?";
-    let found = find(session, key).await?;
+    let found = find(session, name).await?;
     let mut changes = Changes::default();
     match found.state {
         State::Waiting => unqueue(session, &found, &mut changes).await?,
         State::Running => {
-            changes.stopped(&found.user);
-            let record = (found.task, found.lease, found.attempts.saturating_add(1), found.host, 0, by.event(), None, None);
+            changes.stopped(&found.user, found.max_running);
+            let record = Record {
+                task: found.task,
+                lease: found.lease,
+                attempt: found.attempts.saturating_add(1),
+                host: found.host,
+                plugin: 0,
+                event: by.event(),
+                alone: found.alone,
+                code: None,
+                message: None,
+            };
             record_attempts(session, &[record]).await?;
         }
         // An earlier try was committed after all.
         state if session.repeated && state == by.state() && found.event == by.event() => return Ok(()),
+        State::Failed if matches!((name, by), (Name::Id(_), ByHand::Cancel)) && is_set_aside(session, found.task).await? => {
+            remove(session, &[found.task]).await?;
+            changes.removed(State::Failed, 1);
+            return changes.write(session).await;
+        }
         state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
     }
     let now = session.now;
@@ -151,15 +201,22 @@ async fn end(session: &mut Session<'_>, key: &str, by: ByHand, retention: Durati
     changes.write(session).await
 }
 
+/// Whether a failed task cannot be read.
+async fn is_set_aside(session: &mut Session<'_>, task: i64) -> Result<bool, Failure> {
+    const CODE: &str = "SELECT COALESCE((SELECT code FROM laelaps_failure WHERE task = ?), '')";
+    let code: String = sqlx::query_scalar(CODE).bind(task).fetch_one(session.db()).await?;
+    Ok(UNREADABLE.contains(&code.as_str()))
+}
+
 const DUE: &str = "UPDATE laelaps_task SET run_at = ? WHERE id = ?";
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
-async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
+async fn retry(session: &mut Session<'_>, name: &Name) -> Result<(), Failure> {
     const REVIVE: &str =
         "UPDATE laelaps_task SET state = 'waiting', run_at = ?, attempts = 0, releases = 0, lost = 0, lost_alone = 0,
-        alone = 0, finished_at = 0, retained_until = 0 WHERE id = ?";
+        lost_at = 0, alone = 0, finished_at = 0, retained_until = 0 WHERE id = ?";
     const FORGET: [&str; 2] = ["DELETE FROM laelaps_failure WHERE task = ?", "DELETE FROM laelaps_set_aside WHERE task = ?"];
-    let found = find(session, key).await?;
+    let found = find(session, name).await?;
     let mut changes = Changes::default();
     let now = session.now;
     // What is ready already keeps its place in the order.
@@ -190,9 +247,12 @@ async fn retry(session: &mut Session<'_>, key: &str) -> Result<(), Failure> {
     changes.write(session).await
 }
 
-/// Make a held task due now. Answers whether there was one; an earlier try that was committed after all counts as somebody else's.
-async fn release_held(session: &mut Session<'_>, key: &str) -> Result<bool, Failure> {
-    let Some(found) = look_up(session, key).await?.filter(Found::is_held) else { return Ok(false) };
+/// Make a held task due now. Answers whether there was one; `seen` is whether an earlier try, which may have been committed after all, has seen it.
+async fn release_held(session: &mut Session<'_>, name: &Name, seen: &AtomicBool) -> Result<bool, Failure> {
+    let Some(found) = look_up(session, name).await?.filter(Found::is_held) else {
+        return Ok(session.repeated && seen.load(Ordering::Relaxed));
+    };
+    seen.store(true, Ordering::Relaxed);
     let mut changes = Changes::default();
     let now = session.now;
     unqueue(session, &found, &mut changes).await?;
@@ -204,8 +264,11 @@ async fn release_held(session: &mut Session<'_>, key: &str) -> Result<bool, Fail
 }
 
 /// Remove a held task. Answers as [`release_held`].
-async fn drop_held(session: &mut Session<'_>, key: &str) -> Result<bool, Failure> {
-    let Some(found) = look_up(session, key).await?.filter(Found::is_held) else { return Ok(false) };
+async fn drop_held(session: &mut Session<'_>, name: &Name, seen: &AtomicBool) -> Result<bool, Failure> {
+    let Some(found) = look_up(session, name).await?.filter(Found::is_held) else {
+        return Ok(session.repeated && seen.load(Ordering::Relaxed));
+    };
+    seen.store(true, Ordering::Relaxed);
     let mut changes = Changes::default();
     unqueue(session, &found, &mut changes).await?;
     remove(session, &[found.task]).await?;
@@ -219,39 +282,37 @@ fn refused(found: Found, problem: &'static str) -> Failure {
 }
 
 impl MySql {
-    pub(super) async fn end_by_hand(&self, key: &str, by: ByHand, retention: Duration) -> Result<()> {
-        let key = key.to_owned();
+    pub(super) async fn end_by_hand(&self, name: Name, by: ByHand, retention: Duration) -> Result<()> {
         self.run(by.doing(), move |session| {
-            let key = key.clone();
-            Box::pin(async move { end(session, &key, by, retention).await })
+            let name = name.clone();
+            Box::pin(async move { end(session, &name, by, retention).await })
         })
         .await
     }
 
-    pub(super) async fn retry_by_hand(&self, key: &str) -> Result<()> {
-        let key = key.to_owned();
+    pub(super) async fn retry_by_hand(&self, name: Name) -> Result<()> {
         // A second time it is due or ready already, which stays as it is.
         self.run("retrying a task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { retry(session, &key).await })
+            let name = name.clone();
+            Box::pin(async move { retry(session, &name).await })
         })
         .await
     }
 
     pub(super) async fn release(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
+        let asked = Arc::new((Name::Key(key.to_owned()), AtomicBool::new(false)));
         self.run("releasing a held task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { release_held(session, &key).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { release_held(session, &asked.0, &asked.1).await })
         })
         .await
     }
 
     pub(super) async fn drop_from_hold(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
+        let asked = Arc::new((Name::Key(key.to_owned()), AtomicBool::new(false)));
         self.run("dropping a held task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { drop_held(session, &key).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { drop_held(session, &asked.0, &asked.1).await })
         })
         .await
     }
@@ -259,6 +320,7 @@ impl MySql {
     /// Remove at most `limit` tasks whose retention has ended, oldest end first.
     pub(super) async fn remove_old(&self, limit: u32) -> Result<u64> {
         const LOOK: &str = concat!("SELECT EXISTS (SELECT 1 FROM laelaps_retention WHERE until <= ", now!(), ")");
+        self.repair_accounts().await?;
         let garbage = self.read("looking for ended retention", || sqlx::query(LOOK)).await?;
         let garbage: bool = garbage.try_get(0).map_err(|error| self.runner.place.worded(error, "looking for ended retention"))?;
         if !garbage {
@@ -270,22 +332,27 @@ impl MySql {
 }
 
 async fn clean_up(session: &mut Session<'_>, limit: u32) -> Result<u64, Failure> {
-    const OVER: &str = "SELECT id, tasks FROM laelaps_retention WHERE until <= ? ORDER BY until LIMIT ? FOR UPDATE SKIP LOCKED";
+    const OVER: &str =
+        "SELECT id, tasks, until FROM laelaps_retention WHERE until <= ? ORDER BY until LIMIT ? FOR UPDATE SKIP LOCKED";
     const CUT: &str = "UPDATE laelaps_retention SET tasks = ? WHERE id = ?";
-    const OUT: &str = concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_retention AS r ON r.id = s.id");
+    const OUT: &str =
+        concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_retention AS r FORCE INDEX (PRIMARY) ON r.id = s.id");
     const ENDED: &str = concat!(
         "SELECT t.id, CAST(t.state AS CHAR) FROM ",
         ids!(),
-        " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
-        WHERE t.state IN ('finished', 'failed', 'cancelled') AND t.retained_until <= ? FOR UPDATE"
+        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
+        WHERE t.retained_until <> 0 AND t.retained_until <= ? FOR UPDATE"
     );
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
     let now = session.now;
-    let groups: Vec<(i64, String)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
+    let groups: Vec<(i64, String, i64)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
     let mut tasks: Vec<i64> = Vec::new();
     let mut done = Vec::new();
-    for (id, group) in groups {
-        let mut group: Vec<i64> = serde_json::from_str(&group).map_err(|error| sqlx::Error::Decode(error.into()))?;
+    for (id, group, until) in groups {
+        let mut group = match numbers(&group) {
+            Some(group) => group,
+            None => tasks_retained_until(session, until).await?,
+        };
         let room = limit - tasks.len();
         if group.len() <= room {
             done.push(id);
@@ -299,23 +366,28 @@ async fn clean_up(session: &mut Session<'_>, limit: u32) -> Result<u64, Failure>
             break;
         }
     }
-    sqlx::query(OUT).bind(json(done)).execute(session.db()).await?;
+    for done in session.chunks(done) {
+        sqlx::query(OUT).bind(done).execute(session.db()).await?;
+    }
     tasks.sort_unstable();
     let mut changes = Changes::default();
     let mut removed: Vec<i64> = Vec::with_capacity(tasks.len());
-    for row in sqlx::query(ENDED).bind(json(tasks)).bind(now).fetch_all(session.db()).await? {
-        removed.push(row.try_get(0)?);
-        changes.removed(failure::state(&text(&row, 1)?)?, 1);
+    for tasks in session.chunks(tasks) {
+        for row in sqlx::query(ENDED).bind(tasks).bind(now).fetch_all(session.db()).await? {
+            removed.push(row.try_get(0)?);
+            changes.removed(failure::state_or_failed(&text(&row, 1)?), 1);
+        }
     }
     remove(session, &removed).await?;
     changes.write(session).await?;
     Ok(removed.len() as u64)
 }
 
-async fn remove(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure> {
+/// Remove tasks with all that stands beside them. The caller holds their rows.
+pub(super) async fn remove(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure> {
     macro_rules! remove_from {
         ($table:literal, $column:literal) => {
-            concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN ", $table, " AS r ON r.", $column, " = s.id")
+            concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN ", $table, " AS r FORCE INDEX (PRIMARY) ON r.", $column, " = s.id")
         };
     }
     const REMOVE: [&str; 8] = [
@@ -331,9 +403,10 @@ async fn remove(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure>
     if tasks.is_empty() {
         return Ok(());
     }
-    let tasks = json(tasks);
-    for sql in REMOVE {
-        sqlx::query(sql).bind(tasks.clone()).execute(session.db()).await?;
+    for tasks in session.chunks(tasks) {
+        for sql in REMOVE {
+            sqlx::query(sql).bind(tasks.clone()).execute(session.db()).await?;
+        }
     }
     Ok(())
 }

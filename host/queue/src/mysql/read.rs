@@ -8,6 +8,8 @@ use sqlx::mysql::MySqlRow;
 use super::MySql;
 use super::connect::text;
 use super::failure::{self, Failure};
+use super::mend::unreadable_names;
+use super::operate::Name;
 use super::rows::{Joined, ids, json};
 use super::session::Session;
 use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
@@ -34,7 +36,10 @@ macro_rules! beside {
 
 fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
     let user = text(row, 4)?;
-    let state = failure::state(&text(row, 3)?)?;
+    let word = text(row, 3)?;
+    let state = failure::state_or_failed(&word);
+    let names = unreadable_names(row, [("key", 1), ("type", 2), ("user", 4)])?;
+    let unreadable = if state.as_str() == word { names } else { Some(format!("the state {word:?} is none")) };
     let moment =
         |place: usize| Ok::<_, sqlx::Error>(Some(row.try_get::<i64, _>(place)?).filter(|moment| *moment != 0).map(Timestamp));
     let done: Option<i64> = row.try_get(18)?;
@@ -65,6 +70,7 @@ fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
         plugin_digest: digest.map(|digest| String::from_utf8_lossy(&digest).into_owned()),
         error_code: row.try_get(16)?,
         error_message: row.try_get(17)?,
+        unreadable,
         data: None,
         output: None,
     })
@@ -72,10 +78,16 @@ fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
 
 /// Add data and output. Data that cannot be decompressed is shown as it is stored.
 async fn with_data(session: &mut Session<'_>, tasks: &mut [Task]) -> Result<(), Failure> {
-    const DATA: &str =
-        concat!("SELECT d.task, d.part, d.data FROM ", ids!(), " STRAIGHT_JOIN laelaps_task_data AS d ON d.task = s.id");
-    const OUTPUT: &str =
-        concat!("SELECT o.task, o.part, o.output FROM ", ids!(), " STRAIGHT_JOIN laelaps_output AS o ON o.task = s.id");
+    const DATA: &str = concat!(
+        "SELECT d.task, d.part, d.data FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task_data AS d FORCE INDEX (PRIMARY) ON d.task = s.id"
+    );
+    const OUTPUT: &str = concat!(
+        "SELECT o.task, o.part, o.output FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_output AS o FORCE INDEX (PRIMARY) ON o.task = s.id"
+    );
     let ids = json(tasks.iter().map(|task| task.id));
     let mut stored = joined(session, DATA, ids.clone()).await?;
     let mut outputs = joined(session, OUTPUT, ids).await?;
@@ -115,9 +127,10 @@ const BY_KEY: &str = list_of!("laelaps_task AS t FORCE INDEX (by_key)", "AND t.`
 const FEW: &str = list_of!(
     "(SELECT task AS id FROM laelaps_ready WHERE ? UNION ALL SELECT task FROM laelaps_ready_of_user WHERE ?
         UNION ALL SELECT task FROM laelaps_scheduled WHERE ? UNION ALL SELECT task FROM laelaps_suspect WHERE ?
-        UNION ALL SELECT s.id FROM laelaps_claim AS c STRAIGHT_JOIN JSON_TABLE(c.tasks, '$[*]' COLUMNS (id BIGINT PATH '$')) AS s WHERE ?
+        UNION ALL SELECT s.id FROM laelaps_claim AS c
+            STRAIGHT_JOIN JSON_TABLE(IF(JSON_VALID(c.tasks), c.tasks, '[]'), '$[*]' COLUMNS (id BIGINT PATH '$')) AS s WHERE ?
         UNION ALL SELECT task FROM laelaps_set_aside WHERE FIND_IN_SET(state, ?)) AS few
-    STRAIGHT_JOIN laelaps_task AS t ON t.id = few.id",
+    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = few.id",
     ""
 );
 
@@ -161,15 +174,22 @@ fn successor(prefix: &str) -> Vec<u8> {
     bytes
 }
 
-pub(super) const HELD: &str = "SELECT t.`key` FROM laelaps_scheduled AS s STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
+pub(super) const HELD: &str =
+    "SELECT t.`key` FROM laelaps_scheduled AS s STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     WHERE s.run_at = ? AND t.`key` >= ? AND t.`key` < ? ORDER BY t.`key` LIMIT ?";
 
 pub(super) const UNSETTLED: &str = "SELECT EXISTS (SELECT 1 FROM laelaps_task FORCE INDEX (by_key)
     WHERE `key` >= ? AND `key` < ? AND state IN ('waiting', 'running'))";
 
 async fn page(session: &mut Session<'_>, filter: &Filter) -> Result<Page, Failure> {
-    const TASKS: &str =
-        concat!("SELECT ", task_columns!(), " FROM ", ids!(), " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id", beside!());
+    const TASKS: &str = concat!(
+        "SELECT ",
+        task_columns!(),
+        " FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id",
+        beside!()
+    );
     const BYTES: &str = concat!(
         "SELECT s.id, CAST(COALESCE((SELECT SUM(d.bytes) FROM laelaps_task_data AS d WHERE d.task = s.id), 0)
             + COALESCE((SELECT SUM(LENGTH(o.output)) FROM laelaps_output AS o WHERE o.task = s.id), 0) AS SIGNED) FROM ",
@@ -206,7 +226,7 @@ async fn attempts(session: &mut Session<'_>, key: Vec<u8>) -> Result<Vec<Attempt
         "SELECT past.attempt, past.lease, h.name, h.process_id, v.digest, past.ended_at, past.event, past.code,
             past.message, past.host
         FROM (SELECT a.attempt, a.lease, a.host, a.plugin, a.ended_at, a.event, a.code, a.message
-            FROM laelaps_task AS t STRAIGHT_JOIN laelaps_attempt AS a ON a.task = t.id WHERE t.`key` = ?
+            FROM laelaps_task AS t STRAIGHT_JOIN laelaps_attempt AS a FORCE INDEX (PRIMARY) ON a.task = t.id WHERE t.`key` = ?
             UNION ALL
             SELECT attempts, lease, host, plugin, finished_at, CAST(event AS CHAR), NULL, NULL FROM laelaps_task
             WHERE `key` = ? AND event = 'finish') AS past
@@ -245,16 +265,20 @@ async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
     const HEADS: &str = "SELECT (SELECT MIN(run_at) FROM laelaps_ready), (SELECT MIN(run_at) FROM laelaps_ready_of_user),
         (SELECT MIN(run_at) FROM laelaps_suspect), (SELECT MIN(run_at) FROM laelaps_scheduled)";
     let now = session.now;
-    let (mut running, mut ended, mut types) = (0, HashMap::new(), Vec::new());
+    let (mut running, mut ended) = (0, HashMap::new());
+    // By their names as they are shown: those that cannot be read may be written in several ways.
+    let mut sums: HashMap<String, i64> = HashMap::new();
     for row in sqlx::query(TALLY).fetch_all(session.db()).await? {
-        let (name, tasks) = (text(&row, 1)?, u64::try_from(row.try_get::<i64, _>(2)?).unwrap_or(0));
+        let (name, tasks): (String, i64) = (text(&row, 1)?, row.try_get(2)?);
+        let counted = u64::try_from(tasks).unwrap_or(0);
         match text(&row, 0)?.as_str() {
-            "running" => running = tasks,
-            "ended" => drop(ended.insert(name, tasks)),
-            _ if tasks > 0 => types.push((name, tasks)),
-            _ => {}
+            "running" => running = counted,
+            "ended" => drop(ended.insert(name, counted)),
+            _ => *sums.entry(name).or_default() += tasks,
         }
     }
+    let types = sums.into_iter().filter_map(|(name, tasks)| Some((name, u64::try_from(tasks).ok().filter(|tasks| *tasks > 0)?)));
+    let mut types: Vec<(String, u64)> = types.collect();
     types.sort_unstable_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
     let scheduled: i64 = sqlx::query_scalar(SCHEDULED).bind(now).fetch_one(session.db()).await?;
     let scheduled = scheduled.unsigned_abs();
@@ -279,14 +303,17 @@ async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
 }
 
 impl MySql {
-    pub(super) async fn task_of(&self, key: &str) -> Result<Option<Task>> {
+    pub(super) async fn task_of(&self, name: Name) -> Result<Option<Task>> {
         const GET: &str = concat!("SELECT ", task_columns!(), " FROM laelaps_task AS t", beside!(), " WHERE t.`key` = ?");
-        let key = key.as_bytes().to_vec();
+        const BY_ID: &str = concat!("SELECT ", task_columns!(), " FROM laelaps_task AS t", beside!(), " WHERE t.id = ?");
         self.runner
             .read_together("reading a task", move |session| {
-                let key = key.clone();
+                let query = match &name {
+                    Name::Key(key) => sqlx::query(GET).bind(key.as_bytes().to_vec()),
+                    Name::Id(id) => sqlx::query(BY_ID).bind(id.0),
+                };
                 Box::pin(async move {
-                    let row = sqlx::query(GET).bind(key).fetch_optional(session.db()).await?;
+                    let row = query.fetch_optional(session.db()).await?;
                     let mut found: Vec<Task> = row.iter().map(task).collect::<Result<_, _>>()?;
                     if !found.is_empty() {
                         with_data(session, &mut found).await?;

@@ -6,22 +6,54 @@ pub(super) fn json<T: serde::Serialize>(items: impl IntoIterator<Item = T>) -> S
     serde_json::to_string(&items).unwrap_or_else(|error| unreachable!("numbers and texts are JSON: {error}"))
 }
 
+/// A set as several parameters: each of at most so many bytes, unless one item alone has more. None for an empty set.
+pub(super) fn json_in_chunks<T: serde::Serialize>(items: impl IntoIterator<Item = T>, bytes_max: usize) -> Vec<String> {
+    let mut chunks: Vec<String> = Vec::new();
+    for item in items {
+        let item = serde_json::to_string(&item).unwrap_or_else(|error| unreachable!("numbers and texts are JSON: {error}"));
+        match chunks.last_mut().filter(|chunk| chunk.len() + item.len() + 2 <= bytes_max) {
+            Some(chunk) => {
+                chunk.push(',');
+                chunk.push_str(&item);
+            }
+            None => {
+                if let Some(full) = chunks.last_mut() {
+                    full.push(']');
+                }
+                chunks.push(format!("[{item}"));
+            }
+        }
+    }
+    if let Some(last) = chunks.last_mut() {
+        last.push(']');
+    }
+    chunks
+}
+
 /// A number of tasks as the database counts.
 pub(super) fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-/// The most bytes of one part. A statement carries two of them at most, which a server takes by default (max_allowed_packet).
-pub(super) const PART_BYTES: usize = 4 << 20;
-/// The most bytes of one statement, unless one part alone has more.
-const STATEMENT_BYTES: usize = 8 << 20;
+/// The most bytes of one parameter, which a server takes by default (max_allowed_packet of 16 MiB).
+const PARAMETER_BYTES: usize = 8 << 20;
+/// The least that a server has to take (its own default is at least 4 MiB).
+pub(crate) const PACKET_BYTES_MIN: usize = 128 << 10;
+/// Of a packet, what is left to a statement's text and its short parameters.
+const STATEMENT_BYTES: usize = 12 << 10;
 /// The most rows of one statement.
 const STATEMENT_ROWS: usize = 1_000;
 
+/// The most bytes of one parameter on a server that takes packets of this size. A statement has two large ones at most.
+pub(super) fn parameter_bytes(packet_bytes: usize) -> usize {
+    (packet_bytes.max(PACKET_BYTES_MIN) - STATEMENT_BYTES).div_euclid(2).min(PARAMETER_BYTES)
+}
+
 /// Bytes to be stored in parts, as many statements as they need.
-#[derive(Default)]
 pub(super) struct Parts {
     statements: Vec<Statement>,
+    /// The most bytes of one parameter.
+    bytes_max: usize,
 }
 
 /// Task, part, size of the whole (on the first part), place of its first byte, length.
@@ -34,14 +66,21 @@ struct Statement {
 }
 
 impl Parts {
-    /// Add what a task has. `size` is noted on the first part.
-    pub(super) fn push(&mut self, task: i64, size: usize, bytes: &[u8]) {
+    /// For statements whose parameters have at most so many bytes.
+    pub(super) fn new(bytes_max: usize) -> Self {
+        Self { statements: Vec::new(), bytes_max }
+    }
+
+    /// Add what a task has; answers in how many parts. `size` is noted on the first one.
+    pub(super) fn push(&mut self, task: i64, size: usize, bytes: &[u8]) -> usize {
         let empty: &[u8] = &[];
-        let chunks = bytes.chunks(PART_BYTES).chain(bytes.is_empty().then_some(empty));
+        // So that two parts of two tasks go together. A part's row is shorter than 100 bytes.
+        let (part_bytes, rows_max) = (self.bytes_max / 2, STATEMENT_ROWS.min(self.bytes_max / 100));
+        let chunks = bytes.chunks(part_bytes).chain(bytes.is_empty().then_some(empty));
+        let count = bytes.len().div_ceil(part_bytes).max(1);
         for (part, chunk) in chunks.enumerate() {
-            let has_room = |statement: &Statement| {
-                statement.parts.len() < STATEMENT_ROWS && statement.bytes.len() + chunk.len() <= STATEMENT_BYTES
-            };
+            let has_room =
+                |statement: &Statement| statement.parts.len() < rows_max && statement.bytes.len() + chunk.len() <= self.bytes_max;
             if !self.statements.last().is_some_and(has_room) {
                 self.statements.push(Statement::default());
             }
@@ -50,6 +89,7 @@ impl Parts {
             statement.parts.push((task, part, size, statement.bytes.len() + 1, chunk.len()));
             statement.bytes.extend_from_slice(chunk);
         }
+        count
     }
 
     /// For each statement: the bytes, and the parts as [`PARTS`] unfolds them.

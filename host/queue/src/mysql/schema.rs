@@ -25,6 +25,8 @@ const TABLE: &str =
 
 /// How long to wait for another program that makes the tables.
 const LOCK_WAIT: Duration = Duration::from_secs(60);
+/// How long making them may take, that wait included.
+const MAKING_MAX: Duration = Duration::from_secs(900);
 
 impl MySql {
     /// Bring the tables up to what this program needs. Two programs at once: the second one finds the work done.
@@ -33,7 +35,10 @@ impl MySql {
         // On a connection of its own, which is closed afterwards, and the lock with it, whatever happens.
         let making = tokio::spawn(async move {
             let (mut connection, _) = access.connect_with_patience(runner.patience).await?;
-            let made = make(&mut connection).await;
+            let made = tokio::time::timeout(MAKING_MAX, make(&mut connection)).await.unwrap_or_else(|_| {
+                let words = format!("the tables were not made within {} s", MAKING_MAX.as_secs());
+                Err(Failure::from(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))))
+            });
             if let Err(error) = connection.close().await {
                 tracing::debug!(%error, "closing the connection that made the tables");
             }
@@ -162,6 +167,24 @@ fn expected() -> Objects {
     objects
 }
 
+/// A table of ours.
+pub(super) struct Table {
+    pub(super) name: String,
+    /// One of its columns that are not generated.
+    pub(super) column: String,
+}
+
+/// The tables that hosts write to.
+pub(super) fn tables() -> Vec<Table> {
+    let (objects, mut tables) = (expected(), Vec::new());
+    for name in objects.tables.keys().filter(|name| *name != "laelaps_schema") {
+        // The first of a key's is never generated.
+        let key = objects.indexes.get(&format!("{name}.PRIMARY")).and_then(|columns| columns.split(',').next());
+        tables.extend(key.map(|column| Table { name: name.clone(), column: format!("`{column}`") }));
+    }
+    tables
+}
+
 /// A column, an index or a constraint of a CREATE TABLE.
 fn expect_item(objects: &mut Objects, table: &str, item: &str) {
     let index = item.strip_prefix("PRIMARY KEY ").map(|columns| ("PRIMARY", columns)).or_else(|| {
@@ -236,6 +259,14 @@ async fn found(connection: &mut MySqlConnection) -> Result<Objects, sqlx::Error>
             let (name, made): (String, Option<String>) = (row.try_get(0)?, row.try_get(1)?);
             of_kind.insert(name, made.unwrap_or_default());
         }
+    }
+    // A host needs no privilege on the procedure for producers, and does not see it without one.
+    const SEES_PROCEDURES: &str = "SELECT EXISTS (SELECT 1 FROM (
+            SELECT privilege_type, '%' AS place FROM information_schema.user_privileges
+            UNION ALL SELECT privilege_type, table_schema FROM information_schema.schema_privileges) AS granted
+        WHERE privilege_type IN ('EXECUTE', 'CREATE ROUTINE', 'ALTER ROUTINE') AND DATABASE() LIKE place)";
+    if objects.procedures.is_empty() && sqlx::query_scalar::<_, i64>(SEES_PROCEDURES).fetch_one(&mut *connection).await? == 0 {
+        objects.procedures = expected().procedures;
     }
     objects.columns.values_mut().for_each(|kind| *kind = column_type(kind));
     Ok(objects)

@@ -1,6 +1,9 @@
 //! Which plugin versions a host has served.
 
-use super::MySql;
+use std::collections::BTreeSet;
+
+use super::rows::{ids, json};
+use super::{MySql, failure};
 use crate::{HostId, Result};
 
 impl MySql {
@@ -14,5 +17,27 @@ impl MySql {
             })
         });
         read.await
+    }
+
+    /// Note which plugin versions a host serves from now on; those it served before stay noted.
+    pub(super) async fn note_versions(&self, host: HostId, digests: &[String]) -> Result<()> {
+        const HERE: &str = "SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0";
+        const NOTE: &str =
+            concat!("INSERT IGNORE INTO laelaps_host_plugin (host, plugin, noted_at) SELECT ?, s.id, ? FROM ", ids!());
+        let plugins = self.plugin_ids(digests.iter().map(String::as_str).collect::<BTreeSet<_>>()).await?;
+        let plugins = json(plugins.into_values());
+        self.run("noting plugin versions", move |session| {
+            let plugins = plugins.clone();
+            Box::pin(async move {
+                let here: i64 = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()).await?;
+                if here == 0 {
+                    return Err(failure::unknown_host(host));
+                }
+                let now = session.now;
+                sqlx::query(NOTE).bind(host.0).bind(now).bind(plugins).execute(session.db()).await?;
+                Ok(())
+            })
+        })
+        .await
     }
 }

@@ -13,10 +13,12 @@ use std::time::Duration;
 use sqlx::mysql::{MySqlArguments, MySqlRow};
 use sqlx::pool::PoolConnection;
 use sqlx::query::Query;
-use sqlx::{MySql, MySqlConnection, MySqlPool, Row as _};
+use sqlx::{AssertSqlSafe, MySql, MySqlConnection, MySqlPool, Row as _};
 use tokio::sync::Notify;
 
+use super::connect::{Access, IDLE_TRANSACTION_SECONDS, LOCK_WAIT_SECONDS, Server};
 use super::failure::{Failure, Place};
+use super::rows::{json_in_chunks, parameter_bytes};
 use crate::patience::Patience;
 use crate::{Error, Result};
 
@@ -24,6 +26,13 @@ use crate::{Error, Result};
 const CONFLICT_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// The longest pause before another try to reach the server.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How often an operation asks for another server when one takes no writes, and the pause before it does.
+const PRIMARIES_MAX: u32 = 2;
+const PRIMARY_PAUSE: Duration = Duration::from_millis(50);
+/// How long an operation waits for a row that another one keeps locked where others wait behind it, in seconds.
+const SHORT_LOCK_WAIT_SECONDS: u32 = 1;
+/// How long a connection may take to be closed or to take back what it did.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// The server's clock at the beginning of a statement, in milliseconds, whatever the session's time zone is.
 macro_rules! now {
@@ -47,6 +56,50 @@ const BEGIN_SNAPSHOT: &str = concat!(
     "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY; SELECT ",
     now!()
 );
+/// For who reads one moment after having waited for a lock, and writes.
+const BEGIN_REPEATABLE: &str = concat!("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; START TRANSACTION; SELECT ", now!());
+
+/// How an operation waits for what others have locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Waiting {
+    /// As long as a session does.
+    Long,
+    /// For a second, since others wait behind it; then it is [`Error::Busy`].
+    OrBusy,
+    /// As long as a session does, and reads as of one moment after the first wait.
+    AtOneMoment,
+}
+
+/// How a transaction begins and ends on a kind of server. On MySQL its session is held to answering within seconds; MariaDB's sessions are so
+/// whenever they are in a transaction.
+#[derive(Clone, Copy, Debug)]
+struct Brackets {
+    mariadb: bool,
+}
+
+impl Brackets {
+    fn begin(self, waiting: Waiting) -> String {
+        let mut settings = String::new();
+        if !self.mariadb {
+            settings.push_str(&format!("SET SESSION wait_timeout = {IDLE_TRANSACTION_SECONDS}; "));
+        }
+        if waiting == Waiting::OrBusy {
+            settings.push_str(&format!("SET SESSION innodb_lock_wait_timeout = {SHORT_LOCK_WAIT_SECONDS}; "));
+        }
+        settings + if waiting == Waiting::AtOneMoment { BEGIN_REPEATABLE } else { BEGIN }
+    }
+
+    fn end(self, end: &str, waiting: Waiting) -> String {
+        let mut end = end.to_owned();
+        if waiting == Waiting::OrBusy {
+            end.push_str(&format!("; SET SESSION innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}"));
+        }
+        if !self.mariadb {
+            end.push_str("; SET SESSION wait_timeout = DEFAULT");
+        }
+        end
+    }
+}
 
 /// The future of an operation.
 pub(super) type Work<'s, T> = Pin<Box<dyn Future<Output = Result<T, Failure>> + Send + 's>>;
@@ -60,14 +113,24 @@ pub(super) struct Session<'c> {
     pub(super) wake: bool,
     /// An earlier try of this operation may have been committed.
     pub(super) repeated: bool,
+    /// So many earlier tries ran into other transactions.
+    pub(super) conflicts: u32,
+    /// The most bytes of one parameter.
+    pub(super) bytes_max: usize,
 }
 
 impl<'c> Session<'c> {
     /// A transaction that somebody else has begun and will end.
     pub(super) async fn joining(connection: &'c mut MySqlConnection) -> Result<Self, sqlx::Error> {
-        const NOW: &str = concat!("SELECT ", now!());
-        let now = sqlx::query_scalar(NOW).fetch_one(&mut *connection).await?;
-        Ok(Self { connection, now, wake: false, repeated: false })
+        const NOW: &str = concat!("SELECT ", now!(), ", CAST(@@max_allowed_packet AS UNSIGNED)");
+        let (now, packet_bytes): (i64, u64) = sqlx::query_as(NOW).fetch_one(&mut *connection).await?;
+        let bytes_max = parameter_bytes(usize::try_from(packet_bytes).unwrap_or(usize::MAX));
+        Ok(Self { connection, now, wake: false, repeated: false, conflicts: 0, bytes_max })
+    }
+
+    /// A set as parameters that the server takes.
+    pub(super) fn chunks<T: serde::Serialize>(&self, items: impl IntoIterator<Item = T>) -> Vec<String> {
+        json_in_chunks(items, self.bytes_max)
     }
 
     /// Where statements run.
@@ -83,9 +146,9 @@ struct Begun {
 }
 
 impl Begun {
-    async fn begin(pool: &MySqlPool, begin: &'static str) -> Result<Self, sqlx::Error> {
+    async fn begin(pool: &MySqlPool, begin: String) -> Result<Self, sqlx::Error> {
         let mut connection = pool.acquire().await?;
-        let begun = sqlx::raw_sql(begin).fetch_all(&mut *connection).await;
+        let begun = sqlx::raw_sql(AssertSqlSafe(begin)).fetch_all(&mut *connection).await;
         let now = begun.and_then(|rows| rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get::<i64, _>(0));
         match now {
             Ok(now) => Ok(Self { connection, now }),
@@ -96,12 +159,12 @@ impl Begun {
         }
     }
 
-    fn session(&mut self, repeated: bool) -> Session<'_> {
-        Session { connection: &mut self.connection, now: self.now, wake: false, repeated }
+    fn session(&mut self, repeated: bool, conflicts: u32, bytes_max: usize) -> Session<'_> {
+        Session { connection: &mut self.connection, now: self.now, wake: false, repeated, conflicts, bytes_max }
     }
 
-    async fn commit(mut self) -> Result<(), Trouble> {
-        match sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await {
+    async fn commit(mut self, commit: String) -> Result<(), Trouble> {
+        match sqlx::raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await {
             Ok(_) => Ok(()),
             Err(error) => {
                 let failure = Failure::from(error);
@@ -112,8 +175,10 @@ impl Begun {
         }
     }
 
-    async fn roll_back(mut self) {
-        if sqlx::raw_sql("ROLLBACK").execute(&mut *self.connection).await.is_err() {
+    /// A connection that does not answer is given up, and the transaction with it.
+    async fn roll_back(mut self, roll_back: String) {
+        let rolled_back = sqlx::raw_sql(AssertSqlSafe(roll_back)).execute(&mut *self.connection);
+        if !matches!(tokio::time::timeout(GOODBYE, rolled_back).await, Ok(Ok(_))) {
             self.break_off();
         }
     }
@@ -142,12 +207,31 @@ pub(super) struct Runner {
     pub(super) patience: Duration,
     /// How long a try may take.
     limit: Duration,
+    access: Arc<Access>,
+    brackets: Brackets,
+    bytes_max: usize,
 }
 
 impl Runner {
-    pub(super) fn new(pool: MySqlPool, place: Place, patience: Duration, statement_timeout: Duration) -> Self {
-        // An operation has several statements.
-        Self { pool, place, wakeup: Arc::default(), patience, limit: statement_timeout.saturating_mul(2) }
+    pub(super) fn new(access: Arc<Access>, server: &Server, patience: Duration, statement_timeout: Duration) -> Self {
+        Self {
+            pool: access.pool(server),
+            place: access.place.clone(),
+            wakeup: Arc::default(),
+            patience,
+            // An operation has several statements.
+            limit: statement_timeout.saturating_mul(2),
+            access,
+            brackets: Brackets { mariadb: server.mariadb },
+            bytes_max: parameter_bytes(server.packet_bytes),
+        }
+    }
+
+    /// Close all connections; those that do not answer are given up.
+    pub(super) async fn close(&self) {
+        if tokio::time::timeout(GOODBYE, self.pool.close()).await.is_err() {
+            tracing::debug!("some connections are given up");
+        }
     }
 
     /// Run an operation in a transaction on a task of its own, and answer when it is durable. `doing` says what it does, for errors.
@@ -155,32 +239,39 @@ impl Runner {
     /// # Errors
     /// The operation's own, or the transaction's. Nothing was changed, unless the server was lost during the commit and did not come back
     /// within the patience: then it is not known.
-    pub(super) async fn run<T, F>(&self, doing: &'static str, operation: F) -> Result<T>
+    pub(super) async fn run<T, F>(&self, waiting: Waiting, doing: &'static str, operation: F) -> Result<T>
     where
         T: Send + 'static,
         F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
     {
         let runner = self.clone();
-        let running = tokio::spawn(async move { runner.run_here(doing, operation).await });
+        let running = tokio::spawn(async move { runner.run_here(waiting, doing, operation).await });
         running.await.unwrap_or(Err(Error::Closed))
     }
 
     /// As [`Runner::run`], on the task of the caller, which must not be dropped before it ends.
-    pub(super) async fn run_here<T, F>(&self, doing: &'static str, operation: F) -> Result<T>
+    pub(super) async fn run_here<T, F>(&self, waiting: Waiting, doing: &'static str, operation: F) -> Result<T>
     where
         T: Send + 'static,
         F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync,
     {
         let mut patience = self.patience();
-        let (mut conflicts, mut losses) = (0, 0);
+        let (mut conflicts, mut losses, mut primaries) = (0, 0, 0);
         let mut repeated = false;
         loop {
-            let (failure, known) = match self.once(&operation, repeated).await {
+            let (failure, known) = match self.once(waiting, &operation, repeated, conflicts).await {
                 Ok(done) => return Ok(done),
                 Err(Trouble::Undone(failure)) => (failure, true),
                 Err(Trouble::Unknown(failure)) => (failure, false),
             };
-            let (pause, again) = if failure.is_conflict() {
+            let (pause, again) = if failure.is_lock_wait() && waiting == Waiting::OrBusy && known && !repeated {
+                return Err(Error::Busy { doing });
+            } else if failure.is_read_only() {
+                // Where its name leads by now there may be another.
+                self.access.forget_connections();
+                primaries += 1;
+                (PRIMARY_PAUSE, primaries <= PRIMARIES_MAX)
+            } else if failure.is_conflict() {
                 conflicts += 1;
                 let pause = pause_after(conflicts, Duration::from_millis(2), CONFLICT_PAUSE_MAX);
                 (pause, patience.outlasts_conflict(pause))
@@ -201,21 +292,21 @@ impl Runner {
         }
     }
 
-    async fn once<T, F>(&self, operation: &F, repeated: bool) -> Result<T, Trouble>
+    async fn once<T, F>(&self, waiting: Waiting, operation: &F, repeated: bool, conflicts: u32) -> Result<T, Trouble>
     where
         F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T>,
     {
-        let begun = tokio::time::timeout(self.limit, Begun::begin(&self.pool, BEGIN)).await;
+        let begun = tokio::time::timeout(self.limit, Begun::begin(&self.pool, self.brackets.begin(waiting))).await;
         let mut begun = match begun {
             Ok(begun) => begun.map_err(|error| Trouble::Undone(error.into()))?,
             Err(_) => return Err(Trouble::Undone(silence(self.limit))),
         };
-        let mut session = begun.session(repeated);
+        let mut session = begun.session(repeated, conflicts, self.bytes_max);
         let done = tokio::time::timeout(self.limit, operation(&mut session)).await;
         let wake = session.wake;
         match done.unwrap_or_else(|_| Err(silence(self.limit))) {
             Ok(done) => {
-                match tokio::time::timeout(self.limit, begun.commit()).await {
+                match tokio::time::timeout(self.limit, begun.commit(self.brackets.end("COMMIT", waiting))).await {
                     Ok(committed) => committed?,
                     Err(_) => return Err(Trouble::Unknown(silence(self.limit))),
                 }
@@ -230,7 +321,7 @@ impl Runner {
                 Err(Trouble::Undone(failure))
             }
             Err(failure) => {
-                begun.roll_back().await;
+                begun.roll_back(self.brackets.end("ROLLBACK", waiting)).await;
                 Err(Trouble::Undone(failure))
             }
         }
@@ -278,10 +369,22 @@ impl Runner {
             let mut losses = 0;
             loop {
                 let read = async {
-                    let mut begun = Begun::begin(&runner.pool, BEGIN_SNAPSHOT).await?;
-                    let read = reads(&mut begun.session(false)).await;
-                    begun.roll_back().await;
-                    read
+                    let beginning = Begun::begin(&runner.pool, BEGIN_SNAPSHOT.to_owned());
+                    let Ok(begun) = tokio::time::timeout(runner.limit, beginning).await else {
+                        return Err(silence(runner.limit));
+                    };
+                    let mut begun = begun?;
+                    let mut session = begun.session(false, 0, runner.bytes_max);
+                    match tokio::time::timeout(runner.limit, reads(&mut session)).await {
+                        Ok(read) => {
+                            begun.roll_back("ROLLBACK".to_owned()).await;
+                            read
+                        }
+                        Err(_) => {
+                            begun.break_off();
+                            Err(silence(runner.limit))
+                        }
+                    }
                 };
                 losses += 1;
                 let pause = pause_after(losses, Duration::from_millis(5), RECONNECT_PAUSE_MAX);

@@ -8,13 +8,14 @@ use sqlx::Row as _;
 use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::Failure;
+use super::mend::user_of;
 use super::rows::{Parts, json, names, parts};
-use super::session::{Session, moment};
-use super::submit::{end_descent, new_mark, store_rows};
+use super::session::{Session, Waiting as LockWait, moment};
+use super::submit::{end_descent, new_mark, store_rows, wait_for_keys};
 use super::{MySql, locked};
 use crate::batch::Row;
 use crate::outcome::{self, Counters, Entry, Outcome};
-use crate::{AttemptRecord, Lease, LeaseAnswer, LeaseRef, Result, Settlement, State, TaskId};
+use crate::{AttemptRecord, Error, Lease, LeaseAnswer, LeaseRef, Result, Settlement, State, TaskId};
 
 /// Ended tasks that share a row of `retention`.
 const ENDED_TOGETHER: usize = 500;
@@ -42,6 +43,7 @@ struct Settled {
     attempts: u32,
     host: i64,
     is_follow_up: bool,
+    alone: bool,
 }
 
 impl Group {
@@ -52,6 +54,10 @@ impl Group {
     pub(super) fn new(settlements: &[Settlement], plugins: HashMap<String, i64>, ended_too: bool) -> Result<Self> {
         let asked = settlements.iter().map(|settlement| settlement.lease_ref).collect();
         Ok(Self { asked, entries: outcome::entries(settlements)?, plugins, mark: new_mark(), ended_too })
+    }
+
+    fn has_follow_ups(&self) -> bool {
+        self.entries.iter().any(|entry| !entry.follow_ups.is_empty())
     }
 
     fn plugin(&self, entry: &Entry) -> Option<i64> {
@@ -74,6 +80,8 @@ impl Group {
             self.write_beside(session, &kept, &settled).await?;
             let follow_ups: Vec<Row> = kept.iter().flat_map(|entry| entry.follow_ups.rows.iter().cloned()).collect();
             if !follow_ups.is_empty() {
+                // Whoever waits for a key in the midst of storing keeps all others from storing.
+                wait_for_keys(session, &follow_ups).await?;
                 store_rows(session, &follow_ups, self.mark, &mut changes).await?;
             }
             changes.write(session).await?;
@@ -106,8 +114,9 @@ impl Group {
             query.execute(session.db()).await?;
         }
         if !others.is_empty() {
-            let rows = json(others.into_iter().map(|entry| row(entry, self.plugin(entry), now)));
-            sqlx::query(SETTLE).bind(rows).execute(session.db()).await?;
+            for rows in session.chunks(others.into_iter().map(|entry| row(entry, self.plugin(entry), now))) {
+                sqlx::query(SETTLE).bind(rows).execute(session.db()).await?;
+            }
         }
         Ok(())
     }
@@ -128,7 +137,7 @@ impl Group {
             SELECT s.task, s.code, s.message FROM JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]',
                 code VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]', message VARCHAR(4096) CHARACTER SET utf8mb4 PATH '$[2]')) AS s
             ON DUPLICATE KEY UPDATE code = VALUES(code), message = VALUES(message)";
-        let mut outputs = Parts::default();
+        let mut outputs = Parts::new(session.bytes_max);
         let mut failures = Vec::new();
         let mut records = Vec::new();
         for entry in kept {
@@ -142,25 +151,24 @@ impl Group {
             if entry.row.state != State::Finished
                 && let Some(found) = settled.get(&entry.lease_ref)
             {
-                let (code, message) = (entry.error_code.as_deref(), entry.error_message.as_deref());
-                let attempt = found.attempts.saturating_add(1);
-                records.push((
-                    task.0,
-                    lease.0,
-                    attempt,
-                    found.host,
-                    self.plugin(entry).unwrap_or(0),
-                    entry.row.event,
-                    code,
-                    message,
-                ));
+                records.push(Record {
+                    task: task.0,
+                    lease: lease.0,
+                    attempt: found.attempts.saturating_add(1),
+                    host: found.host,
+                    plugin: self.plugin(entry).unwrap_or(0),
+                    event: entry.row.event,
+                    alone: found.alone,
+                    code: entry.error_code.as_deref(),
+                    message: entry.error_message.as_deref(),
+                });
             }
         }
         for (bytes, rows) in outputs.into_statements() {
             sqlx::query(OUTPUT).bind(bytes).bind(rows).execute(session.db()).await?;
         }
-        if !failures.is_empty() {
-            sqlx::query(FAILURE).bind(json(failures)).execute(session.db()).await?;
+        for failures in session.chunks(failures) {
+            sqlx::query(FAILURE).bind(failures).execute(session.db()).await?;
         }
         record_attempts(session, &records).await
     }
@@ -175,17 +183,23 @@ impl MySql {
             let known = locked(&self.in_doubt);
             Arc::new(leases.iter().copied().filter(|lease_ref| known.contains(lease_ref)).collect())
         };
+        // A producer may hold the key of a follow-up; the others are not to wait for it.
+        let waiting = if group.has_follow_ups() { LockWait::OrBusy } else { LockWait::Long };
         let settled = self
-            .run("settling attempts", move |session| {
+            .run_waiting(waiting, "settling attempts", move |session| {
                 let (group, in_doubt) = (Arc::clone(&group), Arc::clone(&in_doubt));
                 Box::pin(async move { group.write(session, &in_doubt).await })
             })
             .await;
+        if let Ok(answers) = &settled {
+            let held = settlements.iter().zip(answers).filter(|(_, answer)| **answer == LeaseAnswer::Held);
+            locked(&self.claims).settled(held.map(|(settlement, _)| settlement.lease_ref.lease));
+        }
         let mut known = locked(&self.in_doubt);
         match &settled {
             _ if settled.is_ok() && known.is_empty() => {}
             // Whether the last try was committed may not be known; who tries again has to be told.
-            Err(error) if error.is_retryable() => {
+            Err(error) if error.is_retryable() && !matches!(error, Error::Busy { .. }) => {
                 if known.len() + leases.len() > IN_DOUBT_MAX {
                     known.clear();
                 }
@@ -204,8 +218,11 @@ impl MySql {
 
     /// The numbers of plugin versions, entered where they are new. They are never removed, so that they can be remembered.
     pub(super) async fn plugin_ids(&self, digests: BTreeSet<&str>) -> Result<HashMap<String, i64>> {
-        const FIND: &str =
-            concat!("SELECT v.digest, v.id FROM ", names!(), " STRAIGHT_JOIN laelaps_plugin_version AS v ON v.digest = s.name");
+        const FIND: &str = concat!(
+            "SELECT v.digest, v.id FROM ",
+            names!(),
+            " STRAIGHT_JOIN laelaps_plugin_version AS v FORCE INDEX (by_digest) ON v.digest = s.name"
+        );
         const ENTER: &str = concat!("INSERT IGNORE INTO laelaps_plugin_version (digest) SELECT s.name FROM ", names!());
         let unknown: Vec<String> = {
             let known = locked(&self.plugins);
@@ -240,9 +257,10 @@ pub(super) use leases;
 
 /// The fence: the rows are held until the transaction ends.
 pub(super) const HELD: &str = concat!(
-    "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host, t.root IS NOT NULL FROM ",
+    "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host, t.root IS NOT NULL,
+        t.alone FROM ",
     leases!(),
-    " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
+    " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     WHERE t.lease = s.lease AND t.state = 'running' AND (t.until > ",
     moment!(),
     " OR ?) FOR UPDATE"
@@ -258,12 +276,13 @@ async fn held(session: &mut Session<'_>, entries: &[Entry], ended_too: bool) -> 
         let lease_ref = LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) };
         let found = Settled {
             task_type: text(&row, 2)?,
-            user: text(&row, 3)?,
+            user: user_of(&row, 3)?,
             max_running: row.try_get(4)?,
             run_at: row.try_get(5)?,
             attempts: row.try_get(6)?,
             host: row.try_get(7)?,
             is_follow_up: row.try_get(8)?,
+            alone: row.try_get(9)?,
         };
         settled.insert(lease_ref, found);
     }
@@ -274,7 +293,7 @@ async fn held(session: &mut Session<'_>, entries: &[Entry], ended_too: bool) -> 
 async fn settled_before(session: &mut Session<'_>, entries: &[&Entry]) -> Result<Vec<LeaseRef>, Failure> {
     const BEFORE: &str = "SELECT s.task, s.lease FROM JSON_TABLE(?, '$[*]' COLUMNS (
             task BIGINT PATH '$[0]', lease BIGINT PATH '$[1]', event VARCHAR(32) CHARACTER SET utf8mb4 PATH '$[2]')) AS s
-        STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
+        STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
         LEFT JOIN laelaps_attempt AS a ON a.task = s.task AND a.lease = s.lease
         WHERE (t.lease = s.lease AND t.state <> 'running' AND t.event = s.event) OR a.event = s.event";
     let rows = json(entries.iter().map(|entry| (entry.lease_ref.task, entry.lease_ref.lease, entry.row.event)));
@@ -286,8 +305,9 @@ async fn settled_before(session: &mut Session<'_>, entries: &[&Entry]) -> Result
 pub(super) const FINISH: &str = concat!(
     "UPDATE ",
     leases!(),
-    " STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
-    SET t.state = 'finished', t.until = 0, t.event = ?, t.plugin = COALESCE(?, t.plugin), t.attempts = t.attempts + 1,
+    " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
+    SET t.state = 'finished', t.until = 0, t.event = ?, t.plugin = COALESCE(?, t.plugin),
+        t.attempts = LEAST(t.attempts + 1, 4294967295),
         t.finished_at = ?, t.retained_until = ?
     WHERE t.lease = s.lease AND t.state = 'running'"
 );
@@ -296,12 +316,13 @@ pub(super) const SETTLE: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
         task BIGINT PATH '$[0]', lease BIGINT PATH '$[1]', state VARCHAR(10) CHARACTER SET utf8mb4 PATH '$[2]',
         event VARCHAR(32) CHARACTER SET utf8mb4 PATH '$[3]', counted INT PATH '$[4]', run_at BIGINT PATH '$[5]',
         finished_at BIGINT PATH '$[6]', retained_until BIGINT PATH '$[7]', plugin BIGINT PATH '$[8]', releases BIGINT PATH '$[9]',
-        lost BIGINT PATH '$[10]', lost_alone BIGINT PATH '$[11]', alone INT PATH '$[12]')) AS s
-    STRAIGHT_JOIN laelaps_task AS t ON t.id = s.task
+        lost BIGINT PATH '$[10]', lost_alone BIGINT PATH '$[11]', alone INT PATH '$[12]', now BIGINT PATH '$[13]')) AS s
+    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     SET t.state = s.state, t.until = 0, t.event = s.event, t.plugin = COALESCE(s.plugin, t.plugin),
-        t.attempts = t.attempts + s.counted, t.run_at = COALESCE(s.run_at, t.run_at), t.finished_at = s.finished_at,
+        t.attempts = LEAST(t.attempts + s.counted, 4294967295), t.run_at = COALESCE(s.run_at, t.run_at), t.finished_at = s.finished_at,
         t.retained_until = s.retained_until, t.releases = COALESCE(s.releases, t.releases), t.lost = COALESCE(s.lost, t.lost),
-        t.lost_alone = COALESCE(s.lost_alone, t.lost_alone), t.alone = COALESCE(s.alone, t.alone)
+        t.lost_alone = COALESCE(s.lost_alone, t.lost_alone), t.alone = COALESCE(s.alone, t.alone),
+        t.lost_at = CASE WHEN s.lost IS NULL THEN t.lost_at WHEN s.lost = 0 THEN 0 WHEN t.lost_at <> 0 THEN t.lost_at ELSE s.now END
     WHERE t.lease = s.lease AND t.state = 'running'";
 
 /// A task's row as it will be; what [`SETTLE`] unfolds.
@@ -326,7 +347,8 @@ fn row(entry: &Entry, plugin: Option<i64>, now: i64) -> serde_json::Value {
         releases,
         lost,
         lost_alone,
-        alone
+        alone,
+        now
     ])
 }
 
@@ -345,7 +367,7 @@ async fn place(
     for entry in kept {
         let Some(found) = settled.get(&entry.lease_ref) else { continue };
         let task = entry.lease_ref.task.0;
-        changes.stopped(&found.user);
+        changes.stopped(&found.user, found.max_running);
         // As the statement has written it: run_at of what waits, retained_until of what has ended.
         let moment = entry.row.after_ms.map_or(found.run_at, |after_ms| now + after_ms);
         if entry.row.state == State::Waiting {
@@ -393,34 +415,57 @@ pub(super) async fn retain(session: &mut Session<'_>, mut ended: Vec<(i64, i64)>
         .flat_map(|alike| alike.chunks(ENDED_TOGETHER))
         .map(|chunk| (chunk[0].0, json(chunk.iter().map(|(_, task)| *task))))
         .collect();
-    sqlx::query(RETAIN).bind(json(rows)).execute(session.db()).await?;
+    for rows in session.chunks(rows) {
+        sqlx::query(RETAIN).bind(rows).execute(session.db()).await?;
+    }
     Ok(())
 }
 
-/// An attempt that is over: task, lease, number, host, plugin version, event, code and words of a failure.
-pub(super) type Record<'a> = (i64, i64, u32, i64, i64, &'a str, Option<&'a str>, Option<&'a str>);
+/// An attempt that is over.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Record<'a> {
+    pub(super) task: i64,
+    pub(super) lease: i64,
+    pub(super) attempt: u32,
+    pub(super) host: i64,
+    pub(super) plugin: i64,
+    pub(super) event: &'a str,
+    pub(super) alone: bool,
+    pub(super) code: Option<&'a str>,
+    pub(super) message: Option<&'a str>,
+}
 
 /// Keep the records of attempts, of each task the newest few.
 pub(super) async fn record_attempts(session: &mut Session<'_>, records: &[Record<'_>]) -> Result<(), Failure> {
-    const RECORD: &str = "INSERT INTO laelaps_attempt (task, lease, attempt, host, plugin, ended_at, event, code, message)
-        SELECT s.task, s.lease, s.attempt, s.host, s.plugin, ?, s.event, s.code, s.message FROM JSON_TABLE(?, '$[*]' COLUMNS (
+    const RECORD: &str = "INSERT INTO laelaps_attempt (task, lease, attempt, host, plugin, ended_at, event, alone, code, message)
+        SELECT s.task, s.lease, s.attempt, s.host, s.plugin, ?, s.event, s.alone, s.code, s.message FROM JSON_TABLE(?, '$[*]' COLUMNS (
             task BIGINT PATH '$[0]', lease BIGINT PATH '$[1]', attempt BIGINT PATH '$[2]', host BIGINT PATH '$[3]',
             plugin BIGINT PATH '$[4]', event VARCHAR(32) CHARACTER SET utf8mb4 PATH '$[5]',
-            code VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[6]', message VARCHAR(4096) CHARACTER SET utf8mb4 PATH '$[7]')) AS s";
+            code VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[6]', message VARCHAR(4096) CHARACTER SET utf8mb4 PATH '$[7]',
+            alone INT PATH '$[8]')) AS s";
     /// Neither server lets a DELETE look at its own table in a subquery.
     const SURPLUS: &str = "SELECT s.task, (SELECT a.lease FROM laelaps_attempt AS a WHERE a.task = s.task
             ORDER BY a.lease DESC LIMIT 1 OFFSET 20) AS lease
         FROM JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]')) AS s HAVING lease IS NOT NULL";
-    const TRIM: &str =
-        concat!("DELETE a FROM ", leases!(), " STRAIGHT_JOIN laelaps_attempt AS a ON a.task = s.task AND a.lease <= s.lease");
+    const TRIM: &str = concat!(
+        "DELETE a FROM ",
+        leases!(),
+        " STRAIGHT_JOIN laelaps_attempt AS a FORCE INDEX (PRIMARY) ON a.task = s.task AND a.lease <= s.lease"
+    );
     const { assert!(AttemptRecord::KEPT == 20) };
     if records.is_empty() {
         return Ok(());
     }
-    let rows = json(records);
     let now = session.now;
-    sqlx::query(RECORD).bind(now).bind(rows.clone()).execute(session.db()).await?;
-    let surplus: Vec<(i64, i64)> = sqlx::query_as(SURPLUS).bind(rows).fetch_all(session.db()).await?;
+    let rows = session.chunks(records.iter().map(|record| {
+        let Record { task, lease, attempt, host, plugin, event, alone, code, message } = *record;
+        (task, lease, attempt, host, plugin, event, code, message, u8::from(alone))
+    }));
+    for rows in rows {
+        sqlx::query(RECORD).bind(now).bind(rows).execute(session.db()).await?;
+    }
+    let tasks = json(records.iter().map(|record| (record.task,)));
+    let surplus: Vec<(i64, i64)> = sqlx::query_as(SURPLUS).bind(tasks).fetch_all(session.db()).await?;
     if !surplus.is_empty() {
         sqlx::query(TRIM).bind(json(surplus)).execute(session.db()).await?;
     }

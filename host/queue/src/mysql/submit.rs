@@ -6,20 +6,27 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::{MySqlConnection, Row as _};
 
 use super::MySql;
 use super::accounts::{Changes, Waiting};
 use super::connect::text;
-use super::failure::Failure;
+use super::failure::{Failure, state_or_failed};
+use super::operate::remove;
 use super::rows::{Parts, ids, json, names, parts};
-use super::session::Session;
+use super::session::{Session, Waiting as LockWait};
 use crate::batch::{Batch, Row};
-use crate::{NewTask, Result, Submitted};
+use crate::patience::Patience;
+use crate::{Error, NewTask, Result, Submitted};
 
 /// Tasks of one statement.
 const CHUNK_ROWS: usize = 1_000;
+/// The most bytes of one of them in a statement, but for its data: three names with each byte escaped, and numbers.
+const ROW_BYTES: usize = 2 * 3 * 255 + 200;
+/// Before another look whether a key is free.
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Store the rows whose key is new; the caller writes the changes. Answers for each whether it was.
 pub(super) async fn store_rows(
@@ -30,10 +37,12 @@ pub(super) async fn store_rows(
 ) -> Result<Vec<bool>, Failure> {
     let mut created = Vec::with_capacity(rows.len());
     let mut waiting = Vec::with_capacity(rows.len());
-    let mut stored = Parts::default();
+    let mut stored = Parts::new(session.bytes_max);
     let mut descendants = Vec::new();
-    for chunk in rows.chunks(CHUNK_ROWS) {
-        for (row, task, run_at) in store_chunk(session, chunk, mark).await? {
+    // A row has at most so many bytes as a parameter, its names escaped.
+    let chunk_rows = CHUNK_ROWS.min(session.bytes_max / ROW_BYTES).max(1);
+    for chunk in rows.chunks(chunk_rows) {
+        for (row, task, run_at) in store_chunk(session, chunk, mark, changes).await? {
             created.push(task.is_some());
             let Some(task) = task else { continue };
             stored.push(task, row.bytes, &row.stored);
@@ -63,20 +72,93 @@ pub(super) const INSERT: &str = "INSERT IGNORE INTO laelaps_task
 /// Rows of one submit stand together or nearly so, whatever others insert meanwhile.
 pub(super) const INSERTED: &str = "SELECT id, `key` FROM laelaps_task WHERE id >= ? AND lease = ? ORDER BY id LIMIT ?";
 
+/// Wait until nobody else is about to store one of these keys. A statement that stores keeps all others from storing while it waits for a key
+/// (InnoDB's lock of the next number), this one keeps nobody. It locks nothing but what is there already.
+pub(super) async fn wait_for_keys(session: &mut Session<'_>, rows: &[Row]) -> Result<(), Failure> {
+    let mut keys: Vec<&str> = rows.iter().map(|row| row.key.as_str()).collect();
+    keys.sort_unstable();
+    for keys in session.chunks(keys) {
+        sqlx::query(TAKEN).bind(keys).fetch_all(session.db()).await?;
+    }
+    Ok(())
+}
+
+pub(super) const TAKEN: &str = concat!(
+    "SELECT t.`key` FROM ",
+    names!(),
+    " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (by_key) ON t.`key` = s.name LOCK IN SHARE MODE"
+);
+
 /// Each row of a chunk with the number of its task, if it was stored, and when it may run.
 async fn store_chunk<'r>(
     session: &mut Session<'_>,
     chunk: &'r [Row],
     mark: i64,
+    changes: &mut Changes,
 ) -> Result<Vec<(&'r Row, Option<i64>, i64)>, Failure> {
+    let mut ids = insert(session, chunk.iter(), mark).await?;
+    let refused: Vec<&Row> = chunk.iter().filter(|row| !ids.contains_key(row.key.as_str())).collect();
+    if !refused.is_empty() && free_keys(session, &refused, changes).await? {
+        ids.extend(insert(session, refused.into_iter(), mark).await?);
+    }
+    // Follow-ups of several attempts may share a key: the first one was stored, and takes the number.
     let now = session.now;
-    let run_at = |row: &Row| row.run_at.map_or(now, |moment| moment.max(now));
-    let rows = json(chunk.iter().map(|row| {
+    Ok(chunk.iter().map(|row| (row, ids.remove(row.key.as_str()), run_at(row, now))).collect())
+}
+
+fn run_at(row: &Row, now: i64) -> i64 {
+    row.run_at.map_or(now, |moment| moment.max(now))
+}
+
+/// A key is free once its retention has ended: remove the tasks that still have one of these. Answers whether there was one.
+async fn free_keys(session: &mut Session<'_>, rows: &[&Row], changes: &mut Changes) -> Result<bool, Failure> {
+    const OVER: &str = concat!(
+        "SELECT t.id FROM ",
+        names!(),
+        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (by_key) ON t.`key` = s.name WHERE t.retained_until <> 0 AND t.retained_until <= ?"
+    );
+    const HELD: &str = concat!(
+        "SELECT t.id, CAST(t.state AS CHAR) FROM ",
+        ids!(),
+        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
+        WHERE t.retained_until <> 0 AND t.retained_until <= ? FOR UPDATE"
+    );
+    let now = session.now;
+    let mut over: Vec<i64> = Vec::new();
+    for keys in session.chunks(rows.iter().map(|row| row.key.as_str())) {
+        over.extend(sqlx::query_scalar::<_, i64>(OVER).bind(keys).bind(now).fetch_all(session.db()).await?);
+    }
+    if over.is_empty() {
+        return Ok(false);
+    }
+    over.sort_unstable();
+    let mut removed = Vec::with_capacity(over.len());
+    for row in sqlx::query(HELD).bind(json(over)).bind(now).fetch_all(session.db()).await? {
+        removed.push(row.try_get(0)?);
+        changes.removed(state_or_failed(&text(&row, 1)?), 1);
+    }
+    remove(session, &removed).await?;
+    Ok(!removed.is_empty())
+}
+
+/// Insert the rows whose key is new; answers their numbers by key.
+async fn insert<'r>(
+    session: &mut Session<'_>,
+    chunk: impl Iterator<Item = &'r Row>,
+    mark: i64,
+) -> Result<HashMap<String, i64>, Failure> {
+    let now = session.now;
+    let mut chunk: Vec<&Row> = chunk.collect();
+    // Tasks have their numbers in the order of the caller. Two callers that have run into each other store the same keys in one order instead.
+    if session.conflicts > 0 {
+        chunk.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+    }
+    let rows = json(chunk.into_iter().map(|row| {
         let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
-        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth)
+        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row, now), root, depth)
     }));
     let inserted = sqlx::query(INSERT).bind(now).bind(mark).bind(rows).execute(session.db()).await?;
-    let mut ids = HashMap::with_capacity(chunk.len());
+    let mut ids = HashMap::new();
     if inserted.rows_affected() > 0 {
         let first = i64::try_from(inserted.last_insert_id()).unwrap_or(i64::MAX);
         let most = i64::try_from(inserted.rows_affected()).unwrap_or(i64::MAX);
@@ -84,8 +166,7 @@ async fn store_chunk<'r>(
             ids.insert(text(&row, 1)?, row.try_get::<i64, _>(0)?);
         }
     }
-    // Follow-ups of several attempts may share a key: the first one was stored, and takes the number.
-    Ok(chunk.iter().map(|row| (row, ids.remove(row.key.as_str()), run_at(row))).collect())
+    Ok(ids)
 }
 
 async fn store_data(session: &mut Session<'_>, stored: Parts) -> Result<(), Failure> {
@@ -103,15 +184,16 @@ async fn store_data(session: &mut Session<'_>, stored: Parts) -> Result<(), Fail
 pub(super) async fn descend(session: &mut Session<'_>, descendants: &[(i64, i64)]) -> Result<(), Failure> {
     const DESCEND: &str = "INSERT IGNORE INTO laelaps_descendant (task, root) SELECT s.task, s.root
         FROM JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]', root BIGINT PATH '$[1]')) AS s";
-    if !descendants.is_empty() {
-        sqlx::query(DESCEND).bind(json(descendants)).execute(session.db()).await?;
+    for descendants in session.chunks(descendants) {
+        sqlx::query(DESCEND).bind(descendants).execute(session.db()).await?;
     }
     Ok(())
 }
 
 /// Follow-ups have ended.
 pub(super) async fn end_descent(session: &mut Session<'_>, tasks: &[i64]) -> Result<(), Failure> {
-    const END: &str = concat!("DELETE d FROM ", ids!(), " STRAIGHT_JOIN laelaps_descendant AS d ON d.task = s.id");
+    const END: &str =
+        concat!("DELETE d FROM ", ids!(), " STRAIGHT_JOIN laelaps_descendant AS d FORCE INDEX (PRIMARY) ON d.task = s.id");
     if !tasks.is_empty() {
         sqlx::query(END).bind(json(tasks)).execute(session.db()).await?;
     }
@@ -120,11 +202,17 @@ pub(super) async fn end_descent(session: &mut Session<'_>, tasks: &[i64]) -> Res
 
 /// Which rows an earlier try of the same submit has stored after all; None if it has stored none.
 async fn stored_before(session: &mut Session<'_>, rows: &[Row], mark: i64) -> Result<Option<Vec<bool>>, Failure> {
-    const MARKED: &str =
-        concat!("SELECT t.`key` FROM ", names!(), " STRAIGHT_JOIN laelaps_task AS t ON t.`key` = s.name WHERE t.lease = ?");
-    let keys = json(rows.iter().map(|row| row.key.as_str()));
-    let found = sqlx::query(MARKED).bind(keys).bind(mark).fetch_all(session.db()).await?;
-    let mut found: HashSet<String> = found.iter().map(|row| text(row, 0)).collect::<Result<_, _>>()?;
+    const MARKED: &str = concat!(
+        "SELECT t.`key` FROM ",
+        names!(),
+        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (by_key) ON t.`key` = s.name WHERE t.lease = ?"
+    );
+    let mut found: HashSet<String> = HashSet::new();
+    for keys in session.chunks(rows.iter().map(|row| row.key.as_str())) {
+        for row in sqlx::query(MARKED).bind(keys).bind(mark).fetch_all(session.db()).await? {
+            found.insert(text(&row, 0)?);
+        }
+    }
     // Of several rows with one key the first is the one that was stored.
     Ok((!found.is_empty()).then(|| rows.iter().map(|row| found.remove(row.key.as_str())).collect()))
 }
@@ -137,8 +225,14 @@ pub(super) async fn submit(session: &mut Session<'_>, batches: &[Batch], mark: i
     };
     let before = if session.repeated { stored_before(session, &rows, mark).await? } else { None };
     let created = match before {
-        Some(created) => created,
+        Some(created) => {
+            session.wake = true;
+            created
+        }
         None => {
+            if session.conflicts > 0 {
+                wait_for_keys(session, &rows).await?;
+            }
             let mut changes = Changes::default();
             let created = store_rows(session, &rows, mark, &mut changes).await?;
             changes.write(session).await?;
@@ -155,16 +249,30 @@ pub(super) async fn submit(session: &mut Session<'_>, batches: &[Batch], mark: i
 }
 
 impl MySql {
-    /// Store a batch, durably when it returns.
+    /// Store a batch by itself, durably when it returns: somebody may hold one of its keys. It waits for that a moment at a time, in turn with
+    /// others, so that such batches do not use up the connections.
     pub(super) async fn store(&self, batch: Batch) -> Result<Vec<Submitted>> {
         let (batch, mark) = (Arc::new([batch]), new_mark());
-        let answers = self
-            .run("submitting tasks", move |session| {
-                let batch = Arc::clone(&batch);
-                Box::pin(async move { submit(session, &*batch, mark).await })
-            })
-            .await?;
-        Ok(answers.into_iter().flatten().collect())
+        let mut patience = Patience::new(self.runner.patience);
+        patience.begin();
+        loop {
+            let batch = Arc::clone(&batch);
+            let turn = self.alone.acquire().await.map_err(|_| Error::Closed)?;
+            let stored = self
+                .run_waiting(LockWait::OrBusy, "submitting tasks", move |session| {
+                    let batch = Arc::clone(&batch);
+                    Box::pin(async move {
+                        wait_for_keys(session, &batch[0].rows).await?;
+                        submit(session, &*batch, mark).await
+                    })
+                })
+                .await;
+            drop(turn);
+            match stored {
+                Err(Error::Busy { .. }) if patience.outlasts_conflict(BUSY_PAUSE) => tokio::time::sleep(BUSY_PAUSE).await,
+                stored => return Ok(stored?.into_iter().flatten().collect()),
+            }
+        }
     }
 }
 

@@ -16,7 +16,15 @@ async fn opened() -> MySql {
 }
 
 async fn claimed(mysql: &MySql, host: HostId) -> ClaimedTask {
-    let claim = Claim { host, limit: 1, alive_time: Duration::from_secs(300), alone: false, ignore_users: false, accepts: None };
+    let claim = Claim {
+        host,
+        limit: 1,
+        alive_time: Duration::from_secs(300),
+        alone: false,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+    };
     mysql.claim(&claim).await.unwrap().tasks.remove(0)
 }
 
@@ -79,50 +87,235 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else.
-const LOOKED_UP: [(&str, &str); 15] = [
+const LOOKED_UP: [(&str, &str); 16] = [
     ("oldest", choose::OLDEST),
     ("oldest of users", choose::OLDEST_OF_USERS),
     ("open accounts", choose::OPEN_ACCOUNTS),
+    ("open accounts without limit", choose::OPEN_WITHOUT_LIMIT),
     ("candidates of one", choose::CANDIDATES_OF_ONE),
     ("candidates of several", choose::CANDIDATES_OF_SEVERAL),
     ("suspect", choose::SUSPECT),
+    ("due", due::DUE),
     ("lease", claim::LEASE),
     ("leased", claim::LEASED),
     ("held", settle::HELD),
     ("finish", settle::FINISH),
-    ("settle", settle::SETTLE),
     ("renew", keep::RENEW),
     ("renewed", keep::RENEWED),
     ("held keys", read::HELD),
     ("unsettled", read::UNSETTLED),
 ];
 
-#[tokio::test]
-async fn no_statement_of_the_path_reads_more_than_its_batch() {
-    let mysql = opened().await;
-    let user = |number: usize| Some(format!("user-{}", number % 50)).filter(|_| number.is_multiple_of(2));
-    let tasks: Vec<NewTask> =
-        (0..4_000).map(|number| NewTask { user: user(number), ..NewTask::new(number.to_string(), "type", "{}") }).collect();
-    mysql.submit(&tasks).await.unwrap();
-    mysql.reclaim(&Policy::default()).await.unwrap();
-    let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
-    sqlx::raw_sql("ANALYZE TABLE laelaps_task, laelaps_ready, laelaps_ready_of_user, laelaps_account, laelaps_task_data")
-        .execute(&mut connection)
-        .await
-        .unwrap();
-    for (name, sql) in LOOKED_UP {
-        let sql = format!(
-            "EXPLAIN {}",
-            sql.replace("JSON_TABLE(?", "JSON_TABLE('[]'").replace("LIMIT ?", "LIMIT 1").replace('?', "'1'")
-        );
-        let plan =
-            sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection).await.unwrap_or_else(|error| panic!("{name}: {error}"));
-        for row in &plan {
-            let (table, kind): (Option<String>, Option<String>) = (row.get("table"), row.get("type"));
-            let whole = matches!(kind.as_deref(), Some("ALL" | "index"));
-            // What was unfolded from the parameter, and what was made of it; a few suspects.
-            let batch = table.as_deref().is_none_or(|table| table == "s" || table.starts_with('<') || table == "laelaps_suspect");
-            assert!(!whole || batch, "{name} reads a whole table: {table:?}");
+/// Statements that lock rows of a table that producers write to as well, or other hosts: they find each row by its number, however few rows there
+/// are, and never look at those of others.
+const LOCKING: [(&str, &str); 21] = [
+    ("ready", claim::READY),
+    ("ready of users", claim::READY_OF_USER),
+    ("still of users", claim::STILL_OF_USER),
+    ("suspects out", claim::SUSPECT_OUT),
+    ("lease", claim::LEASE),
+    ("due tasks", due::DUE_TASKS),
+    ("still due", due::STILL_DUE),
+    ("out of scheduled", due::OUT_OF_SCHEDULED),
+    ("held", settle::HELD),
+    ("finish", settle::FINISH),
+    ("settle", settle::SETTLE),
+    ("renew", keep::RENEW),
+    ("taken keys", submit::TAKEN),
+    ("running", hosts::RUNNING),
+    ("claims out", hosts::OUT),
+    ("next look", hosts::NEXT),
+    ("runs nothing", hosts::RUNS_NOTHING),
+    ("lost", excuse::LOST),
+    ("tasks to excuse", excuse::TASKS),
+    ("excuse", excuse::EXCUSE),
+    ("clear", excuse::CLEAR),
+];
+
+/// Tables with so many rows.
+const SIZES: [usize; 3] = [0, 5, 100_000];
+
+/// Fill every table that a locking statement looks at.
+async fn fill(connection: &mut MySqlConnection, rows: usize) {
+    const FILL: [&str; 10] = [
+        "INSERT INTO laelaps_task (id, `key`, type, created_at, run_at, lease) SELECT seq, seq, 't', 1, seq, seq FROM",
+        "INSERT INTO laelaps_ready (run_at, task) SELECT seq, seq FROM",
+        "INSERT INTO laelaps_ready_of_user (user, run_at, task) SELECT seq DIV 100, seq, seq FROM",
+        "INSERT INTO laelaps_scheduled (run_at, task) SELECT seq, seq FROM",
+        "INSERT INTO laelaps_suspect (run_at, task) SELECT seq, seq FROM",
+        "INSERT INTO laelaps_account (user, running) SELECT seq DIV 100, 1 FROM",
+        "INSERT INTO laelaps_claim (host, look_at, tasks) SELECT seq DIV 100, seq, '[]' FROM",
+        "INSERT INTO laelaps_attempt (task, lease, attempt, host, plugin, ended_at, event) SELECT seq, seq, 1, 1, 0, 1, 'lost' FROM",
+        "INSERT INTO laelaps_task_data (task, part, data) SELECT seq, 0, '{}' FROM",
+        "INSERT INTO laelaps_host_running (host, plugin) SELECT seq, seq FROM",
+    ];
+    if rows > 0 {
+        for sql in FILL {
+            let sql = format!("{} seq_1_to_{rows}", sql.replace("INSERT", "INSERT IGNORE"));
+            sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await.unwrap();
         }
     }
+    let analyze =
+        "ANALYZE TABLE laelaps_task, laelaps_ready, laelaps_ready_of_user, laelaps_scheduled, laelaps_suspect, laelaps_account,
+        laelaps_claim, laelaps_attempt, laelaps_host_running, laelaps_task_data";
+    sqlx::raw_sql(analyze).execute(connection).await.unwrap();
+}
+
+/// Tables that a statement reads as a whole, but for what was unfolded from its parameter, and what was made of it.
+async fn whole_tables(connection: &mut MySqlConnection, name: &str, sql: &str) -> Vec<String> {
+    let sql = format!(
+        "EXPLAIN {}",
+        sql.replace("JSON_TABLE(?", "JSON_TABLE('[[1,1]]'").replace("LIMIT ?", "LIMIT 1").replace('?', "'1'")
+    );
+    let plan = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+    let read = plan.iter().map(|row| (row.get::<Option<String>, _>("table"), row.get::<Option<String>, _>("type")));
+    let whole = read.filter(|(_, kind)| matches!(kind.as_deref(), Some("ALL" | "index")));
+    whole.filter_map(|(table, _)| table).filter(|table| table != "s" && !table.starts_with('<')).collect()
+}
+
+#[tokio::test]
+async fn no_statement_of_the_path_reads_more_than_its_batch() {
+    for rows in SIZES {
+        let mysql = opened().await;
+        let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+        fill(&mut connection, rows).await;
+        for (name, sql) in LOCKING {
+            let whole = whole_tables(&mut connection, name, sql).await;
+            assert!(whole.is_empty(), "{name} locks rows of all {whole:?} with {rows} rows");
+        }
+        // Where there are few rows, reading all of them is no harm.
+        for (name, sql) in LOOKED_UP.into_iter().filter(|_| rows > 1_000) {
+            let whole = whole_tables(&mut connection, name, sql).await;
+            assert!(whole.iter().all(|table| table == "laelaps_suspect"), "{name} reads all of {whole:?}");
+        }
+    }
+}
+
+/// Also those statements that are not listed here.
+#[test]
+fn every_join_says_by_which_index_it_finds_its_rows() {
+    let sources = [
+        include_str!("accounts.rs"),
+        include_str!("choose.rs"),
+        include_str!("claim.rs"),
+        include_str!("deaths.rs"),
+        include_str!("due.rs"),
+        include_str!("excuse.rs"),
+        include_str!("hosts.rs"),
+        include_str!("keep.rs"),
+        include_str!("mend.rs"),
+        include_str!("operate.rs"),
+        include_str!("read.rs"),
+        include_str!("repair.rs"),
+        include_str!("settle.rs"),
+        include_str!("submit.rs"),
+    ];
+    for source in sources {
+        for join in source.split("STRAIGHT_JOIN laelaps_").skip(1) {
+            let says = join.split(" ON ").next().is_some_and(|before| before.contains("FORCE INDEX"));
+            let only_reads = join.starts_with("host AS h ON h.identity") || join.starts_with("task AS t ON t.id = oldest.task");
+            assert!(says || only_reads, "{}", &join[..join.len().min(60)]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn sessions_are_held_to_seconds_inside_a_transaction_and_to_minutes_in_all() {
+    let mysql = opened().await;
+    let mut connection = mysql.runner.pool.acquire().await.unwrap();
+    const SET: &str = "SELECT CAST(@@idle_transaction_timeout AS SIGNED), CAST(@@innodb_lock_wait_timeout AS SIGNED)";
+    let set: (i64, i64) = sqlx::query_as(SET).fetch_one(&mut *connection).await.unwrap();
+    assert_eq!(set, (i64::from(connect::IDLE_TRANSACTION_SECONDS), i64::from(connect::LOCK_WAIT_SECONDS)));
+    assert!(mysql.runner.pool.options().get_max_lifetime().is_some_and(|longest| longest <= Duration::from_secs(600)));
+}
+
+/// A session that stands still in the midst of a transaction, as of a host that is frozen, lets go of what it holds.
+#[tokio::test]
+async fn a_host_that_stands_still_in_a_transaction_lets_go() {
+    let mysql = opened().await;
+    mysql.submit(&[NewTask::new("a", "type", "{}")]).await.unwrap();
+    let mut frozen = mysql.runner.pool.acquire().await.unwrap();
+    sqlx::raw_sql("START TRANSACTION; SELECT id FROM laelaps_task FOR UPDATE").fetch_all(&mut *frozen).await.unwrap();
+    mysql.cancel("a", Duration::ZERO).await.unwrap();
+    let gone = sqlx::raw_sql("SELECT 1").fetch_all(&mut *frozen).await;
+    assert!(gone.is_err(), "the server has ended the session");
+    frozen.close_on_drop();
+}
+
+#[tokio::test]
+async fn counts_of_many_types_are_folded() {
+    let mysql = opened().await;
+    let types = 4_000;
+    for _ in 0..4 {
+        let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+        let sql = format!("INSERT INTO laelaps_tally (what, name, tasks) SELECT 'type', seq, 1 FROM seq_1_to_{types}");
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+        mysql.reclaim(&Policy::default()).await.unwrap();
+    }
+    let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+    let rows: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM laelaps_tally").fetch_one(&mut connection).await.unwrap();
+    assert!(rows <= 2 * types, "{rows} rows for {types} types");
+    assert_eq!(mysql.stats().await.unwrap().types[0].1, 4);
+}
+
+#[tokio::test]
+async fn the_row_of_a_claim_goes_once_its_tasks_are_settled() {
+    let mysql = opened().await;
+    let host = mysql.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
+    let tasks: Vec<NewTask> = (0..300).map(|number| NewTask::new(number.to_string(), "type", "{}")).collect();
+    mysql.submit(&tasks).await.unwrap();
+    let kept = claimed(&mysql, host).await;
+    for _ in 1..300 {
+        let task = claimed(&mysql, host).await;
+        mysql.settle(&[settled(&task, Event::Finish { output: None, retention: None })]).await.unwrap();
+    }
+    mysql.reclaim(&Policy::default()).await.unwrap();
+    let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+    let left: Vec<i64> = sqlx::query_scalar("SELECT id FROM laelaps_claim").fetch_all(&mut connection).await.unwrap();
+    assert_eq!(left, [kept.lease_ref.lease.0 / claim::LEASES_OF_CLAIM]);
+}
+
+/// After a promotion that lost a claim its number comes again; its leases do not.
+#[tokio::test]
+async fn a_claim_whose_number_comes_again_has_other_leases() {
+    let mysql = opened().await;
+    let host = mysql.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
+    mysql.submit(&[NewTask::new("a", "type", "{}")]).await.unwrap();
+    let mut leases = HashSet::new();
+    let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+    for _ in 0..4 {
+        leases.insert(claimed(&mysql, host).await.lease_ref.lease.0);
+        let back = "UPDATE laelaps_task SET state = 'waiting', until = 0; DELETE FROM laelaps_claim; ALTER TABLE laelaps_claim AUTO_INCREMENT = 1;
+            INSERT INTO laelaps_ready (run_at, task) SELECT run_at, id FROM laelaps_task";
+        sqlx::raw_sql(back).execute(&mut connection).await.unwrap();
+    }
+    assert_eq!(leases.iter().map(|lease| lease / claim::LEASES_OF_CLAIM).collect::<HashSet<_>>().len(), 1, "one number");
+    assert!(leases.len() > 1, "{leases:?}");
+}
+
+#[tokio::test]
+async fn updates_of_several_tasks_are_written_together() {
+    let mysql = opened().await;
+    let host = mysql.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
+    mysql
+        .submit(&[NewTask::new("a", "type", "{}"), NewTask::new("b", "type", "{}"), NewTask::new("c", "type", "{}")])
+        .await
+        .unwrap();
+    let held = [claimed(&mysql, host).await, claimed(&mysql, host).await, claimed(&mysql, host).await];
+    mysql.cancel("c", Duration::from_secs(60)).await.unwrap();
+    let update = |task: &ClaimedTask, members: &str| Update { lease_ref: task.lease_ref, members: members.into() };
+    let updates = [
+        update(&held[0], r#"{"x":1}"#),
+        update(&held[1], "no object"),
+        update(&held[2], r#"{"x":1}"#),
+        update(&held[0], r#"{"y":2}"#),
+        update(&held[1], r#"{"x":3}"#),
+    ];
+    let answers = mysql.update_many(&updates).await.unwrap();
+    assert!(matches!(answers[1], Err(Error::InvalidTask { .. })), "{answers:?}");
+    let answers: Vec<Option<LeaseAnswer>> = answers.into_iter().map(Result::ok).collect();
+    let held = Some(LeaseAnswer::Held);
+    assert_eq!(answers, [held, None, Some(LeaseAnswer::Lost), held, held]);
+    assert_eq!(mysql.get("a").await.unwrap().unwrap().data.as_deref(), Some(&br#"{"x":1,"y":2}"#[..]));
+    assert_eq!(mysql.get("b").await.unwrap().unwrap().data.as_deref(), Some(&br#"{"x":3}"#[..]));
 }

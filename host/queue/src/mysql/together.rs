@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::oneshot;
 
+use super::session::Waiting as LockWait;
 use super::submit::new_mark;
 use super::{MySql, locked, submit};
 use crate::batch::Batch;
@@ -101,7 +102,7 @@ impl MySql {
         let (batches, mark) = (Arc::new(batches), new_mark());
         let storing = Arc::clone(&batches);
         let stored = self
-            .run("submitting tasks", move |session| {
+            .run_waiting(LockWait::OrBusy, "submitting tasks", move |session| {
                 let batches = Arc::clone(&storing);
                 Box::pin(async move { submit::submit(session, &batches, mark).await })
             })

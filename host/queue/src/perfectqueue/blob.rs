@@ -14,6 +14,17 @@ pub(super) struct Read {
     pub(super) compression: Compression,
 }
 
+/// The most bytes of a row's data that are read: the largest data, with its type.
+const STORED_BYTES_MAX: i64 = 16_842_752;
+
+/// Whether data of so many bytes is read at all.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn length_fits(bytes: i64) -> Result<(), String> {
+    if bytes <= STORED_BYTES_MAX { Ok(()) } else { Err(format!("{bytes} bytes are stored; at most {STORED_BYTES_MAX} are read")) }
+}
+
 /// Take type and data apart. What is empty or not a JSON object reads as `{}`; without a type in it, the key's part before the first full stop
 /// is the type.
 ///
@@ -44,7 +55,7 @@ pub(super) fn write(task_type: &str, data: &[u8], compression: Compression) -> R
 
 /// The type and the other members; None if it is not a JSON object in UTF-8.
 fn split(plain: Vec<u8>) -> Option<(Option<String>, Vec<u8>)> {
-    data::check(&plain).ok()?;
+    data::parses(&plain).ok()?;
     let (first, rest) = match leading(&plain) {
         Some((first, rest)) => {
             drop(plain);
@@ -123,6 +134,16 @@ mod tests {
         for stored in [&b""[..], b"no json", b"[1]", b"{\"a\":", b"{\"a\":\"\xff\"}", b"null"] {
             assert_eq!(reading("t.1", stored), ("t".to_owned(), "{}".to_owned()), "{stored:?}");
         }
+    }
+
+    #[test]
+    fn the_largest_data_is_read_and_what_is_larger_is_not() {
+        let task_type = "\u{1}".repeat(crate::NewTask::NAME_BYTES_MAX);
+        let data = format!("{{\"x\":\"{}\"}}", "x".repeat(crate::NewTask::DATA_BYTES_MAX - 8));
+        let stored = write(&task_type, data.as_bytes(), Compression::None).unwrap();
+        let bytes = i64::try_from(stored.len()).unwrap();
+        assert_eq!(length_fits(bytes), Ok(()));
+        assert!(length_fits(STORED_BYTES_MAX + 1).is_err());
     }
 
     #[test]

@@ -5,12 +5,13 @@ use std::collections::HashMap;
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
-use super::blob;
 use super::order::{Pick, Place, User};
 use super::settle::fence;
 use super::table::{Names, json};
 use super::walk::{Ages, Users};
+use super::{blob, broken};
 use crate::Accepts;
+use crate::mysql::connect::text;
 
 /// Rows that one claim looks at, if it finds ones it cannot take: those of types without a route, and those that others have taken since they
 /// were met. The next claim goes on behind them.
@@ -48,9 +49,12 @@ impl Ready {
 #[derive(Debug)]
 pub(super) struct Broken {
     pub(super) place: Place,
+    pub(super) number: i64,
     pub(super) created_at: i64,
     pub(super) user: Option<String>,
     pub(super) owner: u64,
+    /// The short name of the problem.
+    pub(super) code: &'static str,
     pub(super) problem: String,
 }
 
@@ -69,6 +73,8 @@ enum Weighed {
 #[derive(Debug)]
 pub(super) struct Choice<'c> {
     limit: usize,
+    /// Of these, the most of users with a limit.
+    limited: usize,
     accepts: Option<&'c Accepts>,
     pub(super) chosen: Vec<Ready>,
     pub(super) broken: Vec<Broken>,
@@ -83,15 +89,17 @@ pub(super) struct Choice<'c> {
 
 macro_rules! columns {
     () => {
-        "t.id, t.timeout, t.created_at, t.resource, t.owner, {number}, CAST(LENGTH(t.data) AS SIGNED),
-            IF(LENGTH(t.data) > 65536, NULL, t.data), {now}, WEIGHT_STRING(RTRIM(t.resource)), t.max_running"
+        "t.id, CAST(t.timeout AS SIGNED), CAST(t.created_at AS SIGNED), t.resource, CAST(COALESCE(t.owner, 0) AS UNSIGNED), {number},
+            CAST(COALESCE(LENGTH(t.data), 0) AS SIGNED), IF(LENGTH(t.data) > 65536, NULL, COALESCE(t.data, '')), {now},
+            WEIGHT_STRING(RTRIM(t.resource)), CAST(t.max_running AS SIGNED)"
     };
 }
 
 impl<'c> Choice<'c> {
-    pub(super) fn new(limit: usize, accepts: Option<&'c Accepts>) -> Self {
+    pub(super) fn new(limit: usize, limited: Option<u32>, accepts: Option<&'c Accepts>) -> Self {
+        let limited = limited.map_or(limit, |limited| usize::try_from(limited).unwrap_or(usize::MAX).min(limit));
         let (chosen, broken) = (Vec::with_capacity(limit), Vec::new());
-        Self { limit, accepts, chosen, broken, bytes: 0, full: false, looked_at: 0, now_ms: 0, cut_short: false }
+        Self { limit, limited, accepts, chosen, broken, bytes: 0, full: false, looked_at: 0, now_ms: 0, cut_short: false }
     }
 
     fn missing(&self) -> usize {
@@ -102,21 +110,24 @@ impl<'c> Choice<'c> {
     async fn weigh(&mut self, row: &MySqlRow, names: &Names, connection: &mut MySqlConnection) -> Result<Weighed, sqlx::Error> {
         self.looked_at += 1;
         self.now_ms = row.try_get(8)?;
-        let place: Place = (row.try_get(1)?, row.try_get(0)?);
-        let bytes = usize::try_from(row.try_get::<i64, _>(6)?).unwrap_or(usize::MAX);
+        let place: Place = (row.try_get(1)?, text(row, 0)?);
+        let (length, number): (i64, i64) = (row.try_get(6)?, row.try_get(5)?);
+        let bytes = usize::try_from(length).unwrap_or(usize::MAX);
         if !self.chosen.is_empty() && self.bytes.saturating_add(bytes) > CLAIMED_BYTES_MAX {
             self.full = true;
             return Ok(Weighed::Full);
         }
-        let stored = match row.try_get::<Option<Vec<u8>>, _>(7)? {
-            Some(stored) => stored,
-            None => large(&place, names, connection).await?,
+        let (created_at, owner) = (row.try_get(2)?, row.try_get(4)?);
+        let user = row.try_get::<Option<Vec<u8>>, _>(3)?.map(String::from_utf8).transpose();
+        let is_text = std::str::from_utf8(row.try_get(0)?).is_ok();
+        let (user, read) = match user {
+            Ok(user) if is_text => (user, self.read(row, &place, length, names, connection).await?),
+            user => (user.ok().flatten(), Err((broken::UNREADABLE, "its key or user is not text".to_owned()))),
         };
-        let (created_at, user, owner) = (row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
-        let read = match blob::read(&place.1, stored) {
+        let read = match read {
             Ok(read) => read,
-            Err(problem) => {
-                self.broken.push(Broken { place, created_at, user, owner, problem });
+            Err((code, problem)) => {
+                self.broken.push(Broken { place, number, created_at, user, owner, code, problem });
                 return Ok(Weighed::Broken);
             }
         };
@@ -124,9 +135,31 @@ impl<'c> Choice<'c> {
             return Ok(Weighed::Left);
         }
         self.bytes = self.bytes.saturating_add(read.data.len());
-        let (number, account, max_running) = (row.try_get(5)?, row.try_get(9)?, row.try_get(10)?);
+        let (account, max_running) = (row.try_get(9)?, row.try_get(10)?);
         self.chosen.push(Ready { place, number, created_at, user, owner, read, account, max_running });
         Ok(Weighed::Chosen)
+    }
+
+    /// Type and data of a row, or the name of what is wrong with it, and in words.
+    async fn read(
+        &self,
+        row: &MySqlRow,
+        place: &Place,
+        length: i64,
+        names: &Names,
+        connection: &mut MySqlConnection,
+    ) -> Result<Result<blob::Read, (&'static str, String)>, sqlx::Error> {
+        let damaged = |problem: String| (broken::CODE, format!("the stored data cannot be used: {problem}"));
+        if let Err(problem) = blob::length_fits(length) {
+            return Ok(Err(damaged(problem)));
+        }
+        let stored = match row.try_get::<Option<Vec<u8>>, _>(7)? {
+            Some(stored) => Some(stored),
+            None => large(place, names, connection).await?,
+        };
+        // If the row has changed since, it is neither taken nor set aside.
+        let Some(stored) = stored else { return Ok(Err(damaged("it cannot be read by its key".to_owned()))) };
+        Ok(blob::read(&place.1, stored).map_err(damaged))
     }
 
     /// The oldest rows.
@@ -162,12 +195,36 @@ impl<'c> Choice<'c> {
                     Weighed::Left => ages.passed += 1,
                     Weighed::Chosen | Weighed::Broken => {}
                 }
-                from = (row.try_get(1)?, row.try_get(0)?);
+                from = (row.try_get(1)?, text(row, 0)?);
                 ages.pass(from.clone(), self.now_ms / 1_000);
             }
             if rows.len() < wanted {
                 ages.reach_end();
                 break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows that the walk has met and whose keys cannot be read.
+    pub(super) async fn unreadable(
+        &mut self,
+        users: &mut Users,
+        names: &Names,
+        connection: &mut MySqlConnection,
+    ) -> Result<(), sqlx::Error> {
+        const OF_TIME: &str = concat!(
+            "SELECT ",
+            columns!(),
+            " FROM {t} AS t {index} WHERE t.timeout = ? AND t.timeout <= UNIX_TIMESTAMP() AND t.created_at IS NOT NULL LIMIT ?"
+        );
+        let limit = i64::try_from(LOOKED_AT_MAX).unwrap_or(i64::MAX);
+        while let Some(time) = users.unreadable.pop_first() {
+            let rows = sqlx::query(names.sql(OF_TIME)).bind(time).bind(limit).fetch_all(&mut *connection).await?;
+            for row in &rows {
+                if std::str::from_utf8(row.try_get(0)?).is_err() {
+                    self.weigh(row, names, connection).await?;
+                }
             }
         }
         Ok(())
@@ -186,7 +243,7 @@ impl<'c> Choice<'c> {
                 self.cut_short = true;
                 break;
             }
-            let picks = users.waiting.pick(&mut running.clone(), self.missing());
+            let picks = users.waiting.pick(&mut running.clone(), self.missing(), self.limited);
             if picks.is_empty() {
                 break;
             }
@@ -206,6 +263,7 @@ impl<'c> Choice<'c> {
                     Some(Weighed::Chosen) => {
                         if let Some(user) = &pick.user {
                             *running.entry(user.clone()).or_default() += 1;
+                            self.limited -= usize::from(pick.max_running.is_some());
                         }
                     }
                     Some(Weighed::Left) => users.leave(&pick.place),
@@ -215,6 +273,17 @@ impl<'c> Choice<'c> {
                 users.waiting.remove(&pick);
             }
         }
+        Ok(())
+    }
+
+    /// Leave out rows that somebody has locked at this moment. They are met again.
+    pub(super) async fn leave_locked(&mut self, names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        let keys: Vec<&str> = self.chosen.iter().map(Ready::key).collect();
+        let mut free = unlocked(&keys, names, connection).await?.into_iter();
+        self.chosen.retain(|_| free.next() == Some(true));
+        let keys: Vec<&str> = self.broken.iter().map(|broken| broken.place.1.as_str()).collect();
+        let mut free = unlocked(&keys, names, connection).await?.into_iter();
+        self.broken.retain(|_| free.next() == Some(true));
         Ok(())
     }
 
@@ -231,9 +300,10 @@ impl<'c> Choice<'c> {
         let mut left = Vec::new();
         for (place, suspect) in suspects.iter().enumerate() {
             let Some(row) = rows.remove(&place) else { continue };
-            let runs = suspect.user.as_ref().and_then(|user| running.get(user)).copied().unwrap_or(0);
-            let open = runs == 0 || suspect.max_running.is_none_or(|most| most - runs > 0);
-            if !open || !self.chosen.is_empty() || self.weigh(&row, names, connection).await? != Weighed::Chosen {
+            if !suspect.is_open(&running)
+                || !self.chosen.is_empty()
+                || self.weigh(&row, names, connection).await? != Weighed::Chosen
+            {
                 left.push(suspect.clone());
             }
         }
@@ -256,8 +326,57 @@ async fn read(picks: &[Pick], names: &Names, connection: &mut MySqlConnection) -
     rows.into_iter().map(|row| Ok((place(&row)?, row))).collect()
 }
 
+/// Which of the picked rows are as they were when they were met.
+pub(super) async fn standing(picks: &[Pick], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, sqlx::Error> {
+    const STANDING: &str = concat!(
+        "SELECT f.place FROM ",
+        fence!(),
+        " WHERE t.timeout = f.was AND t.timeout <= UNIX_TIMESTAMP() AND t.created_at IS NOT NULL"
+    );
+    let rows = json(picks.iter().enumerate().map(|(place, pick)| (place, &pick.place.1, 0, pick.place.0)));
+    let places: Vec<i32> = sqlx::query_scalar(names.sql(STANDING)).bind(rows).fetch_all(connection).await?;
+    Ok(marked(picks.len(), &places))
+}
+
+/// A mark for each place of a set that was answered.
+pub(super) fn marked(length: usize, places: &[i32]) -> Vec<bool> {
+    let mut marked = vec![false; length];
+    for place in places {
+        if let Some(mark) = usize::try_from(*place).ok().and_then(|place| marked.get_mut(place)) {
+            *mark = true;
+        }
+    }
+    marked
+}
+
+/// Which rows of a set of keys nobody else has locked at the moment, in the table and in ours beside it. Locks nothing that lasts.
+pub(super) async fn unlocked(keys: &[&str], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, sqlx::Error> {
+    const FREE: &str = concat!("SELECT f.place FROM ", fence!(), " FOR UPDATE SKIP LOCKED");
+    const NOTED: &str =
+        "SELECT f.place FROM JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]')) AS f
+        STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key}";
+    const NOTED_FREE: &str =
+        "SELECT f.place FROM JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]')) AS f
+        STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key} FOR UPDATE SKIP LOCKED";
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = json(keys.iter().enumerate());
+    let free: Vec<i32> = sqlx::query_scalar(names.sql(FREE)).bind(&rows).fetch_all(&mut *connection).await?;
+    let mut free = marked(keys.len(), &free);
+    if names.has_side() {
+        let noted: Vec<i32> = sqlx::query_scalar(names.sql(NOTED)).bind(&rows).fetch_all(&mut *connection).await?;
+        let noted_free: Vec<i32> = sqlx::query_scalar(names.sql(NOTED_FREE)).bind(&rows).fetch_all(connection).await?;
+        let (noted, noted_free) = (marked(keys.len(), &noted), marked(keys.len(), &noted_free));
+        for (place, free) in free.iter_mut().enumerate() {
+            *free &= !noted[place] || noted_free[place];
+        }
+    }
+    Ok(free)
+}
+
 /// How many rows each user has running, as PerfectQueue counts: whatever may not be acquired yet, scheduled rows included.
-async fn running(names: &Names, connection: &mut MySqlConnection) -> Result<HashMap<Vec<u8>, i64>, sqlx::Error> {
+pub(super) async fn running(names: &Names, connection: &mut MySqlConnection) -> Result<HashMap<Vec<u8>, i64>, sqlx::Error> {
     const RUNNING: &str = "SELECT WEIGHT_STRING(RTRIM(t.resource)), COUNT(*) FROM {t} AS t {index}
         WHERE t.timeout > UNIX_TIMESTAMP() AND t.created_at IS NOT NULL AND t.resource IS NOT NULL GROUP BY t.resource";
     let mut running: HashMap<Vec<u8>, i64> = HashMap::new();
@@ -267,9 +386,8 @@ async fn running(names: &Names, connection: &mut MySqlConnection) -> Result<Hash
     Ok(running)
 }
 
-/// Data that is not read along with others'. If the row has changed since, it is not taken anyway.
-async fn large(place: &Place, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<u8>, sqlx::Error> {
+/// Data that is not read along with others'. None if the row has changed since.
+async fn large(place: &Place, names: &Names, connection: &mut MySqlConnection) -> Result<Option<Vec<u8>>, sqlx::Error> {
     const LARGE: &str = "SELECT data FROM {t} WHERE id = ? AND timeout = ?";
-    let data = sqlx::query_scalar(names.sql(LARGE)).bind(&place.1).bind(place.0).fetch_optional(connection).await?;
-    Ok(data.unwrap_or_default())
+    sqlx::query_scalar(names.sql(LARGE)).bind(&place.1).bind(place.0).fetch_optional(connection).await
 }

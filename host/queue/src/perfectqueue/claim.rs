@@ -1,8 +1,11 @@
 //! Claims, under the lock that all workers of the table share.
 //!
 //! A worker that acquires holds MySQL's lock of the table's name; Ruby's workers read first and write then, so that nobody else may write between.
-//! The lock belongs to a session. So the claims of this process have a connection of their own, and one that is given up half-way
+//! The lock belongs to a session (see [`super::lock`]). So the claims of this process have a connection of their own, and one that is given up half-way
 //! is closed and never used again: the lock goes with it at once, and nobody waits.
+//!
+//! Nobody may keep others waiting by a row that it has locked: a claim waits for such a row for a second at most, and the next try leaves out what is
+//! locked.
 //!
 //! A claim writes one token and one time into all its rows. Which rows it got is told by the number of rows written, or, if others were
 //! quicker, by reading the token back.
@@ -16,10 +19,11 @@ use sqlx::mysql::MySqlConnection;
 use tokio::sync::oneshot;
 
 use super::Shared;
-use super::candidates::{Choice, Ready};
+use super::candidates::{self, Choice, Ready};
+use super::lock::{self, Wait, Waited};
 use super::lost::LostLeases;
 use super::order::Pick;
-use super::run::Patience;
+use super::run::{Patience, silence};
 use super::side::{self, Side};
 use super::table::Names;
 use super::take::take;
@@ -29,8 +33,6 @@ use crate::{Attempt, Claim, Claimed, ClaimedTask, Error, Event, Policy, Result, 
 
 /// The most tasks of one claim.
 const CLAIMED_MAX: u32 = 1_000;
-/// How long the lock is waited for, in seconds. PerfectQueue's number.
-const LOCK_SECONDS: i64 = 10;
 /// The pause after the lock was not to be had, doubled each time. PerfectQueue's numbers.
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -38,11 +40,20 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const SUSPECTS_MAX: usize = 100;
 /// Between two words in the log about what is left for others.
 const LEFT_AGAIN: Duration = Duration::from_secs(60);
+/// The longest that the connection of claims is used, so that it does not stay with a server that another has taken the place of.
+const CONNECTED_MAX: Duration = Duration::from_secs(300);
+/// What its session is set to: seconds that it waits for a locked row, and that the server waits for a host that takes no answer.
+const SESSION: &str = "SET SESSION innodb_lock_wait_timeout = 1, net_write_timeout = 10, net_read_timeout = 10";
 
 /// What the claims of this process share.
 #[derive(Debug, Default)]
 pub(super) struct Claimer {
     connection: Option<MySqlConnection>,
+    connected_at: Option<Instant>,
+    /// The lock is being waited for.
+    wait: Option<Wait>,
+    /// Somebody kept a row locked: leave out what is.
+    wary: bool,
     ages: Ages,
     users: Users,
     /// Rows that were met and have to run alone.
@@ -60,14 +71,6 @@ pub(super) struct Claimer {
 struct Pause {
     until: Instant,
     next: Duration,
-}
-
-/// In what state a claim leaves its connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// It holds no lock and can be used again.
-    Clean,
-    Broken,
 }
 
 /// Why a claim hands out nothing.
@@ -162,98 +165,155 @@ impl Claimer {
     ) -> Result<Option<Claimed>, Failure> {
         let mut patience = Patience::new(shared.patience);
         loop {
-            // Out of its place: whatever ends this before it is put back closes the connection, and with it the lock goes.
-            let connection = match self.connection.take() {
-                Some(connection) => Ok(connection),
-                None => shared.access.connect().await.map(|(connection, _)| connection).map_err(Failure::from),
-            };
-            let claimed = match connection {
-                Ok(mut connection) => {
-                    let claimed = self.claim_on(&mut connection, claim, shared, answer).await;
-                    if claimed.as_ref().is_ok_and(|(_, end)| *end == End::Clean) {
-                        self.connection = Some(connection);
-                    }
-                    claimed.map(|(claimed, _)| claimed)
-                }
-                Err(failure) => Err(Nothing::Failed(failure)),
-            };
-            let failure = match claimed {
+            // Whatever ends this before the connection is put back closes it, and with it the lock goes.
+            let trying = tokio::time::timeout(shared.limit, self.try_to_claim(claim, shared, answer));
+            let failure = match trying.await.unwrap_or_else(|_| Err(Nothing::Failed(silence(shared.limit)))) {
                 Ok(claimed) => return Ok(Some(claimed)),
                 Err(Nothing::GivenUp) => return Ok(None),
                 Err(Nothing::Failed(failure)) => failure,
             };
             self.ages.look_again();
             self.users.look_again();
+            self.wary = failure.is_conflict();
             let pause = patience.after(failure)?;
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = answer.closed() => return Ok(None),
+                () = shared.closing() => return Err(Failure::from(Error::Closed)),
             }
         }
     }
 
-    async fn claim_on(
+    /// Out of its place: the connection is put back by [`Claimer::keep`] when nothing is left open on it.
+    async fn connection(&mut self, shared: &Shared) -> Result<MySqlConnection, Failure> {
+        let is_young = self.connected_at.is_some_and(|at| at.elapsed() < CONNECTED_MAX);
+        if let Some(connection) = self.connection.take().filter(|_| is_young) {
+            return Ok(connection);
+        }
+        let (mut connection, _) = shared.access.connect().await?;
+        sqlx::raw_sql(SESSION).execute(&mut connection).await?;
+        self.connected_at = Some(Instant::now());
+        Ok(connection)
+    }
+
+    fn keep(&mut self, connection: MySqlConnection) {
+        self.connection = Some(connection);
+    }
+
+    async fn try_to_claim(
         &mut self,
-        connection: &mut MySqlConnection,
         claim: &Claim,
         shared: &Arc<Shared>,
         answer: &mut oneshot::Sender<Result<Claimed>>,
-    ) -> Result<(Claimed, End), Nothing> {
-        let names = shared.names(connection).await?;
-        shared.hosts.check(claim.host, &names, connection).await?;
+    ) -> Result<Claimed, Nothing> {
+        let (mut connection, mut has_lock) = match self.wait.take() {
+            Some(wait) => match self.fetch_lock(wait, claim.alone, shared, answer).await? {
+                Some(connection) => (connection, true),
+                None => return Ok(self.no_lock()),
+            },
+            None => (self.connection(shared).await?, false),
+        };
+        let names = shared.names(&mut connection).await?;
+        shared.hosts.check(claim.host, &names, &mut connection).await?;
         let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
         if !claim.ignore_users {
             self.users.accept(claim.accepts.as_ref());
-            self.users.look(limit, &names, connection).await?;
+            self.users.look(limit, &names, &mut connection).await?;
         }
-        let nothing_known = self.suspects.is_empty() && !claim.ignore_users && self.users.waiting.is_empty();
-        if nothing_known || (self.idle && self.suspects.is_empty()) {
-            let next_due_in = due_in(&names, connection).await?;
-            if nothing_known || next_due_in.is_none_or(|wait| wait > Duration::ZERO) {
-                self.idle = true;
-                return Ok((Claimed { next_due_in, ..Claimed::default() }, End::Clean));
+        if !has_lock {
+            if let Some(nothing) = self.nothing_to_do(claim, &names, &mut connection).await? {
+                self.keep(connection);
+                return Ok(nothing);
+            }
+            has_lock = lock::try_lock(names.lock(), &mut connection).await?;
+        }
+        if !has_lock {
+            let wait = Wait::begin(names.lock(), connection);
+            match self.fetch_lock(wait, claim.alone, shared, answer).await? {
+                Some(locked) => connection = locked,
+                None => return Ok(self.no_lock()),
             }
         }
-        if !self.lock(&names, connection, answer).await? {
-            return Ok((Claimed::default(), End::Clean));
-        }
-        let claimed = self.claim_locked(connection, claim, limit, &names, shared).await?;
+        self.pause = None;
+        let claimed = self.claim_locked(&mut connection, claim, limit, &names, shared).await?;
         // What is claimed is claimed, even if the connection breaks now.
-        let end = if unlock(&names, connection).await.is_ok() { End::Clean } else { End::Broken };
+        if lock::unlock(names.lock(), &mut connection).await.is_ok() {
+            self.keep(connection);
+        }
+        self.wary = false;
         self.idle = claimed.tasks.is_empty();
         self.tell_left();
-        Ok((claimed, end))
+        Ok(claimed)
     }
 
-    /// Get the table's lock. False if somebody else keeps it.
-    async fn lock(
+    /// What a claim answers that need not ask for the lock, or must not yet; None if it has to.
+    async fn nothing_to_do(
         &mut self,
+        claim: &Claim,
         names: &Names,
         connection: &mut MySqlConnection,
+    ) -> Result<Option<Claimed>, Nothing> {
+        let users_known = !self.users.waiting.is_empty() || !self.users.unreadable.is_empty();
+        let nothing_known = self.suspects.is_empty() && !claim.ignore_users && !users_known;
+        if nothing_known || (self.idle && self.suspects.is_empty()) {
+            let next_due_in = due_in(names, connection).await?;
+            if nothing_known || next_due_in.is_none_or(|wait| wait > Duration::ZERO) {
+                self.idle = true;
+                return Ok(Some(Claimed { next_due_in, ..Claimed::default() }));
+            }
+        }
+        let pauses = self.pause.as_ref().is_some_and(|pause| Instant::now() < pause.until);
+        Ok(pauses.then(Claimed::default))
+    }
+
+    /// The connection that has the lock. None if it is not to be had yet, or somebody else keeps it.
+    async fn fetch_lock(
+        &mut self,
+        wait: Wait,
+        alone: bool,
+        shared: &Shared,
         answer: &mut oneshot::Sender<Result<Claimed>>,
-    ) -> Result<bool, Nothing> {
-        const LOCK: &str = "SELECT GET_LOCK(?, ?)";
-        if self.pause.as_ref().is_some_and(|pause| Instant::now() < pause.until) {
-            return Ok(false);
-        }
-        let locking = sqlx::query_scalar(LOCK).bind(names.lock()).bind(LOCK_SECONDS).fetch_one(connection);
-        let locked: Option<i64> = tokio::select! {
-            locked = locking => locked?,
+    ) -> Result<Option<MySqlConnection>, Nothing> {
+        let answer_after = if alone { lock::ANSWER_ALONE_AFTER } else { lock::ANSWER_AFTER };
+        let waited = wait.fetch().await;
+        let waited = tokio::select! {
+            waited = waited => waited,
+            () = tokio::time::sleep(answer_after) => {
+                self.wait = Some(wait);
+                return Ok(None);
+            }
             () = answer.closed() => return Err(Nothing::GivenUp),
+            () = shared.closing() => return Err(Nothing::Failed(Failure::from(Error::Closed))),
         };
-        if locked == Some(1) {
-            self.pause = None;
-            return Ok(true);
+        match waited {
+            Ok(Waited::Had(connection)) => Ok(Some(connection)),
+            Ok(Waited::Kept(connection)) => {
+                self.pause_for_lock(shared);
+                self.keep(connection);
+                Ok(None)
+            }
+            Ok(Waited::Failed(error)) => Err(Nothing::from(error)),
+            // It was had and given back while no claim asked.
+            Err(_) => Ok(None),
         }
+    }
+
+    /// Without the lock: come again at once while it is waited for.
+    fn no_lock(&self) -> Claimed {
+        let pauses = self.pause.as_ref().is_some_and(|pause| Instant::now() < pause.until);
+        Claimed { next_due_in: (!pauses).then_some(Duration::ZERO), ..Claimed::default() }
+    }
+
+    /// Somebody else keeps the lock.
+    fn pause_for_lock(&mut self, shared: &Shared) {
         let pause = self.pause.as_ref().map_or(PAUSE_FIRST, |pause| pause.next);
         tracing::warn!(
-            lock = names.lock(),
-            waited_seconds = LOCK_SECONDS,
+            lock = shared.config.table,
+            waited_seconds = lock::WAIT_SECONDS,
             pause_ms = pause.as_millis(),
             "another worker keeps the table's lock; no task can be claimed. SELECT IS_USED_LOCK tells its connection"
         );
         self.pause = Some(Pause { until: Instant::now() + pause, next: (pause * 2).min(PAUSE_MAX) });
-        Ok(false)
     }
 
     async fn claim_locked(
@@ -264,7 +324,7 @@ impl Claimer {
         names: &Names,
         shared: &Arc<Shared>,
     ) -> Result<Claimed, Nothing> {
-        let mut choice = Choice::new(limit, claim.accepts.as_ref());
+        let mut choice = Choice::new(limit, claim.limited, claim.accepts.as_ref());
         let alone = claim.alone && !self.suspects.is_empty();
         if alone {
             self.suspects = choice.one_of(&self.suspects, claim.ignore_users, names, connection).await?;
@@ -273,7 +333,11 @@ impl Claimer {
         if !alone && claim.ignore_users {
             choice.by_age(&mut self.ages, names, connection).await?;
         } else if !alone {
+            choice.unreadable(&mut self.users, names, connection).await?;
             choice.between_users(&mut self.users, names, connection).await?;
+        }
+        if self.wary {
+            choice.leave_locked(names, connection).await?;
         }
         for broken in std::mem::take(&mut choice.broken) {
             super::broken::set_aside(&broken, names, connection).await?;
@@ -287,7 +351,31 @@ impl Claimer {
         } else {
             None
         };
-        Ok(Claimed { tasks, alone_waiting: !self.suspects.is_empty(), next_due_in })
+        let alone_waiting = self.may_run_alone(claim.ignore_users, names, connection).await?;
+        Ok(Claimed { tasks, alone_waiting, next_due_in })
+    }
+
+    /// Whether one of the rows that have to run alone may run now. Rows that are gone, or need not run alone any more, are forgotten.
+    async fn may_run_alone(
+        &mut self,
+        ignore_users: bool,
+        names: &Names,
+        connection: &mut MySqlConnection,
+    ) -> Result<bool, Nothing> {
+        if self.suspects.is_empty() {
+            return Ok(false);
+        }
+        let standing = candidates::standing(&self.suspects, names, connection).await?;
+        let keys: Vec<&str> = self.suspects.iter().map(|suspect| suspect.place.1.as_str()).collect();
+        let sides = side::load(&keys, false, names, connection).await?;
+        let mut standing = standing.into_iter();
+        self.suspects
+            .retain(|suspect| standing.next() == Some(true) && sides.get(&suspect.place.1).is_some_and(|side| side.alone));
+        if ignore_users || self.suspects.is_empty() {
+            return Ok(!self.suspects.is_empty());
+        }
+        let running = candidates::running(names, connection).await?;
+        Ok(self.suspects.iter().any(|suspect| suspect.is_open(&running)))
     }
 
     /// Leave out what must not run now: what was lost with its workers and has failed by that, and what has to run alone. Only our own table
@@ -341,30 +429,24 @@ impl Claimer {
     /// Close the connection.
     pub(super) fn close(&mut self) {
         self.connection = None;
+        self.wait = None;
     }
-}
-
-async fn unlock(names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    const UNLOCK: &str = "SELECT RELEASE_LOCK(?)";
-    sqlx::query(UNLOCK).bind(names.lock()).execute(connection).await.map(drop)
 }
 
 /// How long until something may be acquired: a scheduled row, or one whose lease ends by then. Zero if there is something now.
 async fn due_in(names: &Names, connection: &mut MySqlConnection) -> Result<Option<Duration>, sqlx::Error> {
-    const NEXT: &str =
-        "SELECT MIN(t.timeout), {now} FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout < 2147483647";
+    const NEXT: &str = "SELECT CAST(MIN(t.timeout) AS SIGNED), {now} FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout < 2147483647";
     due(NEXT, names, connection).await
 }
 
 /// The same without what may be acquired now, and was left.
 async fn due_after_now(names: &Names, connection: &mut MySqlConnection) -> Result<Option<Duration>, sqlx::Error> {
-    const NEXT: &str =
-        "SELECT MIN(t.timeout), {now} FROM {t} AS t {index} WHERE t.timeout > UNIX_TIMESTAMP() AND t.timeout < 2147483647";
+    const NEXT: &str = "SELECT CAST(MIN(t.timeout) AS SIGNED), {now} FROM {t} AS t {index} WHERE t.timeout > UNIX_TIMESTAMP() AND t.timeout < 2147483647";
     due(NEXT, names, connection).await
 }
 
 async fn due(statement: &str, names: &Names, connection: &mut MySqlConnection) -> Result<Option<Duration>, sqlx::Error> {
     let row = sqlx::query(names.sql(statement)).fetch_one(connection).await?;
     let (first, now): (Option<i64>, i64) = (row.try_get(0)?, row.try_get(1)?);
-    Ok(first.map(|first| Timestamp(first * 1_000).since(Timestamp(now))))
+    Ok(first.map(|first| Timestamp(first.saturating_mul(1_000)).since(Timestamp(now))))
 }

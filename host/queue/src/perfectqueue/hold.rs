@@ -7,12 +7,11 @@
 //! `created_at`.
 
 use async_trait::async_trait;
-use sqlx::Connection as _;
 use sqlx::mysql::MySqlConnection;
 
 use super::operate;
 use super::read::like;
-use super::run::Operation;
+use super::run::{Operation, begin, commit, roll_back};
 use super::table::{Names, SET_ASIDE};
 use crate::mysql::failure::Failure;
 use crate::{Result, TaskId};
@@ -51,16 +50,16 @@ impl Operation for Remove {
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<bool, Failure> {
         const FIND: &str = "SELECT id FROM {t} WHERE id = ? AND timeout = 1300000000 AND created_at IS NOT NULL FOR UPDATE";
         const REMOVE: &str = "DELETE FROM {t} WHERE id = ?";
-        let mut transaction = connection.begin().await?;
+        begin(connection).await?;
         // As the table spells it, since our own table is not blind to case.
-        let key: Option<String> = sqlx::query_scalar(names.sql(FIND)).bind(&self.key).fetch_optional(&mut *transaction).await?;
+        let key: Option<String> = sqlx::query_scalar(names.sql(FIND)).bind(&self.key).fetch_optional(&mut *connection).await?;
         let Some(key) = key else {
-            transaction.rollback().await?;
+            roll_back(connection).await?;
             return Ok(false);
         };
-        sqlx::query(names.sql(REMOVE)).bind(&key).execute(&mut *transaction).await?;
-        operate::forget(&[key], names, &mut transaction).await?;
-        transaction.commit().await?;
+        sqlx::query(names.sql(REMOVE)).bind(&key).execute(&mut *connection).await?;
+        operate::forget(&[key], names, connection).await?;
+        commit(connection).await?;
         Ok(true)
     }
 }

@@ -21,22 +21,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
-use sqlx::{Connection as _, Row as _};
 
-use super::Shared;
+use super::candidates::unlocked;
 use super::lease::lease_ref;
-use super::run::Operation;
+use super::run::{Operation, begin, commit};
 use super::settle::{fence, holds};
 use super::table::{NUMBER_MAX, Names, TIME_MAX, WITHOUT_NUMBER, json, number_in};
+use super::{Shared, deaths};
 use crate::mysql::connect::text;
 use crate::mysql::failure::{Failure, unknown_host};
 use crate::{HostDescription, HostId, HostRecord, Lost, Reclaimed, Result, Timestamp};
 
 /// The most tasks that are handed on in one statement and call.
 const HANDED_ON_MAX: i64 = 1_000;
-/// Looks for tasks of a host that renews its leases at this very moment.
-const LOOKS_MAX: u32 = 10;
+/// Looks for tasks of a host that renews its leases at this very moment, or that somebody has locked.
+const LOOKS_MAX: u32 = 20;
+/// Between two looks for tasks that somebody has locked: altogether longer than the server lets a transaction stand still.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// How much later than its leases a host's `until` is, in seconds, so that few renewals write it.
 const AHEAD: i64 = 10;
 /// Between two notes of a host that it is still there.
@@ -243,7 +246,7 @@ impl Shared {
 /// The rows that watched hosts run: those with their numbers whose time is within their leases.
 macro_rules! running {
     () => {
-        "{t} AS t {index} STRAIGHT_JOIN {h} AS h ON h.id = {host}
+        "{t} AS t {index} STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = {host}
         WHERE t.timeout > UNIX_TIMESTAMP() AND t.timeout <= (SELECT MAX(u.until) FROM {h} AS u) AND t.timeout <= h.until
             AND t.owner >> 62 = 1 AND t.created_at IS NOT NULL"
     };
@@ -259,7 +262,7 @@ async fn counts(names: &Names, connection: &mut MySqlConnection) -> Result<HashM
 /// Strike off those of these hosts that hold nothing, and have left or were not seen for long.
 async fn strike_off(numbers: &[i64], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     const STRIKE_OFF: &str =
-        "DELETE h FROM JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h ON h.id = f.id
+        "DELETE h FROM JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = f.id
         WHERE h.left_at IS NOT NULL OR h.seen_at < {now} - ?";
     if numbers.is_empty() {
         return Ok(());
@@ -318,7 +321,7 @@ impl Operation for Leave {
     const DOING: &'static str = "striking off a host";
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
-        const LEAVE: &str = "UPDATE {h} SET left_at = COALESCE(left_at, {now}) WHERE id = ?";
+        const LEAVE: &str = "UPDATE {h} SET left_at = COALESCE(left_at, {now}), plugins = NULL WHERE id = ?";
         sqlx::query(names.sql(LEAVE)).bind(self.number).execute(&mut *connection).await?;
         strike_off(&[i64::from(self.number)], names, connection).await?;
         Ok(())
@@ -387,13 +390,24 @@ impl Operation for HandOn {
             let records = List { own: Vec::new() }.run(names, connection).await?;
             reclaimed.dead_hosts = records.into_iter().filter(|record| marked.contains(&record.id.0)).collect();
         }
-        for _ in 0..LOOKS_MAX {
+        for look in 0..LOOKS_MAX {
             let orphans = orphans(&numbers, names, connection).await?;
             let looked_at = orphans.len();
-            reclaimed.tasks = take_back(orphans, names, connection).await?;
+            let free = without_locked(orphans, names, connection).await?;
+            let locked = looked_at - free.len();
+            reclaimed.tasks = take_back(free, names, connection).await?;
             // What was renewed, settled or lost at this very moment is looked at once more.
             if looked_at == 0 || !reclaimed.tasks.is_empty() {
                 break;
+            }
+            // Only what somebody has locked is left: a host that is frozen in a transaction, which the server ends.
+            if locked > 0 {
+                tracing::warn!(
+                    tasks = locked,
+                    look,
+                    "tasks of a dead host are locked by another transaction; waiting for it to end"
+                );
+                tokio::time::sleep(LOOK_AGAIN).await;
             }
         }
         strike_off(&numbers, names, connection).await?;
@@ -405,12 +419,12 @@ impl HandOn {
     /// From now on these hosts take nothing. Answers the numbers of all that have left by these identities, and of those that had not before.
     async fn mark(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(Vec<i64>, Vec<i64>), sqlx::Error> {
         const FIND: &str =
-            "SELECT CAST(h.id AS SIGNED), h.left_at IS NULL FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
-            STRAIGHT_JOIN {h} AS h ON h.identity = {as_side_key} FOR UPDATE";
-        const MARK: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h ON h.id = f.id
+            "SELECT CAST(h.id AS SIGNED), h.left_at IS NULL FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+            STRAIGHT_JOIN {h} AS h FORCE INDEX (by_identity) ON h.identity = {as_side_key} FOR UPDATE";
+        const MARK: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = f.id
             SET h.left_at = {now} WHERE h.left_at IS NULL";
-        let mut transaction = connection.begin().await?;
-        let rows = sqlx::query(names.sql(FIND)).bind(json(&self.identities)).fetch_all(&mut *transaction).await?;
+        begin(connection).await?;
+        let rows = sqlx::query(names.sql(FIND)).bind(json(&self.identities)).fetch_all(&mut *connection).await?;
         let (mut numbers, mut marked) = (Vec::with_capacity(rows.len()), Vec::new());
         for row in &rows {
             let number: i64 = row.try_get(0)?;
@@ -420,9 +434,12 @@ impl HandOn {
             }
         }
         if !marked.is_empty() {
-            sqlx::query(names.sql(MARK)).bind(json(&marked)).execute(&mut *transaction).await?;
+            sqlx::query(names.sql(MARK)).bind(json(&marked)).execute(&mut *connection).await?;
+            let dead: Vec<u32> = marked.iter().filter_map(|number| u32::try_from(*number).ok()).collect();
+            let now_ms = super::table::now(names, connection).await?;
+            deaths::enter(&dead, now_ms, names, connection).await?;
         }
-        transaction.commit().await?;
+        commit(connection).await?;
         Ok((numbers, marked))
     }
 }
@@ -445,6 +462,17 @@ async fn orphans(numbers: &[i64], names: &Names, connection: &mut MySqlConnectio
     // Rows are locked in the same order everywhere.
     orphans.sort_unstable_by(|one, other| one.lost.key.cmp(&other.lost.key));
     Ok(orphans)
+}
+
+/// Those that nobody has locked at this moment.
+async fn without_locked(
+    orphans: Vec<Orphan>,
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<Vec<Orphan>, sqlx::Error> {
+    let keys: Vec<&str> = orphans.iter().map(|orphan| orphan.lost.key.as_str()).collect();
+    let mut free = unlocked(&keys, names, connection).await?.into_iter();
+    Ok(orphans.into_iter().filter(|_| free.next() == Some(true)).collect())
 }
 
 /// Give rows free whose leases still hold. Answers those that were given free now.

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sqlx::Row as _;
 use sqlx::mysql::MySqlConnection;
-use sqlx::{Connection as _, Row as _};
 
 use super::lease::{Held, Turns, apart};
-use super::run::Operation;
+use super::run::{Operation, begin, commit};
 use super::settle::{fence, fenced, holds};
 use super::side::{self, Reported, Side};
-use super::table::{Names, json, now, second_from};
+use super::table::{Names, json, now, parts, second_from};
 use super::{Shared, blob};
 use crate::mysql::failure::Failure;
 use crate::{Beat, Error, LeaseAnswer, LeaseRef, Progress, Result, data};
@@ -51,13 +51,12 @@ impl Shared {
         Ok(beats.iter().map(answer).collect())
     }
 
-    /// Merge members into the data of a running task. Renews its lease, as Ruby's does.
-    pub(super) async fn update(self: &Arc<Self>, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
-        let turns = self.leases.turns([lease_ref].into_iter()).await;
-        if self.leases.get(lease_ref).is_none() {
-            return Ok(LeaseAnswer::Lost);
-        }
-        self.perform(Update { shared: Arc::clone(self), _turns: turns, lease_ref, members: members.into() }).await
+    /// Merge members into the data of running tasks, each by itself. Renews their leases, as Ruby's does. Answers in order; a refusal concerns its own update
+    /// alone.
+    pub(super) async fn update(self: &Arc<Self>, updates: &[crate::Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        let turns = self.leases.turns(updates.iter().map(|update| update.lease_ref)).await;
+        let updates: Vec<crate::Update> = updates.to_vec();
+        self.perform(Updates { shared: Arc::clone(self), _turns: turns, updates: updates.into() }).await
     }
 }
 
@@ -106,7 +105,7 @@ impl Operation for Beats {
                 leases.written(renewal.lease_ref, renewal.timeout);
             } else {
                 // Whoever wrote to the row has it. That its values come back to what they were does not bring the lease back.
-                leases.forget(renewal.lease_ref);
+                leases.lose(renewal.lease_ref);
             }
         }
         Ok(held)
@@ -153,8 +152,8 @@ async fn report<'b>(
         created.insert(usize::try_from(row.try_get::<i32, _>(0)?).unwrap_or_default(), row.try_get::<Option<i64>, _>(1)?);
     }
     let keys: Vec<&str> = reported.iter().map(|(held, _)| held.key.as_str()).collect();
-    let mut transaction = connection.begin().await?;
-    let mut sides = side::load(&keys, true, names, &mut transaction).await?;
+    begin(connection).await?;
+    let mut sides = side::load(&keys, true, names, connection).await?;
     let mut noted = Vec::with_capacity(reported.len());
     for (place, (held, progress)) in reported.iter().enumerate() {
         let Some(created_at) = created.get(&place).copied().flatten() else { continue };
@@ -165,62 +164,122 @@ async fn report<'b>(
         side.progress = Some(Reported { owner: held.token, progress });
         noted.push((held.key.as_str(), side));
     }
-    side::store(&noted, names, &mut transaction).await?;
-    transaction.commit().await?;
+    side::store(&noted, names, connection).await?;
+    commit(connection).await?;
     Ok(())
 }
 
-/// New members of a task's data.
-struct Update {
+/// New members of tasks' data.
+struct Updates {
     shared: Arc<Shared>,
     _turns: Turns,
+    updates: Arc<[crate::Update]>,
+}
+
+/// A row that is updated, once or more.
+struct Updated {
     lease_ref: LeaseRef,
-    members: Arc<[u8]>,
+    key: String,
+    stored: Vec<u8>,
+    timeout: i64,
+    changed: bool,
 }
 
 #[async_trait]
-impl Operation for Update {
-    type Answer = LeaseAnswer;
-    const DOING: &'static str = "updating a task's data";
+impl Operation for Updates {
+    type Answer = Vec<Result<LeaseAnswer>>;
+    const DOING: &'static str = "updating the data of tasks";
 
-    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<LeaseAnswer, Failure> {
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure> {
         let leases = &self.shared.leases;
-        let Some(held) = leases.get(self.lease_ref) else { return Ok(LeaseAnswer::Lost) };
         let now_ms = now(names, connection).await?;
-        let last = held.timeouts.iter().copied().max().unwrap_or_default();
-        let timeout = until(now_ms, held.alive_time).max(last);
-        self.shared.hosts.cover(std::iter::once((held.token, timeout)), names, connection).await?;
-        leases.writing(self.lease_ref, timeout, held.alive_time);
-        if self.write(timeout, names, connection).await? {
-            leases.written(self.lease_ref, timeout);
-            return Ok(LeaseAnswer::Held);
+        let mut asked: HashMap<LeaseRef, (Held, i64)> = HashMap::with_capacity(self.updates.len());
+        for lease_ref in self.updates.iter().map(|update| update.lease_ref) {
+            let Some(held) = leases.get(lease_ref) else { continue };
+            let last = held.timeouts.iter().copied().max().unwrap_or_default();
+            let timeout = until(now_ms, held.alive_time).max(last);
+            asked.insert(lease_ref, (held, timeout));
         }
-        leases.forget(self.lease_ref);
-        Ok(LeaseAnswer::Lost)
+        if asked.is_empty() {
+            return Ok(self.updates.iter().map(|_| Ok(LeaseAnswer::Lost)).collect());
+        }
+        let latest = asked.values().map(|(held, timeout)| (held.token, *timeout));
+        self.shared.hosts.cover(latest, names, connection).await?;
+        for (lease_ref, (held, timeout)) in &mut asked {
+            leases.writing(*lease_ref, *timeout, held.alive_time);
+            // Read again, with what is about to be written among what counts.
+            *held = leases.get(*lease_ref).unwrap_or_else(|| held.clone());
+        }
+        begin(connection).await?;
+        let rows = lock(&asked, names, connection).await?;
+        let updates = Arc::clone(&self.updates);
+        let merging = tokio::task::spawn_blocking(move || merge_all(&updates, rows));
+        let (rows, answers) = merging.await.map_err(|_| Failure::from(Error::Closed))?;
+        let changed: Vec<&Updated> = rows.iter().filter(|row| row.changed).collect();
+        write(&changed, names, connection).await?;
+        commit(connection).await?;
+        let locked: HashSet<LeaseRef> = rows.iter().map(|row| row.lease_ref).collect();
+        for row in &changed {
+            leases.written(row.lease_ref, row.timeout);
+        }
+        for lease_ref in asked.into_keys().filter(|lease_ref| !locked.contains(lease_ref)) {
+            leases.lose(lease_ref);
+        }
+        Ok(answers)
     }
 }
 
-impl Update {
-    /// Lock the row, merge, write it back. False if the lease does not hold.
-    async fn write(&self, timeout: i64, names: &Names, connection: &mut MySqlConnection) -> Result<bool, Failure> {
-        const LOCK: &str = concat!("SELECT t.data, t.id FROM ", fence!(), " WHERE ", holds!(), " FOR UPDATE");
-        const WRITE: &str = "UPDATE {t} SET data = ?, timeout = ? WHERE id = ?";
-        let mut transaction = connection.begin().await?;
-        let Some(held) = self.shared.leases.get(self.lease_ref) else { return Ok(false) };
-        let rows = json(held.timeouts.iter().map(|was| (0, &held.key, held.token, was)));
-        let Some(row) = sqlx::query(names.sql(LOCK)).bind(rows).fetch_optional(&mut *transaction).await? else {
-            transaction.rollback().await?;
-            return Ok(false);
-        };
-        let (stored, key): (Vec<u8>, String) = (row.try_get(0)?, row.try_get(1)?);
-        let members = Arc::clone(&self.members);
-        let of_key = key.clone();
-        let merged = tokio::task::spawn_blocking(move || merged(&of_key, stored, &members)).await;
-        let merged = merged.map_err(|_| Error::Closed)??;
-        sqlx::query(names.sql(WRITE)).bind(merged).bind(timeout).bind(key).execute(&mut *transaction).await?;
-        transaction.commit().await?;
-        Ok(true)
+/// Lock the rows whose leases hold, in the order of their keys.
+async fn lock(
+    asked: &HashMap<LeaseRef, (Held, i64)>,
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<Vec<Updated>, Failure> {
+    const LOCK: &str = concat!("SELECT f.place, t.id, t.data FROM ", fence!(), " WHERE ", holds!(), " FOR UPDATE");
+    let mut leases: Vec<(&LeaseRef, &(Held, i64))> = asked.iter().collect();
+    leases.sort_unstable_by(|one, other| one.1.0.key.cmp(&other.1.0.key));
+    let rows = fenced(leases.iter().map(|(_, (held, _))| (held, 0)));
+    let rows = sqlx::query(names.sql(LOCK)).bind(rows).fetch_all(connection).await?;
+    let mut locked = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let place = usize::try_from(row.try_get::<i32, _>(0)?).unwrap_or(usize::MAX);
+        let Some((lease_ref, (_, timeout))) = leases.get(place) else { continue };
+        let (key, stored) = (row.try_get(1)?, row.try_get(2)?);
+        locked.push(Updated { lease_ref: **lease_ref, key, stored, timeout: *timeout, changed: false });
     }
+    Ok(locked)
+}
+
+/// Merge each update into its row, one after the other.
+fn merge_all(updates: &[crate::Update], mut rows: Vec<Updated>) -> (Vec<Updated>, Vec<Result<LeaseAnswer>>) {
+    let places: HashMap<LeaseRef, usize> = rows.iter().enumerate().map(|(place, row)| (row.lease_ref, place)).collect();
+    let mut merge = |update: &crate::Update| {
+        let Some(row) = places.get(&update.lease_ref).and_then(|place| rows.get_mut(*place)) else {
+            return Ok(LeaseAnswer::Lost);
+        };
+        row.stored = merged(&row.key, row.stored.clone(), &update.members)?;
+        row.changed = true;
+        Ok(LeaseAnswer::Held)
+    };
+    let answers = updates.iter().map(&mut merge).collect();
+    (rows, answers)
+}
+
+/// Write rows back.
+async fn write(rows: &[&Updated], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    const WRITE: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', timeout BIGINT PATH '$[1]',
+            first BIGINT PATH '$[2]', bytes BIGINT PATH '$[3]')) AS f STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
+        SET t.data = SUBSTRING(?, f.first, f.bytes), t.timeout = f.timeout";
+    for part in parts(rows, |row| row.stored.len()) {
+        let mut bytes = Vec::new();
+        let rows = json(part.iter().map(|row| {
+            let first = bytes.len() + 1;
+            bytes.extend_from_slice(&row.stored);
+            (&row.key, row.timeout, first, row.stored.len())
+        }));
+        sqlx::query(names.sql(WRITE)).bind(rows).bind(bytes).execute(&mut *connection).await?;
+    }
+    Ok(())
 }
 
 /// The merged data as it is stored: compressed as it was, and with its type, which no update changes.

@@ -5,7 +5,7 @@
 //! have reached the table leaves two values that count. Writes of one lease follow each other, since one that does not know of the value that
 //! another has just written would believe the lease lost.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,8 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::{HostId, Lease, LeaseRef, TaskId};
 
+/// Leases that ended otherwise than by a settlement and are remembered, so that a host that comes back can excuse them.
+const LOST_MAX: usize = 20_000;
 /// Between two looks for leases that nobody settled.
 const FORGET_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -28,6 +30,8 @@ pub(super) struct Held {
     /// As the claim asked for it.
     pub(super) alive_time: Duration,
     pub(super) host: HostId,
+    /// Other tasks of its user may wait for its end.
+    pub(super) is_limited: bool,
     /// When it is over at the latest, by this machine's monotonic clock.
     over: Instant,
 }
@@ -35,7 +39,14 @@ pub(super) struct Held {
 impl Held {
     pub(super) fn new(key: String, token: u64, timeout: i64, alive_time: Duration, host: HostId) -> Self {
         let over = Instant::now() + longest(alive_time);
-        Self { key, token, timeouts: vec![timeout], turn: Arc::default(), alive_time, host, over }
+        Self { key, token, timeouts: vec![timeout], turn: Arc::default(), alive_time, host, is_limited: false, over }
+    }
+}
+
+impl Held {
+    /// The same; whether others of its user may wait for its end.
+    pub(super) fn limited(self, is_limited: bool) -> Self {
+        Self { is_limited, ..self }
     }
 }
 
@@ -66,6 +77,9 @@ pub(super) struct Leases {
 #[derive(Debug, Default)]
 struct Known {
     leases: HashMap<LeaseRef, Held>,
+    /// Keys of leases that were lost, and the leases in the order in which they were.
+    lost: HashMap<LeaseRef, String>,
+    lost_order: VecDeque<LeaseRef>,
     looked_at: Option<Instant>,
 }
 
@@ -82,7 +96,9 @@ impl Leases {
         if known.looked_at.is_none_or(|looked_at| looked_at.elapsed() > FORGET_INTERVAL) {
             let now = Instant::now();
             known.looked_at = Some(now);
-            known.leases.retain(|_, held| held.over > now);
+            let over: Vec<LeaseRef> =
+                known.leases.iter().filter(|(_, held)| held.over <= now).map(|(lease_ref, _)| *lease_ref).collect();
+            over.into_iter().for_each(|lease_ref| known.lose(lease_ref));
         }
     }
 
@@ -129,12 +145,39 @@ impl Leases {
         }
     }
 
+    /// It was settled.
     pub(super) fn forget(&self, lease_ref: LeaseRef) {
         self.lock().leases.remove(&lease_ref);
     }
 
+    /// It does not hold any more, although nobody here settled it.
+    pub(super) fn lose(&self, lease_ref: LeaseRef) {
+        self.lock().lose(lease_ref);
+    }
+
+    /// The keys of these leases, as far as they are known, with their tokens.
+    pub(super) fn keys(&self, leases: &[LeaseRef]) -> Vec<(String, u64)> {
+        let known = self.lock();
+        let key = |lease_ref| known.lost.get(lease_ref).or_else(|| known.leases.get(lease_ref).map(|held| &held.key));
+        leases.iter().filter_map(|lease_ref| Some((key(lease_ref)?.clone(), lease_ref.lease.0.cast_unsigned()))).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    fn lose(&mut self, lease_ref: LeaseRef) {
+        let Some(held) = self.leases.remove(&lease_ref) else { return };
+        if self.lost.insert(lease_ref, held.key).is_none() {
+            self.lost_order.push_back(lease_ref);
+        }
+        while self.lost_order.len() > LOST_MAX
+            && let Some(oldest) = self.lost_order.pop_front()
+        {
+            self.lost.remove(&oldest);
+        }
     }
 }
 

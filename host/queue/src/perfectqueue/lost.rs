@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use sqlx::mysql::MySqlConnection;
 
 use super::candidates::Ready;
+use super::deaths;
 use super::settle::{ended_timeout, seconds};
-use super::side::{self, Record, Side};
-use super::table::{Names, is_token, json, now};
+use super::side::{self, LOST, Record, Side};
+use super::table::{Names, is_token, json, now, number_in, second_from};
 use crate::mysql::failure::Failure;
 use crate::{Event, LeaseRef, Policy, Settlement, State, Verdict};
 
@@ -24,7 +25,7 @@ impl<'r> LostLeases<'r> {
         Self { rows: chosen.iter().filter(|ready| is_token(ready.owner) && !counted(ready)).collect() }
     }
 
-    /// Count them. Answers the keys of those that were lost so often that they have failed.
+    /// Count them. Answers the keys of those that must not run now: lost so often that they have failed, or that they wait for a while.
     pub(super) async fn note(
         self,
         sides: &mut HashMap<String, Side>,
@@ -37,70 +38,86 @@ impl<'r> LostLeases<'r> {
         }
         let now_ms = now(names, connection).await?;
         let mut noted = BTreeMap::new();
-        let mut failed = Vec::new();
-        for ready in self.rows {
+        let mut put_off = Vec::new();
+        for ready in &self.rows {
             let Some(mut side) = sides.remove(ready.key()) else { continue };
-            let kept = count(&mut side, ready, policy, now_ms);
-            if let Some(kept) = kept {
-                failed.push((ready.key(), ready.owner, ready.place.0, ended_timeout(now_ms / 1_000, kept)));
+            if let Some((timeout, ended)) = count(&mut side, ready, policy, now_ms) {
+                put_off.push((ready.key(), ready.owner, ready.place.0, timeout, u8::from(ended)));
             }
             noted.insert(ready.key(), side);
         }
-        write(&failed, names, connection).await?;
+        write(&put_off, names, connection).await?;
         let rows: Vec<(&str, Side)> = noted.iter().map(|(key, side)| (*key, side.clone())).collect();
         side::store(&rows, names, connection).await?;
         sides.extend(noted.into_iter().map(|(key, side)| (key.to_owned(), side)));
-        Ok(failed.into_iter().map(|(key, ..)| key.to_owned()).collect())
+        let hosts: Vec<u32> = self.rows.iter().map(|ready| number_in(ready.owner)).filter(|number| *number > 0).collect();
+        deaths::enter(&hosts, now_ms, names, connection).await?;
+        Ok(put_off.into_iter().map(|(key, ..)| key.to_owned()).collect())
     }
 }
 
-/// Count one loss. Answers for how many seconds the row is kept, if it has failed by it.
-fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option<i64> {
+/// Count one loss. Answers the time that the row gets if it is not to run now, and whether it has failed.
+fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option<(i64, bool)> {
     let lease_ref = LeaseRef { task: crate::TaskId(ready.number), lease: crate::Lease(ready.owner.cast_signed()) };
-    // Nothing waits after a loss, so no random number is needed.
-    let settlement = Settlement::of(lease_ref, Event::Lost, side.attempt(), policy, 0.0, None, Vec::new());
+    // What waits after a loss waits for an exact time, so no random number is needed.
+    let settlement = Settlement::of(lease_ref, Event::Lost, side.attempt(now_ms), policy, 0.0, None, Vec::new());
     let record = Record::new(
         side.attempts.saturating_add(1),
         ready.owner,
         "a host that is gone, or whose lease ran out".to_owned(),
         now_ms,
-        "lost",
+        LOST,
     );
-    side.record(record.with(None, settlement.error_code.clone(), settlement.error_message.clone()));
+    let record = record.with(None, settlement.error_code.clone(), settlement.error_message.clone()).alone(side.alone);
+    side.record(record);
     side.lost_owner = ready.owner;
     side.progress = None;
     (side.error_code, side.error_message) = (settlement.error_code.clone(), settlement.error_message.clone());
     match *settlement.verdict() {
         Verdict::Fail { retention, lost, lost_alone, .. } => {
-            (side.lost, side.lost_alone) = (lost, lost_alone);
-            let kept = seconds(retention);
-            (side.state, side.ended_ms) = (Some(State::Failed), Some(now_ms));
-            side.timeout = Some(ended_timeout(now_ms / 1_000, kept));
+            side.count_losses(lost, lost_alone, now_ms);
+            let timeout = ended_timeout(now_ms / 1_000, seconds(retention));
+            (side.state, side.ended_ms, side.timeout) = (Some(State::Failed), Some(now_ms), Some(timeout));
             side.user.clone_from(&ready.user);
             tracing::error!(
                 task = ready.key(),
                 lost,
                 "a task was lost so often that it has failed; it may be what ends its hosts"
             );
-            Some(kept)
+            Some((timeout, true))
         }
-        Verdict::Wait { lost, lost_alone, alone, .. } => {
-            (side.lost, side.lost_alone, side.alone) = (lost, lost_alone, alone);
-            tracing::warn!(task = ready.key(), lost, "a task was lost with its host or lease; it is tried again");
-            None
+        Verdict::Wait { delay, lost, lost_alone, alone, .. } => {
+            side.count_losses(lost, lost_alone, now_ms);
+            side.alone = alone;
+            let wait = delay.filter(|delay| !delay.is_zero());
+            tracing::warn!(
+                task = ready.key(),
+                lost,
+                wait_seconds = wait.map_or(0, |wait| wait.as_secs()),
+                "a task was lost with its host or lease; it is tried again"
+            );
+            let delay_ms = i64::try_from(wait?.as_millis()).unwrap_or(i64::MAX);
+            let timeout = second_from(now_ms.saturating_add(delay_ms));
+            (side.state, side.timeout) = (Some(State::Waiting), Some(timeout));
+            Some((timeout, false))
         }
         Verdict::Finish { .. } => None,
     }
 }
 
-/// End the rows of those that have failed.
-async fn write(failed: &[(&str, u64, i64, i64)], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    const FAIL: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]',
-            was BIGINT PATH '$[2]', timeout BIGINT PATH '$[3]')) AS f STRAIGHT_JOIN {t} AS t ON t.id = {as_key}
-        SET t.created_at = NULL, t.resource = NULL, t.timeout = f.timeout, t.owner = 0
+/// Put off the rows of those that must not run now: key, token, time, the new time, whether it has failed.
+async fn write(
+    put_off: &[(&str, u64, i64, i64, u8)],
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<(), sqlx::Error> {
+    const PUT_OFF: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]',
+            was BIGINT PATH '$[2]', timeout BIGINT PATH '$[3]', ended INT PATH '$[4]')) AS f
+            STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
+        SET t.created_at = IF(f.ended, NULL, t.created_at), t.resource = IF(f.ended, NULL, t.resource), t.timeout = f.timeout, t.owner = 0
         WHERE t.owner = f.owner AND t.timeout = f.was AND t.created_at IS NOT NULL";
-    if failed.is_empty() {
+    if put_off.is_empty() {
         return Ok(());
     }
-    sqlx::query(names.sql(FAIL)).bind(json(failed)).execute(connection).await.map(drop)
+    sqlx::query(names.sql(PUT_OFF)).bind(json(put_off)).execute(connection).await.map(drop)
 }

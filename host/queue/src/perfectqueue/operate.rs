@@ -4,17 +4,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::Connection as _;
-use sqlx::mysql::MySqlConnection;
+use sqlx::mysql::{MySqlArguments, MySqlConnection};
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, MySql, Row as _};
 
 use super::Shared;
 use super::read::{self, Found};
-use super::run::Operation;
+use super::run::{Operation, begin, commit, roll_back};
 use super::settle::{ended_timeout, seconds};
 use super::side::{self, Record, Side};
 use super::table::{Names, is_token, json};
+use crate::mysql::connect::text;
 use crate::mysql::failure::Failure;
-use crate::{Error, Result, State};
+use crate::{Error, Result, State, TaskId};
 
 /// Rows removed in one transaction.
 const REMOVED_MAX: u32 = 1_000;
@@ -23,11 +25,70 @@ const REMOVALS_MAX: u32 = 20;
 /// Rows of our table that one removal looks at for tasks that Ruby has removed.
 const STRAYS_LOOK: i64 = 500;
 
-/// End a waiting or running task, as finished or cancelled. A running attempt loses its lease, as our token goes.
-pub(super) struct End {
-    pub(super) key: String,
-    pub(super) state: State,
-    pub(super) retention: Duration,
+/// A task as an operator names it. Its number is that of [`super::table::Names::sql`]: the first 60 bits of the MD5 of its key in UTF-8, so that a later task of the
+/// same key has the same.
+pub(super) enum Which {
+    Key(String),
+    Number(TaskId),
+}
+
+impl Which {
+    /// There is none.
+    pub(super) fn unknown(&self) -> Error {
+        match self {
+            Self::Key(key) => Error::NotFound(key.clone()),
+            Self::Number(number) => Error::NoSuchId(*number),
+        }
+    }
+
+    /// The row that was found, as a statement names it at its end. A key that cannot be read names nothing.
+    fn row(&self) -> &'static str {
+        match self {
+            Self::Key(_) => "t.id = ?",
+            Self::Number(_) => "t.timeout = ? AND {number} = ?",
+        }
+    }
+
+    /// A statement about it, with the row's name at its end.
+    fn sql(&self, statement: &str, names: &Names) -> AssertSqlSafe<String> {
+        let by = match self {
+            Self::Key(_) => "FORCE INDEX (PRIMARY)",
+            Self::Number(_) => "{index}",
+        };
+        names.sql(&format!("{} WHERE {}", statement.replace("{by}", by), self.row()))
+    }
+
+    /// Bind what [`Which::row`] names.
+    fn bind<'q>(&self, query: Query<'q, MySql, MySqlArguments>, found: &Found) -> Query<'q, MySql, MySqlArguments> {
+        match self {
+            Self::Key(_) => query.bind(found.key.clone()),
+            Self::Number(_) => query.bind(found.timeout).bind(found.number),
+        }
+    }
+}
+
+impl Shared {
+    /// End a task by hand. It may have been one that its user's others waited for.
+    pub(super) async fn end(self: &Arc<Self>, which: Which, state: State, retention: Duration) -> Result<()> {
+        self.perform(End { which, state, retention }).await?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Retry a task by hand.
+    pub(super) async fn retry(self: &Arc<Self>, which: Which) -> Result<()> {
+        self.perform(Retry { which }).await?;
+        self.wake();
+        Ok(())
+    }
+}
+
+/// End a waiting or running task, as finished or cancelled. A running attempt loses its lease, as our token goes. One that is set aside goes at once if it is
+/// named by its number.
+struct End {
+    which: Which,
+    state: State,
+    retention: Duration,
 }
 
 #[async_trait]
@@ -36,15 +97,24 @@ impl Operation for End {
     const DOING: &'static str = "ending a task by hand";
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
-        const END: &str = "UPDATE {t} SET created_at = NULL, resource = NULL, owner = 0, timeout = ? WHERE id = ?";
-        let mut transaction = connection.begin().await?;
-        let (found, side) = read::lock(&self.key, names, &mut transaction).await?;
+        const END: &str = "UPDATE {t} AS t {by} SET t.created_at = NULL, t.resource = NULL, t.owner = 0, t.timeout = ?";
+        const REMOVE: &str = "DELETE t FROM {t} AS t {by}";
+        begin(connection).await?;
+        let (found, side) = read::lock(&self.which, names, connection).await?;
+        if matches!(self.which, Which::Number(_)) && found.is_set_aside() {
+            let query = sqlx::query(self.which.sql(REMOVE, names));
+            self.which.bind(query, &found).execute(&mut *connection).await?;
+            forget(&[found.key], names, connection).await?;
+            commit(connection).await?;
+            return Ok(());
+        }
         let Some(created_at) = found.created_at else {
             let state = found.state(side.as_ref());
             return Err(Failure::from(Error::AlreadyEnded { key: found.key, state }));
         };
         let timeout = ended_timeout(found.now_ms / 1_000, seconds(self.retention));
-        sqlx::query(names.sql(END)).bind(timeout).bind(&found.key).execute(&mut *transaction).await?;
+        let query = sqlx::query(self.which.sql(END, names)).bind(timeout);
+        self.which.bind(query, &found).execute(&mut *connection).await?;
         if names.has_side() {
             let mut side = side.unwrap_or_else(|| Side::new(created_at));
             if is_token(found.owner) && found.state(Some(&side)) == State::Running {
@@ -55,9 +125,9 @@ impl Operation for End {
             (side.state, side.timeout, side.ended_ms) = (Some(self.state), Some(timeout), Some(found.now_ms));
             side.user = found.user.or(side.user);
             side.progress = None;
-            side::store(&[(&found.key, side)], names, &mut transaction).await?;
+            side::store(&[(&found.key, side)], names, connection).await?;
         }
-        transaction.commit().await?;
+        commit(connection).await?;
         if !names.has_side() && self.state == State::Cancelled {
             tracing::warn!(task = found.key, "a task is cancelled; PerfectQueue's table shows it as finished");
         }
@@ -66,8 +136,8 @@ impl Operation for End {
 }
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
-pub(super) struct Retry {
-    pub(super) key: String,
+struct Retry {
+    which: Which,
 }
 
 #[async_trait]
@@ -76,9 +146,9 @@ impl Operation for Retry {
     const DOING: &'static str = "retrying a task";
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
-        const DUE: &str = "UPDATE {t} SET timeout = ?, owner = 0, created_at = ?, resource = ? WHERE id = ?";
-        let mut transaction = connection.begin().await?;
-        let (found, side) = read::lock(&self.key, names, &mut transaction).await?;
+        const DUE: &str = "UPDATE {t} AS t {by} SET t.timeout = ?, t.owner = 0, t.created_at = ?, t.resource = ?";
+        begin(connection).await?;
+        let (found, side) = read::lock(&self.which, names, connection).await?;
         let now = found.now_ms / 1_000;
         let state = found.state(side.as_ref());
         if found.is_held() {
@@ -86,6 +156,7 @@ impl Operation for Retry {
         }
         if state == State::Waiting && found.timeout <= now {
             // It is due, and keeps its place.
+            roll_back(connection).await?;
             return Ok(());
         }
         if !names.has_side() && !found.is_set_aside() {
@@ -99,17 +170,18 @@ impl Operation for Retry {
             (_, side) => side.unwrap_or_else(|| Side::new(found.created_at.unwrap_or(now))),
         };
         let user = found.user.as_ref().or(side.user.as_ref());
-        let query = sqlx::query(names.sql(DUE)).bind(now).bind(found.created_at.unwrap_or(side.created_at)).bind(user);
-        query.bind(&found.key).execute(&mut *transaction).await?;
+        let created_at = found.created_at.unwrap_or(side.created_at);
+        let query = sqlx::query(self.which.sql(DUE, names)).bind(now).bind(created_at).bind(user.cloned());
+        self.which.bind(query, &found).execute(&mut *connection).await?;
         if names.has_side() {
             if state != State::Waiting {
                 let Side { created_at, max_attempts, records, descent, .. } = side;
                 side = Side { max_attempts, records, descent, ..Side::new(created_at) };
             }
             (side.state, side.timeout) = (None, None);
-            side::store(&[(&found.key, side)], names, &mut transaction).await?;
+            side::store(&[(&found.key, side)], names, connection).await?;
         }
-        transaction.commit().await?;
+        commit(connection).await?;
         Ok(())
     }
 }
@@ -171,19 +243,13 @@ impl Operation for CleanUp {
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<u64, Failure> {
         const OVER: &str = "SELECT t.id FROM {t} AS t {index} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000
             ORDER BY t.timeout LIMIT ?";
-        const REMOVE: &str = "DELETE t FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
-            STRAIGHT_JOIN {t} AS t ON t.id = {as_key} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000";
         let over: Vec<String> =
             sqlx::query_scalar(names.sql(OVER)).bind(i64::from(self.limit)).fetch_all(&mut *connection).await?;
         let mut removed = 0;
         if !over.is_empty() {
-            let mut over = over;
-            over.sort_unstable();
-            let mut transaction = connection.begin().await?;
-            let query = sqlx::query(names.sql(REMOVE)).bind(json(&over));
-            removed = query.execute(&mut *transaction).await?.rows_affected();
-            forget(&over, names, &mut transaction).await?;
-            transaction.commit().await?;
+            begin(connection).await?;
+            removed = remove(over, names, connection).await?;
+            commit(connection).await?;
         }
         if names.has_side() {
             self.forget_strays(names, connection).await?;
@@ -192,15 +258,38 @@ impl Operation for CleanUp {
     }
 }
 
-/// Remove what is noted of keys that have no row.
+/// Remove rows whose retention is over, with what is noted of them. Answers how many there were.
+pub(super) async fn remove(mut over: Vec<String>, names: &Names, connection: &mut MySqlConnection) -> Result<u64, sqlx::Error> {
+    const REMOVE: &str = "DELETE t FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+        STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000";
+    over.sort_unstable();
+    let removed = sqlx::query(names.sql(REMOVE)).bind(json(&over)).execute(&mut *connection).await?.rows_affected();
+    forget(&over, names, connection).await?;
+    Ok(removed)
+}
+
+/// Remove what is noted of keys that have no row. Looks first, since a statement that looks for rows while it deletes would wait for those that others
+/// have locked.
 pub(super) async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    const FORGET: &str = "DELETE s FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
-        STRAIGHT_JOIN {s} AS s ON s.id = {as_side_key}
-        WHERE NOT EXISTS (SELECT 1 FROM {t} AS t WHERE t.id = {as_key})";
+    const STRAY: &str =
+        "SELECT s.id, CAST(s.created_at AS SIGNED) FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+        STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key}
+        LEFT JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key} WHERE t.id IS NULL";
+    // One that was noted since belongs to a new task.
+    const FORGET: &str =
+        "DELETE s FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', created_at BIGINT PATH '$[1]')) AS f
+        STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key} WHERE s.created_at = f.created_at";
     if !names.has_side() || keys.is_empty() {
         return Ok(());
     }
-    sqlx::query(names.sql(FORGET)).bind(json(keys)).execute(connection).await.map(drop)
+    let strays = sqlx::query(names.sql(STRAY)).bind(json(keys)).fetch_all(&mut *connection).await?;
+    let mut strays =
+        strays.iter().map(|row| Ok((text(row, 0)?, row.try_get(1)?))).collect::<Result<Vec<(String, i64)>, sqlx::Error>>()?;
+    if strays.is_empty() {
+        return Ok(());
+    }
+    strays.sort_unstable();
+    sqlx::query(names.sql(FORGET)).bind(json(strays)).execute(connection).await.map(drop)
 }
 
 impl CleanUp {

@@ -115,23 +115,31 @@ impl Waiting {
         Some(first)
     }
 
-    /// At most `limit` rows, first the one that is first. `running` is what each user has running, and counts the picks as well.
-    pub(super) fn pick(&self, running: &mut HashMap<Vec<u8>, i64>, limit: usize) -> Vec<Pick> {
+    /// At most `limit` rows, `limited` of them of users with a limit, first the one that is first. `running` is what each user has running, and
+    /// counts the picks as well.
+    pub(super) fn pick(&self, running: &mut HashMap<Vec<u8>, i64>, limit: usize, limited: usize) -> Vec<Pick> {
         let mut next: Vec<Next<'_>> = self
             .classes
             .iter()
+            .filter(|((user, max_running), _)| limited > 0 || !is_limited(user.as_ref(), *max_running))
             .filter_map(|((user, max_running), class)| Next::of(user.as_ref(), *max_running, class.rows.iter()))
             .collect();
         let mut places: BinaryHeap<Standing<'_>> =
             (0..next.len()).filter_map(|class| next[class].standing(class, running)).collect();
         let mut picks = Vec::with_capacity(limit.min(self.rows));
+        let mut limited = limited;
         while picks.len() < limit
             && let Some(first) = places.pop()
         {
             let class = first.class;
+            let counts = is_limited(next[class].user, next[class].max_running);
+            if counts && limited == 0 {
+                continue;
+            }
             // Another class of the same user was picked since: it stands further down now.
             if first.running == next[class].running(running) {
                 picks.push(next[class].pick());
+                limited -= usize::from(counts);
                 if let Some(user) = next[class].user {
                     *running.entry(user.clone()).or_default() += 1;
                 }
@@ -143,6 +151,24 @@ impl Waiting {
         }
         picks
     }
+}
+
+impl Pick {
+    /// Whether its user may have another row running.
+    pub(super) fn is_open(&self, running: &HashMap<Vec<u8>, i64>) -> bool {
+        let running = self.user.as_ref().and_then(|user| running.get(user)).copied().unwrap_or(0);
+        self.user.is_none() || is_open(self.max_running, running)
+    }
+}
+
+/// Whether a row of a user with so many running may run.
+fn is_open(max_running: Option<i64>, running: i64) -> bool {
+    running == 0 || max_running.is_none_or(|most| most.saturating_sub(running) > 0)
+}
+
+/// Whether rows of this kind wait for others of their user.
+fn is_limited(user: Option<&Vec<u8>>, max_running: Option<i64>) -> bool {
+    user.is_some() && max_running.is_some()
 }
 
 /// The next row of a class.
@@ -172,7 +198,7 @@ impl<'w> Next<'w> {
     /// None while it has to wait.
     fn standing(&self, class: usize, running: &HashMap<Vec<u8>, i64>) -> Option<Standing<'w>> {
         let running = self.running(running);
-        let open = self.user.is_none() || running == 0 || self.max_running.is_none_or(|most| most - running > 0);
+        let open = self.user.is_none() || is_open(self.max_running, running);
         open.then(|| Standing { max_running: self.max_running.unwrap_or(1), running, place: self.place, class })
     }
 
@@ -268,8 +294,18 @@ mod tests {
         let waiting =
             waiting(&[(1, 1, Some(2)), (2, 1, Some(2)), (3, 1, Some(2)), (4, 2, Some(0)), (5, 2, Some(0)), (6, 0, Some(1))]);
         let mut running = HashMap::from([(vec![1], 1)]);
-        assert_eq!(numbers(&waiting.pick(&mut running, 9)), [0, 5, 3]);
+        assert_eq!(numbers(&waiting.pick(&mut running, 9, 9)), [0, 5, 3]);
         assert_eq!(running, HashMap::from([(vec![1], 2), (vec![2], 1)]));
+    }
+
+    #[test]
+    fn tasks_of_limited_users_are_picked_up_to_their_number() {
+        let waiting = waiting(&[(1, 1, Some(9)), (2, 1, Some(9)), (3, 2, None), (4, 0, Some(9)), (5, 2, Some(9))]);
+        let pick = |limit, limited| numbers(&waiting.pick(&mut HashMap::new(), limit, limited));
+        assert_eq!(pick(9, 9), [0, 3, 4, 1, 2]);
+        assert_eq!(pick(9, 1), [0, 3, 2]);
+        assert_eq!(pick(9, 0), [3, 2], "who has no user has no limit");
+        assert_eq!(pick(2, 1), [0, 3]);
     }
 
     #[test]
@@ -278,8 +314,8 @@ mod tests {
         waiting.begin_walk();
         waiting.meet((2, "0001".to_owned()), user(1), None);
         waiting.end_walk();
-        assert_eq!(numbers(&waiting.pick(&mut HashMap::new(), 9)), [1]);
-        waiting.remove(&waiting.pick(&mut HashMap::new(), 1)[0].clone());
+        assert_eq!(numbers(&waiting.pick(&mut HashMap::new(), 9, 9)), [1]);
+        waiting.remove(&waiting.pick(&mut HashMap::new(), 1, 1)[0].clone());
         assert!(waiting.is_empty() && waiting.classes.is_empty());
     }
 
@@ -305,7 +341,7 @@ mod tests {
             limit in 0usize..50,
         ) {
             let mut counted: HashMap<Vec<u8>, i64> = running.iter().map(|(name, count)| (vec![*name], *count)).collect();
-            let picks = waiting(&rows).pick(&mut counted, limit);
+            let picks = waiting(&rows).pick(&mut counted, limit, limit);
             prop_assert_eq!(numbers(&picks), slowly(&rows, running, limit));
         }
     }

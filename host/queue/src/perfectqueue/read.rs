@@ -8,11 +8,13 @@ use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
+use super::operate::Which;
 use super::order::Place;
 use super::run::Operation;
 use super::side::{self, Side};
 use super::table::{DELETE_OFFSET, EVENT_HORIZON, Names, SET_ASIDE, TIME_MAX};
 use super::{blob, broken};
+use crate::mysql::connect::text;
 use crate::mysql::failure::Failure;
 use crate::{AttemptRecord, Error, Filter, NewTask, Page, State, Stats, Task, TaskId, Timestamp};
 
@@ -30,30 +32,49 @@ const PAGES_MAX: usize = 1_000;
 /// A row of PerfectQueue's table.
 #[derive(Debug)]
 pub(super) struct Found {
+    /// With U+FFFD where it cannot be read.
     pub(super) key: String,
     pub(super) timeout: i64,
     pub(super) created_at: Option<i64>,
     pub(super) user: Option<String>,
     max_running: Option<u32>,
     pub(super) owner: u64,
-    number: i64,
+    pub(super) number: i64,
     stored: Option<Vec<u8>>,
     pub(super) now_ms: i64,
+    /// What of key and user cannot be read.
+    unreadable: Option<String>,
+    /// How long its data is, as it is stored.
+    length: i64,
 }
 
 macro_rules! columns {
     ($data:literal) => {
-        concat!("t.id, t.timeout, t.created_at, t.resource, t.max_running, t.owner, {number}, ", $data, ", {now}")
+        concat!(
+            "t.id, CAST(t.timeout AS SIGNED), CAST(t.created_at AS SIGNED), t.resource, CAST(t.max_running AS SIGNED),
+            CAST(COALESCE(t.owner, 0) AS UNSIGNED), {number}, ",
+            $data,
+            ", {now}, CAST(COALESCE(LENGTH(t.data), 0) AS SIGNED)"
+        )
     };
 }
 
 impl Found {
     fn of(row: &MySqlRow) -> Result<Self, sqlx::Error> {
+        let (key, user): (Vec<u8>, Option<Vec<u8>>) = (row.try_get(0)?, row.try_get(3)?);
+        let ((key, bad_key), (user, bad_user)) = (readable(key), user.map(readable).unzip());
+        let unreadable = match (bad_key, bad_user.flatten()) {
+            (Some(error), _) => Some(format!("the key is not text: {error}")),
+            (None, Some(error)) => Some(format!("the user is not text: {error}")),
+            (None, None) => None,
+        };
         Ok(Self {
-            key: row.try_get(0)?,
+            key,
             timeout: row.try_get(1)?,
             created_at: row.try_get(2)?,
-            user: row.try_get(3)?,
+            user,
+            unreadable,
+            length: row.try_get(9)?,
             max_running: row.try_get::<Option<i64>, _>(4)?.and_then(|most| u32::try_from(most).ok()),
             owner: row.try_get(5)?,
             number: row.try_get(6)?,
@@ -101,13 +122,15 @@ impl Found {
         let set_aside = self.is_set_aside();
         let side = side.unwrap_or_default();
         let stored = self.stored.take().unwrap_or_default();
-        let read = blob::read(&self.key, stored.clone());
-        let (task_type, plain) = match read {
-            Ok(read) => (read.task_type, read.data),
-            Err(_) => (self.key.split('.').next().unwrap_or_default().to_owned(), stored),
+        let read = blob::length_fits(self.length).and_then(|()| blob::read(&self.key, stored.clone()));
+        let (task_type, plain, damage) = match read {
+            Ok(read) => (read.task_type, read.data, None),
+            Err(problem) => (self.key.split('.').next().unwrap_or_default().to_owned(), stored, Some(problem)),
         };
-        let created_at = Timestamp(self.created_at.unwrap_or(side.created_at) * 1_000);
-        let time = if self.is_held() { NewTask::HELD_AT } else { Timestamp(self.timeout * 1_000) };
+        let unreadable = self.unreadable.take().or_else(|| damage.map(|problem| format!("the stored data: {problem}")));
+        let unreadable = unreadable.or_else(|| side.error_message.clone().filter(|_| set_aside));
+        let created_at = Timestamp(self.created_at.unwrap_or(side.created_at).saturating_mul(1_000));
+        let time = if self.is_held() { NewTask::HELD_AT } else { Timestamp(self.timeout.saturating_mul(1_000)) };
         let running = state == State::Running;
         let progress = side.progress.filter(|reported| running && reported.owner == self.owner).map(|reported| reported.progress);
         Task {
@@ -126,21 +149,55 @@ impl Found {
             host: None,
             progress,
             finished_at: side.ended_ms.filter(|_| state.is_terminal()).map(Timestamp),
-            retained_until: self.created_at.is_none().then(|| Timestamp((self.timeout + DELETE_OFFSET) * 1_000)),
+            retained_until: self
+                .created_at
+                .is_none()
+                .then(|| Timestamp(self.timeout.saturating_add(DELETE_OFFSET).saturating_mul(1_000))),
             plugin_digest: side.plugin,
             error_code: side.error_code.or_else(|| set_aside.then(|| broken::CODE.to_owned())),
             error_message: side.error_message,
+            unreadable,
             data: Some(plain),
             output: None,
         }
     }
 }
 
-/// The row of a key, locked for the transaction.
-pub(super) async fn lock(key: &str, names: &Names, connection: &mut MySqlConnection) -> Result<(Found, Option<Side>), Failure> {
+/// A column of text, with U+FFFD for what is none, and what is wrong with it.
+fn readable(bytes: Vec<u8>) -> (String, Option<std::str::Utf8Error>) {
+    match String::from_utf8(bytes) {
+        Ok(text) => (text, None),
+        Err(error) => (String::from_utf8_lossy(error.as_bytes()).into_owned(), Some(error.utf8_error())),
+    }
+}
+
+/// Where the row of a number stands in the order of times. Reads the table until it is found.
+async fn place_of(number: TaskId, names: &Names, connection: &mut MySqlConnection) -> Result<Option<i64>, sqlx::Error> {
+    const FIND: &str = "SELECT CAST(t.timeout AS SIGNED) FROM {t} AS t WHERE {number} = ? LIMIT 1";
+    sqlx::query_scalar(names.sql(FIND)).bind(number.0).fetch_optional(connection).await
+}
+
+/// The row of a task, locked for the transaction.
+pub(super) async fn lock(
+    which: &Which,
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<(Found, Option<Side>), Failure> {
     const LOCK: &str = concat!("SELECT ", columns!("NULL"), " FROM {t} AS t WHERE t.id = ? FOR UPDATE");
-    let row = sqlx::query(names.sql(LOCK)).bind(key).fetch_optional(&mut *connection).await?;
-    let found = Found::of(&row.ok_or_else(|| Error::NotFound(key.to_owned()))?)?;
+    const LOCK_NUMBER: &str =
+        concat!("SELECT ", columns!("NULL"), " FROM {t} AS t {index} WHERE t.timeout = ? AND {number} = ? FOR UPDATE");
+    let row = match which {
+        Which::Key(key) => sqlx::query(names.sql(LOCK)).bind(key).fetch_optional(&mut *connection).await?,
+        Which::Number(number) => match place_of(*number, names, connection).await? {
+            Some(timeout) => {
+                let query = sqlx::query(names.sql(LOCK_NUMBER)).bind(timeout).bind(number.0);
+                // It was there a moment ago, at this time.
+                Some(query.fetch_optional(&mut *connection).await?.ok_or(Failure::Overtaken)?)
+            }
+            None => None,
+        },
+    };
+    let found = Found::of(&row.ok_or_else(|| which.unknown())?)?;
     let side = side::load(&[&found.key], true, names, connection).await?.remove(&found.key);
     let own = found.own(side);
     Ok((found, own))
@@ -148,7 +205,7 @@ pub(super) async fn lock(key: &str, names: &Names, connection: &mut MySqlConnect
 
 /// One task with data and output.
 pub(super) struct Get {
-    pub(super) key: String,
+    pub(super) which: Which,
 }
 
 #[async_trait]
@@ -157,10 +214,18 @@ impl Operation for Get {
     const DOING: &'static str = "reading a task";
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure> {
-        const GET: &str = concat!("SELECT ", columns!("t.data"), " FROM {t} AS t WHERE t.id = ?");
-        let Some(row) = sqlx::query(names.sql(GET)).bind(&self.key).fetch_optional(&mut *connection).await? else {
-            return Ok(None);
+        const GET: &str =
+            concat!("SELECT ", columns!("IF(LENGTH(t.data) > 16842752, NULL, t.data)"), " FROM {t} AS t WHERE t.id = ?");
+        const GET_NUMBER: &str = concat!(
+            "SELECT ",
+            columns!("IF(LENGTH(t.data) > 16842752, NULL, t.data)"),
+            " FROM {t} AS t WHERE {number} = ? LIMIT 1"
+        );
+        let query = match &self.which {
+            Which::Key(key) => sqlx::query(names.sql(GET)).bind(key),
+            Which::Number(number) => sqlx::query(names.sql(GET_NUMBER)).bind(number.0),
         };
+        let Some(row) = query.fetch_optional(&mut *connection).await? else { return Ok(None) };
         let found = Found::of(&row)?;
         let key = found.key.clone();
         let side = side::load(&[&key], false, names, connection).await?.remove(&key);
@@ -272,12 +337,13 @@ impl Operation for List {
 impl List {
     /// The place behind which the page begins.
     async fn start(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Place, Failure> {
-        const FIND: &str = "SELECT t.timeout, t.id FROM {t} AS t WHERE {number} = ? LIMIT 1";
-        let Some(after) = self.filter.after else { return Ok((i64::from(i32::MIN), String::new())) };
+        const FIND: &str = "SELECT CAST(t.timeout AS SIGNED), t.id FROM {t} AS t WHERE {number} = ? LIMIT 1";
+        let Some(after) = self.filter.after else { return Ok((i64::MIN, String::new())) };
         if let Some(place) = self.pages.find(after) {
             return Ok(place);
         }
-        let found: Option<Place> = sqlx::query_as(names.sql(FIND)).bind(after.0).fetch_optional(connection).await?;
+        let found = sqlx::query(names.sql(FIND)).bind(after.0).fetch_optional(connection).await?;
+        let found = found.map(|row| Ok::<Place, sqlx::Error>((row.try_get(0)?, text(&row, 1)?))).transpose()?;
         Ok(found.ok_or_else(|| Error::NotSupported {
             what: "listing on from a task that is gone",
             why: "PerfectQueue's table does not number its rows; list from the beginning".to_owned(),
@@ -330,7 +396,8 @@ impl List {
 
 /// Data that is not read along with others'.
 async fn large(key: &str, names: &Names, connection: &mut MySqlConnection) -> Result<Option<Vec<u8>>, sqlx::Error> {
-    sqlx::query_scalar(names.sql("SELECT data FROM {t} WHERE id = ?")).bind(key).fetch_optional(connection).await
+    const LARGE: &str = "SELECT data FROM {t} WHERE id = ? AND LENGTH(data) <= 16842752";
+    sqlx::query_scalar(names.sql(LARGE)).bind(key).fetch_optional(connection).await
 }
 
 /// A pattern of everything that begins so.
@@ -361,7 +428,7 @@ impl Operation for Count {
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout > UNIX_TIMESTAMP() AND t.timeout < 2147483647),
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout <= 1300000000),
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout = 2147483647 AND t.owner = ?),
-            (SELECT MIN(t.timeout) FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout <= UNIX_TIMESTAMP()), {now},
+            (SELECT CAST(MIN(t.timeout) AS SIGNED) FROM {t} AS t {index} WHERE t.timeout > 1300000000 AND t.timeout <= UNIX_TIMESTAMP()), {now},
             (SELECT COUNT(*) FROM {t} AS t {index} WHERE t.timeout = 1300000000 AND t.created_at IS NOT NULL)";
         const NOTED: &str = "SELECT s.state, COUNT(*) FROM {s} AS s STRAIGHT_JOIN {t} AS t
                 ON t.id = {side_key} AND t.timeout = s.timeout
@@ -386,7 +453,7 @@ impl Operation for Count {
             failed: of(State::Failed) + number(3)?,
             cancelled: of(State::Cancelled),
             oldest_ready_ms: oldest
-                .map(|oldest| u64::try_from(now.since(Timestamp(oldest * 1_000)).as_millis()).unwrap_or(u64::MAX)),
+                .map(|oldest| u64::try_from(now.since(Timestamp(oldest.saturating_mul(1_000))).as_millis()).unwrap_or(u64::MAX)),
             types: types(names, connection).await?,
         })
     }
@@ -405,7 +472,7 @@ async fn types(names: &Names, connection: &mut MySqlConnection) -> Result<Vec<(S
         let rows = query.fetch_all(&mut *connection).await?;
         left -= i64::try_from(rows.len()).unwrap_or(left);
         for row in rows {
-            let (key, stored): (String, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
+            let (key, stored): (String, Vec<u8>) = (text(&row, 0)?, row.try_get(1)?);
             if let Ok(read) = blob::read(&key, stored) {
                 *counted.entry(read.task_type).or_default() += 1;
             }

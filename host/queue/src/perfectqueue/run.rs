@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sqlx::AssertSqlSafe;
 use sqlx::mysql::MySqlConnection;
 
 use super::Shared;
 use super::table::Names;
-use crate::mysql::failure::Failure;
+use crate::mysql::failure::{Failure, number};
 use crate::{Error, Result, patience};
 
 /// The first pause before another try.
@@ -24,7 +25,9 @@ pub(super) trait Operation: Send + Sync + 'static {
     type Answer: Send + 'static;
     /// What it does, for errors.
     const DOING: &'static str;
-    /// Do it. An error leaves no transaction open, or no connection.
+    /// The next try follows one of which it is not known whether it was done.
+    fn is_repeated(&self) {}
+    /// Do it. It may leave a transaction open with an error, not without one.
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure>;
 }
 
@@ -81,6 +84,9 @@ impl Shared {
                 Ok(answer) => return Ok(answer),
                 Err(failure) => failure,
             };
+            if failure.is_disconnection() {
+                operation.is_repeated();
+            }
             match patience.after(failure) {
                 Ok(pause) => tokio::time::sleep(pause).await,
                 Err(failure) => return Err(failure.into_error(O::DOING, &self.access.place)),
@@ -89,12 +95,68 @@ impl Shared {
     }
 
     async fn once<O: Operation>(&self, operation: &O) -> Result<O::Answer, Failure> {
+        // Bounded by itself.
         let mut connection = self.pool.acquire().await?;
-        let names = self.names(&mut connection).await?;
-        let done = operation.run(&names, &mut connection).await;
-        if done.as_ref().is_err_and(Failure::is_disconnection) {
-            connection.close_on_drop();
+        let running = async {
+            let names = self.names(&mut connection).await?;
+            operation.run(&names, &mut connection).await
+        };
+        let done = tokio::time::timeout(self.limit, running).await.unwrap_or_else(|_| Err(silence(self.limit)));
+        if let Err(failure) = &done
+            && (is_of_no_use(failure) || !rolls_back(&mut connection).await)
+        {
+            // Not given back: closing it says goodbye, and a server that is silent would keep that waiting.
+            drop(connection.detach());
         }
         done
     }
+}
+
+/// How long a transaction may be left alone before the server ends its session, in seconds: so long a host that is frozen or cut off can hold up
+/// others.
+const IDLE_SECONDS: u32 = 5;
+/// How long a transaction waits for what others have locked, if it is not brief: as all sessions are set up.
+const LOCK_WAIT_SECONDS: u32 = 10;
+/// How long a rollback may take before its connection is given up.
+const ROLLBACK_MAX: Duration = Duration::from_secs(2);
+
+/// Begin a transaction.
+pub(super) async fn begin(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    let sql = format!("SET SESSION wait_timeout = {IDLE_SECONDS}; START TRANSACTION");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+}
+
+/// Begin one that waits no longer than a second for what others have locked.
+pub(super) async fn begin_briefly(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    let sql = format!("SET SESSION wait_timeout = {IDLE_SECONDS}, innodb_lock_wait_timeout = 1; START TRANSACTION");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+}
+
+/// End it. What is not known to be committed is rolled back, or its connection closed.
+pub(super) async fn commit(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    end("COMMIT", connection).await
+}
+
+pub(super) async fn roll_back(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    end("ROLLBACK", connection).await
+}
+
+async fn end(how: &'static str, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    let sql = format!("{how}; SET SESSION wait_timeout = DEFAULT, innodb_lock_wait_timeout = {LOCK_WAIT_SECONDS}");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
+}
+
+async fn rolls_back(connection: &mut MySqlConnection) -> bool {
+    tokio::time::timeout(ROLLBACK_MAX, roll_back(connection)).await.is_ok_and(|done| done.is_ok())
+}
+
+/// The connection is broken, or leads to a server that is not the one to write to any more.
+fn is_of_no_use(failure: &Failure) -> bool {
+    failure.is_disconnection() || matches!(failure, Failure::Sql(error) if matches!(number(error), Some(1290 | 1792 | 1836)))
+}
+
+/// The server gave no answer in time.
+pub(super) fn silence(limit: Duration) -> Failure {
+    let words = format!("the server gave no answer within {} ms", limit.as_millis());
+    Failure::from(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words)))
 }

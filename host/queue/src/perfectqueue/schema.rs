@@ -1,20 +1,24 @@
 //! The tables: PerfectQueue's own, made as its `init` makes it, and ours beside it.
 //!
 //! Nothing in PerfectQueue's table says what made it, so its columns do: version 1 has no `owner` (before PerfectQueue 0.9), version 2 has
-//! one, version 3 has our table of tasks beside it, version 4 the one of hosts too; a later one stands in the comment of our tables. Statements of MySQL that
+//! one, version 3 has our table of tasks beside it, version 4 those of hosts and their deaths too; a later one stands in the comment of our tables. Statements of MySQL that
 //! change tables cannot be taken back, so each step may be taken again.
 
 use std::collections::BTreeMap;
 
+use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
-use super::table::{HOSTS as HOSTS_NAME, Names, SIDE as SIDE_NAME, quoted};
+use super::run::Operation;
+use super::table::{DEATHS as DEATHS_NAME, Fit, HOSTS as HOSTS_NAME, Names, SIDE as SIDE_NAME, quoted};
 use crate::mysql::failure::Failure;
 use crate::{Error, PerfectQueue, PlannedStep, SchemaStatus};
 
 /// The latest version that this program knows. The comments of our tables say it too.
 const KNOWN: i64 = 4;
+/// The least `max_allowed_packet` that nothing is said about: what MariaDB comes with.
+const ROOM_MIN: i64 = 16 << 20;
 
 /// PerfectQueue's table, without its index.
 const TABLE: &str = "CREATE TABLE IF NOT EXISTS {t} (
@@ -35,9 +39,9 @@ const OWNER: &str = "ALTER TABLE {t} ADD COLUMN owner BIGINT(21) UNSIGNED NOT NU
 /// from, NULL for any other.
 const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     id VARCHAR(255) NOT NULL,
-    created_at INT NOT NULL,
+    created_at BIGINT NOT NULL,
     state VARCHAR(9),
-    timeout INT,
+    timeout BIGINT,
     user VARCHAR(255),
     attempts INT UNSIGNED NOT NULL DEFAULT 0,
     max_attempts INT UNSIGNED,
@@ -46,6 +50,7 @@ const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     lost_alone INT UNSIGNED NOT NULL DEFAULT 0,
     alone TINYINT UNSIGNED NOT NULL DEFAULT 0,
     lost_owner BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    lost_at BIGINT,
     root BIGINT,
     depth INT UNSIGNED NOT NULL DEFAULT 0,
     ended_ms BIGINT,
@@ -70,9 +75,26 @@ const HOSTS: &str = "CREATE TABLE IF NOT EXISTS {h} (
     seen_at BIGINT NOT NULL,
     until BIGINT NOT NULL DEFAULT 0,
     left_at BIGINT,
+    plugins LONGTEXT,
     PRIMARY KEY (id),
     INDEX by_identity (identity)
 ) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin COMMENT='laelaps 4'";
+
+/// Ours of hosts that died while they ran a single plugin version (see [`super::deaths`]).
+const DEATHS: &str = "CREATE TABLE IF NOT EXISTS {d} (
+    host BIGINT UNSIGNED NOT NULL,
+    name VARCHAR(255) NOT NULL,
+    digest VARCHAR(255) NOT NULL,
+    at BIGINT NOT NULL,
+    PRIMARY KEY (host),
+    INDEX by_version (digest, name)
+) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin COMMENT='laelaps 4'";
+
+/// Columns of our tables that older ones lack: table, column, how it is added.
+const LATER: [(&str, &str, &str); 2] = [
+    (SIDE_NAME, "lost_at", "ALTER TABLE {s} ADD COLUMN lost_at BIGINT"),
+    (HOSTS_NAME, "plugins", "ALTER TABLE {h} ADD COLUMN plugins LONGTEXT"),
+];
 
 /// The columns that are used, with the types they have to have. Ruby's older tables have them in other widths, which do no harm.
 const COLUMNS: [(&str, &[&str]); 7] = [
@@ -92,6 +114,8 @@ pub(super) struct Columns {
     pub(super) charset: String,
     /// Of the keys.
     pub(super) collation: String,
+    /// Of the users.
+    pub(super) user_charset: String,
     /// An index that begins with the times.
     pub(super) time_index: Option<String>,
     /// Name to type, of PerfectQueue's table.
@@ -99,6 +123,9 @@ pub(super) struct Columns {
     primary_key: Vec<String>,
     has_side: bool,
     has_hosts: bool,
+    has_deaths: bool,
+    /// Of [`LATER`], those that a table of ours lacks.
+    lacks: Vec<(&'static str, &'static str, &'static str)>,
     /// The latest version that made one of our tables, by its comment.
     made_by: i64,
 }
@@ -120,6 +147,9 @@ impl Columns {
             if name == "id" {
                 (columns.charset, columns.collation) = (text(&row, 2)?, text(&row, 3)?);
             }
+            if name == "resource" {
+                columns.user_charset = text(&row, 2)?;
+            }
             columns.found.insert(name, text(&row, 1)?);
         }
         for row in sqlx::query(INDEXES).bind(&config.table).fetch_all(&mut *connection).await? {
@@ -129,12 +159,22 @@ impl Columns {
                 _ => {}
             }
         }
-        for (name, has) in [(SIDE_NAME, &mut columns.has_side), (HOSTS_NAME, &mut columns.has_hosts)] {
+        let ours =
+            [(SIDE_NAME, &mut columns.has_side), (HOSTS_NAME, &mut columns.has_hosts), (DEATHS_NAME, &mut columns.has_deaths)];
+        for (name, has) in ours {
             let name = format!("{}{name}", config.table);
             let comment: Option<String> = sqlx::query_scalar(COMMENT).bind(name).fetch_optional(&mut *connection).await?;
             *has = comment.is_some();
             let version = comment.as_deref().and_then(|comment| comment.strip_prefix("laelaps ")?.parse().ok());
             columns.made_by = columns.made_by.max(version.unwrap_or_default());
+        }
+        for later in LATER {
+            let (name, column, _) = later;
+            let found = sqlx::query(FIND).bind(format!("{}{name}", config.table)).fetch_all(&mut *connection).await?;
+            let has = |row: &MySqlRow| text(row, 0).is_ok_and(|found| found == column);
+            if !found.is_empty() && !found.iter().any(has) {
+                columns.lacks.push(later);
+            }
         }
         Ok(columns)
     }
@@ -157,7 +197,7 @@ impl Columns {
             1
         } else if !config.side_table || !self.has_side {
             2
-        } else if !self.has_hosts {
+        } else if !self.has_hosts || !self.has_deaths || !self.lacks.is_empty() {
             3
         } else {
             4
@@ -183,6 +223,12 @@ impl Columns {
         }
         if config.side_table && !self.has_hosts {
             steps.push((4, names.sql(HOSTS).0));
+        }
+        if config.side_table && !self.has_deaths {
+            steps.push((4, names.sql(DEATHS).0));
+        }
+        if config.side_table {
+            steps.extend(self.lacks.iter().map(|(_, _, add)| (4, names.sql(add).0)));
         }
         Ok(steps)
     }
@@ -210,10 +256,14 @@ impl Columns {
             differences
                 .push(format!("{table} has no index on timeout; init adds it, and without it every claim reads the whole table"));
         }
-        for (name, has) in [(SIDE_NAME, self.has_side), (HOSTS_NAME, self.has_hosts)] {
+        for (name, has) in [(SIDE_NAME, self.has_side), (HOSTS_NAME, self.has_hosts), (DEATHS_NAME, self.has_deaths)] {
             if config.side_table && !has {
                 differences.push(format!("there is no table {table}{name}; init makes it"));
             }
+        }
+        if config.side_table {
+            let lacks = self.lacks.iter().map(|(name, column, _)| format!("{table}{name} has no column {column}; init adds it"));
+            differences.extend(lacks);
         }
         differences
     }
@@ -264,4 +314,51 @@ pub(super) fn planned(steps: Vec<(i64, String)>) -> Vec<PlannedStep> {
         }
     }
     planned
+}
+
+/// What the table's character set and collation, and the server's bounds, mean for tasks.
+pub(super) struct Warnings;
+
+#[async_trait]
+impl Operation for Warnings {
+    type Answer = Vec<String>;
+    const DOING: &'static str = "looking at the table";
+
+    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure> {
+        const ALIKE: &str = "SELECT {as_pattern} = {as_pattern}";
+        const ROOM: &str = "SELECT CAST(@@max_allowed_packet AS SIGNED)";
+        const PAIRS: [(&str, &str, &str, &str); 4] = [
+            ("a", "A", "in upper and in lower case", "\"a\" and \"A\""),
+            ("e", "é", "with and without accents", "\"e\" and \"é\""),
+            ("a", "a ", "with and without spaces at their end", "\"a\" and \"a \""),
+            ("😀", "🐎", "with one emoji and with another", "\"😀\" and \"🐎\""),
+        ];
+        let mut warnings = Vec::new();
+        let charset = names.charset();
+        if !matches!(names.fit("😀", None), Fit::Yes) {
+            warnings.push(format!("the column id is {charset}: tasks whose keys have characters that it lacks are refused"));
+        }
+        if !matches!(names.fit("", Some("😀")), Fit::Yes) {
+            warnings.push("the column resource has not all characters: tasks of users with others are refused".to_owned());
+        }
+        let mut alike = Vec::new();
+        for (one, other, how, example) in PAIRS {
+            let both_fit = [one, other].iter().all(|key| names.fit(key, None) == Fit::Yes);
+            if both_fit && sqlx::query_scalar(names.sql(ALIKE)).bind(one).bind(other).fetch_one(&mut *connection).await? {
+                alike.push(format!("{how} ({example})"));
+            }
+        }
+        if !alike.is_empty() {
+            warnings.push(format!(
+                "two keys, or two users, are one to the table if they are the same {}: the second task exists already",
+                alike.join(", ")
+            ));
+        }
+        let room: i64 = sqlx::query_scalar(ROOM).fetch_one(connection).await?;
+        if room < ROOM_MIN {
+            warnings
+                .push(format!("the server takes {room} bytes at once (max_allowed_packet); tasks with more data are refused"));
+        }
+        Ok(warnings)
+    }
 }

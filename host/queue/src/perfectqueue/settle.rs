@@ -9,17 +9,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sqlx::Row as _;
 use sqlx::mysql::MySqlConnection;
-use sqlx::{Connection as _, Row as _};
 
 use super::Shared;
 use super::lease::{Held, Turns};
-use super::run::Operation;
+use super::run::{Operation, begin, begin_briefly, commit};
 use super::side::{self, Record, Side};
 use super::submit::Batch;
 use super::table::{DELETE_OFFSET, EVENT_HORIZON, Names, json, now, second_from};
-use crate::mysql::failure::Failure;
-use crate::{LeaseAnswer, LeaseRef, Result, Settlement, State, Verdict};
+use crate::mysql::failure::{Failure, number};
+use crate::{Error, LeaseAnswer, LeaseRef, Result, Settlement, State, Verdict};
+
+/// The server's number for a lock that was not had in time.
+const LOCK_WAIT: u16 = 1205;
 
 /// What becomes of the task.
 #[derive(Debug)]
@@ -115,10 +118,13 @@ impl Shared {
         // Rows are locked in the same order everywhere.
         entries.sort_unstable_by(|one, other| one.held.key.cmp(&other.held.key));
         let asked: Vec<LeaseRef> = entries.iter().map(|entry| entry.lease_ref).collect();
-        let wakes = entries.iter().any(|entry| matches!(entry.outcome, Outcome::Waiting { .. }) || !entry.follow_ups.is_empty());
+        let wakes = entries.iter().any(|entry| {
+            // The end of a limited user's task is the turn of the next.
+            entry.held.is_limited || matches!(entry.outcome, Outcome::Waiting { .. }) || !entry.follow_ups.is_empty()
+        });
         let mut held = self.perform(Group { entries, _turns: turns }).await?;
         for lease_ref in asked {
-            self.leases.forget(lease_ref);
+            if held.contains(&lease_ref) { self.leases.forget(lease_ref) } else { self.leases.lose(lease_ref) }
         }
         if wakes {
             self.wake();
@@ -134,8 +140,8 @@ impl Shared {
 /// The leases of a set: place, key, token, a value that `timeout` may have, and what is to be written.
 macro_rules! fence {
     () => {
-        "JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) PATH '$[1]', owner BIGINT UNSIGNED PATH '$[2]',
-            was BIGINT PATH '$[3]', value BIGINT PATH '$[4]')) AS f STRAIGHT_JOIN {t} AS t ON t.id = {as_key}"
+        "JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]', owner BIGINT UNSIGNED PATH '$[2]',
+            was BIGINT PATH '$[3]', value BIGINT PATH '$[4]')) AS f STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}"
     };
 }
 /// That the lease still holds.
@@ -162,9 +168,21 @@ impl Operation for Group {
         if !names.has_side() && self.entries.iter().all(Entry::only_finishes) {
             return self.finish_all(names, connection).await;
         }
-        let mut transaction = connection.begin().await?;
-        let held = self.write(names, &mut transaction).await?;
-        transaction.commit().await?;
+        // A producer that keeps a transaction open may hold the key of a follow-up. The settlements that have none must not wait for it.
+        let has_follow_ups = self.entries.iter().any(|entry| !entry.follow_ups.is_empty());
+        if has_follow_ups {
+            begin_briefly(connection).await?
+        } else {
+            begin(connection).await?
+        }
+        let written = self.write(names, connection).await;
+        let held = match written {
+            Err(Failure::Sql(error)) if has_follow_ups && number(&error) == Some(LOCK_WAIT) => {
+                return Err(Failure::from(Error::Busy { doing: Self::DOING }));
+            }
+            written => written?,
+        };
+        commit(connection).await?;
         if !names.has_side() {
             self.entries.iter().filter(|entry| held.contains(&entry.lease_ref)).for_each(Entry::log);
         }
@@ -236,8 +254,8 @@ impl Group {
     }
 
     async fn write(&self, names: &Names, connection: &mut MySqlConnection) -> Result<HashSet<LeaseRef>, Failure> {
-        const WRITE: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]',
-                timeout BIGINT PATH '$[2]', ended INT PATH '$[3]')) AS f STRAIGHT_JOIN {t} AS t ON t.id = {as_key}
+        const WRITE: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]',
+                timeout BIGINT PATH '$[2]', ended INT PATH '$[3]')) AS f STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
             SET t.timeout = f.timeout, t.owner = f.owner, t.created_at = IF(f.ended, NULL, t.created_at),
                 t.resource = IF(f.ended, NULL, t.resource)";
         let now_ms = now(names, connection).await?;
@@ -313,15 +331,16 @@ impl Entry {
             self.error_code.clone(),
             self.error_message.clone(),
         );
-        side.record(record);
+        side.record(record.alone(side.alone));
         let counted = match &self.verdict {
             Verdict::Finish { .. } => true,
             Verdict::Wait { counted, releases, lost, lost_alone, alone, .. } => {
-                (side.releases, side.lost, side.lost_alone, side.alone) = (*releases, *lost, *lost_alone, *alone);
+                (side.releases, side.alone) = (*releases, *alone);
+                side.count_losses(*lost, *lost_alone, now_ms);
                 *counted
             }
             Verdict::Fail { counted, lost, lost_alone, .. } => {
-                (side.lost, side.lost_alone) = (*lost, *lost_alone);
+                side.count_losses(*lost, *lost_alone, now_ms);
                 *counted
             }
         };

@@ -2,13 +2,18 @@
 //! tells about. Without it these facts go to the log.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
-use super::table::{Names, json};
-use crate::{Attempt, AttemptRecord, Descent, Lease, Progress, State, TaskId, Timestamp};
+use super::table::{Names, json, parts};
+use crate::{Attempt, AttemptRecord, Descent, Lease, Policy, Progress, State, TaskId, Timestamp};
+
+/// The event of an attempt that was lost, and what it is called once its host has come back.
+pub(super) const LOST: &str = "lost";
+const EXCUSED: &str = "excused";
 
 /// What is known of a task beside its row.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +33,8 @@ pub(super) struct Side {
     pub(super) alone: bool,
     /// The token of the lease that was last counted as lost.
     pub(super) lost_owner: u64,
+    /// When it was lost for the first time since an attempt ended otherwise, in milliseconds; None if it was not.
+    pub(super) lost_at: Option<i64>,
     /// Of a follow-up.
     pub(super) descent: Option<Descent>,
     pub(super) ended_ms: Option<i64>,
@@ -57,12 +64,20 @@ pub(super) struct Record {
     event: String,
     code: Option<String>,
     message: Option<String>,
+    /// It ran alone.
+    #[serde(default)]
+    alone: bool,
 }
 
 impl Record {
     pub(super) fn new(attempt: u32, owner: u64, host: String, ended_at: i64, event: &str) -> Self {
         let (plugin, code, message) = (None, None, None);
-        Self { attempt, lease: owner.cast_signed(), host, plugin, ended_at, event: event.to_owned(), code, message }
+        Self { attempt, lease: owner.cast_signed(), host, plugin, ended_at, event: event.to_owned(), code, message, alone: false }
+    }
+
+    /// The same of an attempt that ran alone, if it did.
+    pub(super) fn alone(self, alone: bool) -> Self {
+        Self { alone, ..self }
     }
 
     pub(super) fn with(self, plugin: Option<String>, code: Option<String>, message: Option<String>) -> Self {
@@ -89,8 +104,8 @@ impl Side {
         Self { created_at, ..Self::default() }
     }
 
-    /// The facts about the next attempt.
-    pub(super) fn attempt(&self) -> Attempt {
+    /// The facts about the next attempt, or the one that was lost at this time.
+    pub(super) fn attempt(&self, now_ms: i64) -> Attempt {
         Attempt {
             attempt: self.attempts.saturating_add(1),
             max_attempts: self.max_attempts,
@@ -98,7 +113,31 @@ impl Side {
             lost: self.lost,
             lost_alone: self.lost_alone,
             alone: self.alone,
+            lost_for: self.lost_at.map_or(Duration::ZERO, |lost_at| Timestamp(now_ms).since(Timestamp(lost_at))),
         }
+    }
+
+    /// What a settlement or a loss says of losses.
+    pub(super) fn count_losses(&mut self, lost: u32, lost_alone: u32, now_ms: i64) {
+        (self.lost, self.lost_alone) = (lost, lost_alone);
+        self.lost_at = if lost == 0 { None } else { self.lost_at.or(Some(now_ms)) };
+    }
+
+    /// Take back that an attempt under one of these tokens was lost. False if none was counted as that.
+    pub(super) fn excuse(&mut self, tokens: [u64; 2]) -> bool {
+        let counted = |record: &&mut Record| record.event == LOST && tokens.contains(&record.lease.cast_unsigned());
+        let Some(record) = self.records.iter_mut().rev().find(counted) else { return false };
+        EXCUSED.clone_into(&mut record.event);
+        let was_alone = record.alone;
+        self.lost = self.lost.saturating_sub(1);
+        self.lost_alone = self.lost_alone.saturating_sub(u32::from(was_alone)).min(self.lost);
+        if self.lost == 0 {
+            self.lost_at = None;
+        }
+        if self.lost < Policy::LOST_MAX && self.state.is_none_or(|state| state == State::Waiting) {
+            self.alone = false;
+        }
+        true
     }
 
     /// Add an attempt's record; the oldest goes if there are too many.
@@ -112,7 +151,7 @@ impl Side {
 const COLUMNS: &str =
     "s.id, s.created_at, s.state, s.timeout, s.user, s.attempts, s.max_attempts, s.releases, s.lost, s.lost_alone,
     s.alone, s.lost_owner, s.ended_ms, s.plugin, s.error_code, s.error_message, s.progress, s.records,
-    s.root, s.depth";
+    s.root, s.depth, s.lost_at";
 
 fn side(row: &MySqlRow) -> Result<(String, Side), sqlx::Error> {
     let state: Option<String> = row.try_get(2)?;
@@ -134,6 +173,7 @@ fn side(row: &MySqlRow) -> Result<(String, Side), sqlx::Error> {
         lost_alone: row.try_get(9)?,
         alone: row.try_get::<u8, _>(10)? != 0,
         lost_owner: row.try_get(11)?,
+        lost_at: row.try_get(20)?,
         descent: root.map(|root| Descent { root: TaskId(root), depth }),
         ended_ms: row.try_get(12)?,
         plugin: row.try_get(13)?,
@@ -158,8 +198,8 @@ pub(super) async fn load(
     }
     let lock = if to_write { " FOR UPDATE" } else { "" };
     let sql = format!(
-        "SELECT {COLUMNS} FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
-        STRAIGHT_JOIN {{s}} AS s ON s.id = {{as_side_key}}{lock}"
+        "SELECT {COLUMNS} FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+        STRAIGHT_JOIN {{s}} AS s FORCE INDEX (PRIMARY) ON s.id = {{as_side_key}}{lock}"
     );
     let rows = sqlx::query(names.sql(&sql)).bind(json(keys)).fetch_all(connection).await?;
     rows.iter().map(side).collect()
@@ -168,29 +208,35 @@ pub(super) async fn load(
 /// Write what is noted of tasks, by key.
 pub(super) async fn store(sides: &[(&str, Side)], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     const STORE: &str = "INSERT INTO {s} (id, created_at, state, timeout, user, attempts, max_attempts, releases, lost, lost_alone, alone,
-            lost_owner, ended_ms, plugin, error_code, error_message, progress, records, root, depth, output)
+            lost_owner, ended_ms, plugin, error_code, error_message, progress, records, root, depth, lost_at, output)
         SELECT f.id, f.created_at, NULLIF(f.state, ''), NULLIF(f.timeout, -1), f.user, f.attempts, NULLIF(f.max_attempts, 0), f.releases,
             f.lost, f.lost_alone, f.alone, f.lost_owner, NULLIF(f.ended_ms, -1), NULLIF(f.plugin, ''), f.error_code, f.error_message,
-            NULLIF(f.progress, ''), NULLIF(f.records, '[]'), f.root, f.depth, IF(f.first = 0, NULL, SUBSTRING(?, f.first, f.bytes))
-        FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$[0]', created_at BIGINT PATH '$[1]', state VARCHAR(9) PATH '$[2]',
-            timeout BIGINT PATH '$[3]', user VARCHAR(255) PATH '$[4]', attempts BIGINT PATH '$[5]', max_attempts BIGINT PATH '$[6]',
+            NULLIF(f.progress, ''), NULLIF(f.records, '[]'), f.root, f.depth, f.lost_at, IF(f.first = 0, NULL, SUBSTRING(?, f.first, f.bytes))
+        FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', created_at BIGINT PATH '$[1]', state VARCHAR(9) CHARACTER SET utf8mb4 PATH '$[2]',
+            timeout BIGINT PATH '$[3]', user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[4]', attempts BIGINT PATH '$[5]', max_attempts BIGINT PATH '$[6]',
             releases BIGINT PATH '$[7]', lost BIGINT PATH '$[8]', lost_alone BIGINT PATH '$[9]', alone INT PATH '$[10]',
-            lost_owner BIGINT UNSIGNED PATH '$[11]', ended_ms BIGINT PATH '$[12]', plugin VARCHAR(255) PATH '$[13]',
-            error_code VARCHAR(255) PATH '$[14][0]', error_message TEXT PATH '$[14][1]', progress LONGTEXT PATH '$[15][0]',
-            records LONGTEXT PATH '$[15][1]', first BIGINT PATH '$[15][2]', bytes BIGINT PATH '$[15][3]', root BIGINT PATH '$[16][0]',
-            depth BIGINT PATH '$[16][1]')) AS f
+            lost_owner BIGINT UNSIGNED PATH '$[11]', ended_ms BIGINT PATH '$[12]', plugin VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[13]',
+            error_code VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[14][0]', error_message TEXT CHARACTER SET utf8mb4 PATH '$[14][1]', progress LONGTEXT CHARACTER SET utf8mb4 PATH '$[15][0]',
+            records LONGTEXT CHARACTER SET utf8mb4 PATH '$[15][1]', first BIGINT PATH '$[15][2]', bytes BIGINT PATH '$[15][3]', root BIGINT PATH '$[16][0]',
+            depth BIGINT PATH '$[16][1]', lost_at BIGINT PATH '$[16][2]')) AS f
         ON DUPLICATE KEY UPDATE created_at = VALUES(created_at), state = VALUES(state), timeout = VALUES(timeout),
             user = VALUES(user), attempts = VALUES(attempts), max_attempts = VALUES(max_attempts), releases = VALUES(releases),
             lost = VALUES(lost), lost_alone = VALUES(lost_alone), alone = VALUES(alone), lost_owner = VALUES(lost_owner),
             ended_ms = VALUES(ended_ms), plugin = VALUES(plugin), error_code = VALUES(error_code),
             error_message = VALUES(error_message), progress = VALUES(progress), records = VALUES(records), root = VALUES(root), depth = VALUES(depth),
-            output = VALUES(output)";
-    if sides.is_empty() {
-        return Ok(());
+            lost_at = VALUES(lost_at), output = VALUES(output)";
+    for part in parts(sides, |(_, side)| side.output.as_ref().map_or(0, Vec::len)) {
+        // A blob that is not empty, whatever the outputs are.
+        let mut outputs = vec![0_u8];
+        let rows = rows(part, &mut outputs);
+        sqlx::query(names.sql(STORE)).bind(outputs).bind(rows).execute(&mut *connection).await?;
     }
-    // A blob that is not empty, whatever the outputs are.
-    let mut outputs = vec![0_u8];
-    let rows = json(sides.iter().map(|(key, side)| {
+    Ok(())
+}
+
+/// As [`store`] binds them: what is noted, and all outputs one behind the other.
+fn rows(sides: &[(&str, Side)], outputs: &mut Vec<u8>) -> String {
+    json(sides.iter().map(|(key, side)| {
         let first = side.output.as_ref().map_or(0, |_| outputs.len() + 1);
         outputs.extend_from_slice(side.output.as_deref().unwrap_or_default());
         let bytes = side.output.as_ref().map_or(0, Vec::len);
@@ -212,11 +258,9 @@ pub(super) async fn store(sides: &[(&str, Side)], names: &Names, connection: &mu
             side.plugin.as_deref().unwrap_or_default(),
             [&side.error_code, &side.error_message],
             (progress, json(&side.records), first, bytes),
-            (side.descent.map(|descent| descent.root), side.descent.map_or(0, |descent| descent.depth)),
+            (side.descent.map(|descent| descent.root), side.descent.map_or(0, |descent| descent.depth), side.lost_at),
         ])
-    }));
-    sqlx::query(names.sql(STORE)).bind(outputs).bind(rows).execute(connection).await?;
-    Ok(())
+    }))
 }
 
 /// What a handler returned.
@@ -225,8 +269,9 @@ pub(super) async fn outputs(
     names: &Names,
     connection: &mut MySqlConnection,
 ) -> Result<HashMap<String, Vec<u8>>, sqlx::Error> {
-    const OUTPUTS: &str = "SELECT s.id, s.output FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) PATH '$')) AS f
-        STRAIGHT_JOIN {s} AS s ON s.id = {as_side_key} WHERE s.output IS NOT NULL";
+    const OUTPUTS: &str =
+        "SELECT s.id, s.output FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+        STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key} WHERE s.output IS NOT NULL";
     if keys.is_empty() || !names.has_side() {
         return Ok(HashMap::new());
     }

@@ -1,21 +1,20 @@
 //! New tasks, stored as Ruby stores them.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use async_trait::async_trait;
-use sqlx::Connection as _;
+use sqlx::Row as _;
 use sqlx::mysql::MySqlConnection;
 
-use super::blob;
-use super::run::Operation;
-use super::table::{Names, TIME_MAX, json};
+use super::candidates::marked;
+use super::run::{Operation, begin, commit};
+use super::table::{Fit, Names, TIME_MAX, json, parts};
+use super::{blob, operate};
 use crate::mysql::failure::{Failure, number};
 use crate::{Descent, Error, NewTask, Result, Submitted};
 
-/// Rows of one statement.
-const CHUNK_ROWS: usize = 1_000;
-/// Data of one statement, unless one task alone has more: below the least `max_allowed_packet` that servers come with.
-const CHUNK_BYTES: usize = 8 << 20;
 /// The server's number for a key that is there already.
 const DUPLICATE: u16 = 1062;
 
@@ -28,6 +27,9 @@ pub(super) struct Batch {
     rows: Vec<Row>,
     /// For each task that was asked for: its row, or None if an earlier one has the same key.
     places: Vec<Option<usize>>,
+    /// When the first try began, and whether it is not known what became of one.
+    began: Option<Instant>,
+    is_repeated: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -91,17 +93,16 @@ impl Row {
 /// The rows of a set: place, key, time, where its data is among all data, user, most running, most attempts, root, depth.
 macro_rules! rows {
     () => {
-        "JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) PATH '$[1]', run_at BIGINT PATH '$[2]',
-            first BIGINT PATH '$[3]', bytes BIGINT PATH '$[4]', user VARCHAR(255) PATH '$[5]', max_running BIGINT PATH '$[6]',
+        "JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]', run_at BIGINT PATH '$[2]',
+            first BIGINT PATH '$[3]', bytes BIGINT PATH '$[4]', user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[5]', max_running BIGINT PATH '$[6]',
             max_attempts BIGINT PATH '$[7]', root BIGINT PATH '$[8]', depth BIGINT PATH '$[9]')) AS f"
     };
 }
 
 macro_rules! insert {
-    ($verb:literal) => {
+    () => {
         concat!(
-            $verb,
-            " INTO {t} (id, timeout, data, created_at, resource, max_running)
+            "INSERT INTO {t} (id, timeout, data, created_at, resource, max_running)
             SELECT f.id, IF(f.run_at = -1, 1300000000, IF(f.run_at <= 1300000000, UNIX_TIMESTAMP(), f.run_at)), SUBSTRING(?, f.first, f.bytes), UNIX_TIMESTAMP(),
                 NULLIF(f.user, ''), NULLIF(f.max_running, -1) FROM ",
             rows!()
@@ -119,7 +120,7 @@ impl Batch {
             let problem = format!("the batch has {} tasks; at most {} are taken at once", tasks.len(), NewTask::BATCH_MAX);
             return Err(Error::InvalidTask { key: tasks[0].key.clone(), problem });
         }
-        let mut batch = Self::default();
+        let mut batch = Self { began: Some(Instant::now()), ..Self::default() };
         let mut seen = HashSet::with_capacity(tasks.len());
         for task in tasks {
             let first = seen.insert(task.key.as_str());
@@ -144,19 +145,70 @@ impl Batch {
         self.places.iter().map(answer).collect()
     }
 
+    /// Refuse what the columns cannot hold, as Ruby's programs are refused by the server's strict mode. Else the server would store question
+    /// marks, and two tasks might become one.
+    async fn fits(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
+        const MISFITS: &str = concat!(
+            "SELECT f.place, CONVERT({as_key} USING utf8mb4) COLLATE utf8mb4_bin <> f.id COLLATE utf8mb4_bin FROM ",
+            rows!(),
+            " WHERE CONVERT({as_key} USING utf8mb4) COLLATE utf8mb4_bin <> f.id COLLATE utf8mb4_bin
+                OR CONVERT({as_user} USING utf8mb4) COLLATE utf8mb4_bin <> f.user COLLATE utf8mb4_bin LIMIT 1"
+        );
+        let refused = |row: &Row, problem: String| Failure::from(Error::InvalidTask { key: row.key.clone(), problem });
+        let mut unknown = Vec::new();
+        for (place, row) in self.rows.iter().enumerate() {
+            match names.fit(&row.key, row.user.as_deref()) {
+                Fit::Yes => {}
+                Fit::No(problem) => return Err(refused(row, problem)),
+                Fit::Unknown => {
+                    unknown.push((place, &row.key, 0, 0, 0, row.user.as_deref().unwrap_or_default()));
+                }
+            }
+        }
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let misfit = sqlx::query(names.sql(MISFITS)).bind(json(unknown)).fetch_optional(connection).await?;
+        let Some(misfit) = misfit else { return Ok(()) };
+        let (place, is_key): (i32, Option<i64>) = (misfit.try_get(0)?, misfit.try_get(1)?);
+        let row = usize::try_from(place).ok().and_then(|place| self.rows.get(place));
+        row.map_or(Ok(()), |row| Err(refused(row, names.misfit(is_key == Some(1)))))
+    }
+
     /// Store the follow-ups of settlements inside their transaction. One whose key is there counts as submitted.
     pub(super) async fn store_new(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
-        if names.has_side() && self.rows.iter().any(Row::is_noted) {
-            return self.store(names, connection).await.map(drop);
-        }
+        self.fits(names, connection).await?;
+        self.store(names, connection).await.map(drop)
+    }
+
+    /// An earlier try may have been stored although its answer was lost: which rows are there as it would have made them, since then.
+    async fn own(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, Failure> {
+        const OWN: &str = concat!(
+            "SELECT f.place FROM ",
+            rows!(),
+            " STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
+            WHERE t.created_at >= UNIX_TIMESTAMP() - ? AND t.data = SUBSTRING(?, f.first, f.bytes)
+                AND COALESCE(t.resource, '') = {as_user}"
+        );
+        let since = self.began.map_or(0, |began| began.elapsed().as_secs() + 1);
+        let mut own = Vec::with_capacity(self.rows.len());
         for chunk in chunks(&self.rows) {
-            insert(insert!("INSERT IGNORE"), chunk, names, connection).await?;
+            let mut bytes = Vec::new();
+            let rows = json(chunk.iter().enumerate().map(|(place, row)| {
+                let first = bytes.len() + 1;
+                bytes.extend_from_slice(&row.stored);
+                (place, &row.key, 0, first, row.stored.len(), row.user.as_deref().unwrap_or_default())
+            }));
+            let query = sqlx::query_scalar(names.sql(OWN)).bind(rows).bind(since).bind(bytes);
+            let places: Vec<i32> = query.fetch_all(&mut *connection).await?;
+            own.extend(marked(chunk.len(), &places));
         }
-        Ok(())
+        Ok(own)
     }
 
     /// Store as part of a transaction that is open.
     pub(super) async fn store_in(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<Submitted>, Failure> {
+        self.fits(names, connection).await?;
         Ok(self.answers(&self.store(names, connection).await?))
     }
 
@@ -178,35 +230,34 @@ impl Operation for Batch {
     type Answer = Vec<Submitted>;
     const DOING: &'static str = "submitting tasks";
 
+    fn is_repeated(&self) {
+        self.is_repeated.store(true, Ordering::Release);
+    }
+
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure> {
+        self.fits(names, connection).await?;
         // One statement is a transaction by itself: the way of nearly all submits.
         let alone = !(names.has_side() && self.rows.iter().any(Row::is_noted)) && chunks(&self.rows).count() == 1;
-        if alone && let Some(stored) = unless_duplicate(insert(insert!("INSERT"), &self.rows, names, connection).await)? {
+        if alone && let Some(stored) = unless_duplicate(insert(insert!(), &self.rows, names, connection).await)? {
             return Ok(self.answers(&vec![stored; self.rows.len()]));
         }
-        if alone && self.rows.len() == 1 {
+        let is_known = alone && self.rows.len() == 1 && !self.is_repeated.load(Ordering::Acquire);
+        if is_known && over(&self.rows, names, connection).await?.is_empty() {
             return Ok(self.answers(&[false]));
         }
-        let mut transaction = connection.begin().await?;
-        let answers = self.store_in(names, &mut transaction).await?;
-        transaction.commit().await?;
+        begin(connection).await?;
+        let own = if self.is_repeated.load(Ordering::Acquire) { self.own(names, connection).await? } else { Vec::new() };
+        let mut created = self.store(names, connection).await?;
+        created.iter_mut().zip(own).for_each(|(created, own)| *created |= own);
+        let answers = self.answers(&created);
+        commit(connection).await?;
         Ok(answers)
     }
 }
 
 /// Parts that fit into a statement.
 fn chunks(rows: &[Row]) -> impl Iterator<Item = &[Row]> {
-    let mut rest = rows;
-    std::iter::from_fn(move || {
-        let mut bytes = 0_usize;
-        let fitting = rest.iter().take(CHUNK_ROWS).take_while(|row| {
-            bytes += row.stored.len();
-            bytes <= CHUNK_BYTES
-        });
-        let (chunk, others) = rest.split_at(fitting.count().max(1).min(rest.len()));
-        rest = others;
-        (!chunk.is_empty()).then_some(chunk)
-    })
+    parts(rows, |row| row.stored.len())
 }
 
 /// True if it was stored, None if a key was there.
@@ -236,13 +287,29 @@ async fn insert<'r>(
     Ok(())
 }
 
+/// Of these keys, those that no task has any more although its row is still there: its retention is over.
+async fn over(rows: &[Row], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<String>, sqlx::Error> {
+    const OVER: &str = concat!(
+        "SELECT t.id FROM ",
+        rows!(),
+        " STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000"
+    );
+    let keys = json(rows.iter().enumerate().map(|(place, row)| (place, &row.key)));
+    sqlx::query_scalar(names.sql(OVER)).bind(keys).fetch_all(connection).await
+}
+
 /// Store those whose key is new: all at once if all are, else those that are, and if others are quicker or two keys are one to the
 /// table (which may be blind to case), one by one.
 async fn store_chunk(rows: &[Row], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, Failure> {
-    const THERE: &str = concat!("SELECT f.place FROM ", rows!(), " STRAIGHT_JOIN {t} AS t ON t.id = {as_key}");
-    const INSERT: &str = insert!("INSERT");
+    const THERE: &str =
+        concat!("SELECT f.place FROM ", rows!(), " STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}");
+    const INSERT: &str = insert!();
     if unless_duplicate(insert(INSERT, rows, names, connection).await)?.is_some() {
         return Ok(vec![true; rows.len()]);
+    }
+    let over = over(rows, names, connection).await?;
+    if !over.is_empty() {
+        operate::remove(over, names, connection).await?;
     }
     let keys = json(rows.iter().enumerate().map(|(place, row)| (place, &row.key)));
     let there: Vec<i32> = sqlx::query_scalar(names.sql(THERE)).bind(keys).fetch_all(&mut *connection).await?;
@@ -272,7 +339,7 @@ async fn note<'r>(
             COALESCE(f.depth, 0)
         FROM ",
         rows!(),
-        " STRAIGHT_JOIN {t} AS t ON t.id = {as_key}
+        " STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
         WHERE t.created_at IS NOT NULL AND t.owner = 0 AND (t.timeout > t.created_at OR f.max_attempts > 0 OR f.root IS NOT NULL)
         ON DUPLICATE KEY UPDATE state = IF({s}.created_at = VALUES(created_at), {s}.state, VALUES(state)),
             timeout = IF({s}.created_at = VALUES(created_at), {s}.timeout, VALUES(timeout)),
@@ -284,6 +351,7 @@ async fn note<'r>(
             lost = IF({s}.created_at = VALUES(created_at), {s}.lost, 0),
             lost_alone = IF({s}.created_at = VALUES(created_at), {s}.lost_alone, 0),
             alone = IF({s}.created_at = VALUES(created_at), {s}.alone, 0),
+            lost_at = IF({s}.created_at = VALUES(created_at), {s}.lost_at, NULL),
             records = IF({s}.created_at = VALUES(created_at), {s}.records, NULL),
             created_at = VALUES(created_at)"
     );

@@ -55,6 +55,7 @@ pub(super) struct Names {
     table: String,
     side: String,
     hosts: String,
+    deaths: String,
     lock: String,
     has_side: bool,
     /// `FORCE INDEX` with the index on the times, whatever it is called; empty if there is none.
@@ -65,6 +66,11 @@ pub(super) struct Names {
     as_pattern: String,
     /// The same for a key of our table.
     side_key: String,
+    /// How a user out of a set has to be spelt to be stored.
+    as_user: String,
+    /// The character sets of keys and users.
+    charset: String,
+    user_charset: String,
 }
 
 impl Names {
@@ -90,12 +96,16 @@ impl Names {
             table: quoted(name),
             side: quoted(&format!("{name}{SIDE}")),
             hosts: quoted(&format!("{name}{HOSTS}")),
+            deaths: quoted(&format!("{name}{DEATHS}")),
             lock: name.clone(),
             has_side: config.side_table,
             index: String::new(),
             as_key: "f.id".to_owned(),
             as_pattern: "?".to_owned(),
             side_key: "s.id".to_owned(),
+            as_user: "f.user".to_owned(),
+            charset: String::new(),
+            user_charset: String::new(),
         })
     }
 
@@ -103,8 +113,13 @@ impl Names {
     pub(super) fn with(config: &PerfectQueue, columns: &Columns) -> Result<Self> {
         let index = columns.time_index.as_deref().map(|index| format!("FORCE INDEX ({})", quoted(index))).unwrap_or_default();
         let (charset, collation) = (&columns.charset, &columns.collation);
-        let spelt = |key: &str| format!("CONVERT({key} USING {charset}) COLLATE {collation}");
-        Ok(Self { index, as_key: spelt("f.id"), as_pattern: spelt("?"), side_key: spelt("s.id"), ..Self::new(config)? })
+        // Sets come with all characters, whatever the database's own character set is.
+        let collate = if charset == "binary" { String::new() } else { format!(" COLLATE {collation}") };
+        let spelt = |key: &str| format!("CONVERT({key} USING {charset}){collate}");
+        let as_user = format!("CONVERT(f.user USING {})", columns.user_charset);
+        let (charset, user_charset) = (charset.clone(), columns.user_charset.clone());
+        let (as_key, as_pattern, side_key) = (spelt("f.id"), spelt("?"), spelt("s.id"));
+        Ok(Self { index, as_key, as_pattern, side_key, as_user, charset, user_charset, ..Self::new(config)? })
     }
 
     /// The name of the lock under which tasks are acquired.
@@ -112,13 +127,38 @@ impl Names {
         &self.lock
     }
 
+    /// The character set of keys.
+    pub(super) fn charset(&self) -> &str {
+        &self.charset
+    }
+
+    /// What of a task's names the columns cannot hold, in words. [`Fit::Unknown`]: only the server can tell.
+    pub(super) fn fit(&self, key: &str, user: Option<&str>) -> Fit {
+        let fits = [("key", "id", holds(&self.charset, key), &self.charset)];
+        let of_user = user.map(|user| ("user", "resource", holds(&self.user_charset, user), &self.user_charset));
+        let mut unknown = false;
+        for (what, column, holds, charset) in fits.into_iter().chain(of_user) {
+            match holds {
+                Some(true) => {}
+                Some(false) => return Fit::No(misfit(what, column, charset)),
+                None => unknown = true,
+            }
+        }
+        if unknown { Fit::Unknown } else { Fit::Yes }
+    }
+
+    /// The words for a key or user that the server says it cannot hold.
+    pub(super) fn misfit(&self, is_key: bool) -> String {
+        if is_key { misfit("key", "id", &self.charset) } else { misfit("user", "resource", &self.user_charset) }
+    }
+
     /// Whether there are tables of ours beside it.
     pub(super) fn has_side(&self) -> bool {
         self.has_side
     }
 
-    /// A statement with its names in place: `{t}` the table, `{s}` ours beside it, `{h}` ours of hosts, `{index}` a hint to use the index on times,
-    /// `{as_key}` the key `f.id` of a set, `{as_pattern}` a bound pattern of keys, `{as_side_key}` the text `f.id` of a set for our tables, `{side_key}` the key
+    /// A statement with its names in place: `{t}` the table, `{s}` ours beside it, `{h}` ours of hosts, `{d}` ours of their deaths, `{index}` a hint to use the index on times,
+    /// `{as_key}` the key `f.id` of a set, `{as_user}` the user `f.user` of a set, `{as_pattern}` a bound pattern of keys, `{as_side_key}` the text `f.id` of a set for our tables, `{side_key}` the key
     /// `s.id` of our table, `{number}` the number of the row `t`, `{host}` the number of the host in its owner, `{now}` the time in milliseconds.
     pub(super) fn sql(&self, statement: &str) -> AssertSqlSafe<String> {
         let mut sql = String::with_capacity(statement.len() + 256);
@@ -130,9 +170,11 @@ impl Names {
                 "t" => &self.table,
                 "s" => &self.side,
                 "h" => &self.hosts,
+                "d" => &self.deaths,
                 "index" => &self.index,
                 "as_key" => &self.as_key,
                 "as_pattern" => &self.as_pattern,
+                "as_user" => &self.as_user,
                 "side_key" => &self.side_key,
                 "as_side_key" => "CONVERT(f.id USING utf8mb4) COLLATE utf8mb4_bin",
                 "number" => "CAST(CONV(LEFT(MD5(CONVERT(t.id USING utf8mb4)), 15), 16, 10) AS SIGNED)",
@@ -147,9 +189,41 @@ impl Names {
     }
 }
 
+/// Whether the columns can hold a task's names.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fit {
+    Yes,
+    /// What they cannot hold.
+    No(String),
+    Unknown,
+}
+
+fn misfit(what: &str, column: &str, charset: &str) -> String {
+    format!("the {what} has characters that the column {column} of PerfectQueue's table, which is {charset}, cannot hold")
+}
+
+/// Whether a character set has all characters of a text; None: it is not known here.
+fn holds(charset: &str, text: &str) -> Option<bool> {
+    // What stands at 0x80 to 0x9f in MySQL's latin1, beside what has no sign there.
+    const LATIN1: &str = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ\u{81}\u{8d}\u{8f}\u{90}\u{9d}";
+    match charset {
+        "utf8mb4" | "utf16" | "utf16le" | "utf32" | "binary" => Some(true),
+        "utf8" | "utf8mb3" | "ucs2" => Some(text.chars().all(|character| u32::from(character) <= 0xffff)),
+        "latin1" => {
+            let is_there = |character: char| {
+                character.is_ascii() || ('\u{a0}'..='\u{ff}').contains(&character) || LATIN1.contains(character)
+            };
+            Some(text.chars().all(is_there))
+        }
+        "ascii" => Some(text.is_ascii()),
+        _ => text.is_ascii().then_some(true),
+    }
+}
+
 /// What the names of our tables add to PerfectQueue's.
 pub(super) const SIDE: &str = "_laelaps";
 pub(super) const HOSTS: &str = "_laelaps_hosts";
+pub(super) const DEATHS: &str = "_laelaps_death";
 
 /// A name as MySQL reads any name.
 pub(super) fn quoted(name: &str) -> String {
@@ -160,6 +234,26 @@ pub(super) fn quoted(name: &str) -> String {
 pub(super) fn json<T: serde::Serialize>(rows: impl IntoIterator<Item = T>) -> String {
     let rows: Vec<T> = rows.into_iter().collect();
     serde_json::to_string(&rows).unwrap_or_else(|error| unreachable!("plain values are JSON: {error}"))
+}
+
+/// Rows of one statement.
+const PART_ROWS: usize = 1_000;
+/// Data of one statement, unless one row alone has more: below the least `max_allowed_packet` that servers come with.
+const PART_BYTES: usize = 8 << 20;
+
+/// Parts of a set that fit into a statement each; `bytes` tells how much data a row has.
+pub(super) fn parts<T>(rows: &[T], bytes: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
+    let mut rest = rows;
+    std::iter::from_fn(move || {
+        let mut total = 0_usize;
+        let fitting = rest.iter().take(PART_ROWS).take_while(|row| {
+            total = total.saturating_add(bytes(row));
+            total <= PART_BYTES
+        });
+        let (part, others) = rest.split_at(fitting.count().max(1).min(rest.len()));
+        rest = others;
+        (!part.is_empty()).then_some(part)
+    })
 }
 
 /// The database's clock in milliseconds, rounded up.
@@ -185,6 +279,17 @@ mod tests {
         let names = Names::new(&config("we`ird {s} name")).unwrap();
         assert_eq!(names.sql("SELECT 1 FROM {t} JOIN {s}").0, "SELECT 1 FROM `we``ird {s} name` JOIN `we``ird {s} name_laelaps`");
         assert_eq!(names.lock(), "we`ird {s} name");
+    }
+
+    #[test]
+    fn character_sets_hold_what_they_have() {
+        let holds = |charset: &str| ["a", "é", "€", "Ж", "日", "😀"].map(|text| holds(charset, text));
+        let (yes, no) = (Some(true), Some(false));
+        assert_eq!(holds("utf8mb4"), [yes; 6]);
+        assert_eq!(holds("utf8mb3"), [yes, yes, yes, yes, yes, no]);
+        assert_eq!(holds("latin1"), [yes, yes, yes, no, no, no]);
+        assert_eq!(holds("ascii"), [yes, no, no, no, no, no]);
+        assert_eq!(holds("koi8r"), [yes, None, None, None, None, None]);
     }
 
     #[test]

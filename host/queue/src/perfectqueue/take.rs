@@ -35,7 +35,7 @@ pub(super) async fn take(
     );
     // A host that is watched takes nothing once it has left, and its row says how long it may run what it takes.
     const TAKE_WATCHED: &str = concat!(
-        "UPDATE {h} AS h STRAIGHT_JOIN ",
+        "UPDATE {h} AS h FORCE INDEX (PRIMARY) STRAIGHT_JOIN ",
         fence!(),
         " SET t.timeout = f.value, t.owner = f.owner, h.until = GREATEST(h.until, f.value)
         WHERE h.id = ? AND h.left_at IS NULL AND t.timeout = f.was AND t.created_at IS NOT NULL"
@@ -71,14 +71,17 @@ pub(super) async fn take(
             claimed(ready, &side, token, now_ms, timeout)
         })
         .collect();
-    let leases =
-        tasks.iter().map(|task| (task.lease_ref, Held::new(task.key.clone(), token, timeout, claim.alive_time, claim.host)));
+    let leases = tasks.iter().map(|task| {
+        let is_limited = task.user.is_some() && task.max_running.is_some();
+        let held = Held::new(task.key.clone(), token, timeout, claim.alive_time, claim.host);
+        (task.lease_ref, held.limited(is_limited))
+    });
     shared.leases.enter(leases);
     Ok(tasks)
 }
 
 fn claimed(ready: Ready, side: &Side, token: u64, now_ms: i64, timeout: i64) -> ClaimedTask {
-    let Attempt { attempt, max_attempts, releases, lost, lost_alone, alone } = side.attempt();
+    let Attempt { attempt, max_attempts, releases, lost, lost_alone, alone, .. } = side.attempt(now_ms);
     let max_running = ready.max_running.map(|most| u32::try_from(most).unwrap_or(if most < 0 { 0 } else { u32::MAX }));
     ClaimedTask {
         lease_ref: lease_ref(ready.number, token),
@@ -95,9 +98,9 @@ fn claimed(ready: Ready, side: &Side, token: u64, now_ms: i64, timeout: i64) -> 
         alone,
         releases,
         lost_alone,
-        created_at: Timestamp(ready.created_at * 1_000),
+        created_at: Timestamp(ready.created_at.saturating_mul(1_000)),
         claimed_at: Timestamp(now_ms),
-        until: Timestamp(timeout * 1_000),
+        until: Timestamp(timeout.saturating_mul(1_000)),
     }
 }
 

@@ -6,7 +6,7 @@
 //! transaction that commits late) is met when the part is read again from its beginning: [`AGAIN`] after the last time, but not before that is
 //! ten times as long as the reading took, so that it costs no more than a tenth.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use super::order::{Place, Waiting};
 use super::table::Names;
 use crate::Accepts;
 use crate::backend::AcceptsMark;
+use crate::mysql::connect::text;
 
 /// Between two walks from the beginning.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -34,6 +35,8 @@ const UNSETTLED: i64 = 2;
 /// Between two looks at the end by claims that know of enough rows.
 const END_AGAIN: Duration = Duration::from_millis(100);
 
+/// Times of rows with unreadable keys that are remembered until a claim sets them aside.
+const UNREADABLE_MAX: usize = 20;
 /// Rows left for others that are remembered, and for how long.
 const LEFT_MAX: usize = 1_000_000;
 const LEFT_FOR: Duration = Duration::from_secs(600);
@@ -112,6 +115,8 @@ pub(super) struct Users {
     /// When a slice was read last.
     read_at: Option<Instant>,
     left: Left,
+    /// Times at which rows stand whose keys cannot be read: such a key leads nowhere.
+    pub(super) unreadable: BTreeSet<i64>,
 }
 
 /// Rows of types that the claimer has no route for, remembered so that they are read once and not by every walk.
@@ -211,7 +216,7 @@ impl Users {
 
     /// Read one slice of so many rows. Answers whether it was the last.
     async fn slice(&mut self, rows_max: usize, names: &Names, connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
-        const SLICE_OF: &str = "SELECT t.id, t.timeout, WEIGHT_STRING(RTRIM(t.resource)), t.max_running, UNIX_TIMESTAMP()
+        const SLICE_OF: &str = "SELECT t.id, CAST(t.timeout AS SIGNED), WEIGHT_STRING(RTRIM(t.resource)), CAST(t.max_running AS SIGNED), UNIX_TIMESTAMP()
             FROM {t} AS t {index}
             WHERE t.timeout > 1300000000 AND t.timeout >= ? AND (t.timeout > ? OR t.id > ?) AND t.timeout <= UNIX_TIMESTAMP()
                 AND t.created_at IS NOT NULL
@@ -223,6 +228,12 @@ impl Users {
         let rows = query.fetch_all(connection).await?;
         for row in &rows {
             let place = place(row)?;
+            if std::str::from_utf8(row.try_get(0)?).is_err() {
+                if self.unreadable.len() < UNREADABLE_MAX {
+                    self.unreadable.insert(place.0);
+                }
+                continue;
+            }
             if !self.left.contains(&place) {
                 self.waiting.meet(place, row.try_get(2)?, row.try_get(3)?);
             }
@@ -264,5 +275,5 @@ fn same(known: Option<&AcceptsMark>, accepts: Option<&Accepts>) -> bool {
 }
 
 fn place(row: &MySqlRow) -> Result<Place, sqlx::Error> {
-    Ok((row.try_get(1)?, row.try_get(0)?))
+    Ok((row.try_get(1)?, text(row, 0)?))
 }

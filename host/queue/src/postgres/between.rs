@@ -1,27 +1,26 @@
-//! Claims where users have work: the order between them, and what has to run alone.
+//! Claims where users have work: the order between them.
 //!
 //! The accounts of the users in question are locked first, in the order of users, so that neither a batch nor two hosts at once overshoot;
 //! then their oldest tasks are read, picked by `fair.rs`, taken, and the accounts are brought up to date. Tasks without user stand in the
 //! same order as one more user, but have no account: hosts that take only those do not wait for each other.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::accounts;
-use super::claim::{Asked, count, hold_host, in_order, taken_columns};
+use super::claim::{Asked, Got, count, hold_host, in_order, next_lease, taken_columns};
 use super::failure::Failure;
 use super::mark::{From, Place};
+use super::mend;
 use super::session::Session;
 use crate::ClaimedTask;
 use crate::fair::{self, Account, Candidate, Rest};
 
 /// The most data of one claim, before compression, unless one task alone has more.
 const CLAIMED_BYTES_MAX: i64 = 64 << 20;
-/// Tasks looked at for one that has to run alone and whose user has nothing running.
-const SUSPECTS_MAX: i64 = 100;
 /// Rounds of choosing, where users' tasks differ so much in their max_running that the first did not fill the batch.
 const ROUNDS_MAX: usize = 4;
 /// Tries to find open users, where other hosts took the work of those that were found.
@@ -44,7 +43,7 @@ struct Ready {
 }
 
 /// Take tasks as the claim wants them: in the order between users, or by time alone.
-pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> Result<Vec<ClaimedTask>, Failure> {
+pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> Result<Got, Failure> {
     for _ in 0..TRIES_MAX {
         session.begin().await?;
         let (chosen, others) = if asked.claim.ignore_users {
@@ -52,13 +51,16 @@ pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> R
         } else {
             fairly(session, asked, from).await?
         };
-        let tasks = take(session, asked, fitting(chosen), from).await?;
+        let chosen = fitting(chosen);
+        let met = chosen.len();
+        let got = take(session, asked, chosen, from).await?;
         session.commit().await?;
-        if !tasks.is_empty() || !others {
-            return Ok(tasks);
+        // Of what was met nothing waited in truth, or others took it: there may be more.
+        if !got.is_empty() || !(others || met > 0) {
+            return Ok(got);
         }
     }
-    Ok(Vec::new())
+    Ok(Got::default())
 }
 
 /// The second look at `open` is worded so that no partial index is taken for it: that would hold all open users.
@@ -93,22 +95,38 @@ async fn fairly(session: &mut Session, asked: &Asked, from: From) -> Result<(Vec
     let found = !table.accounts.is_empty();
     table.add_nobody(session, first_pick, from).await?;
     let mut chosen: Vec<Chosen> = Vec::with_capacity(limit);
+    let mut limited = asked.limited;
+    if limited == 0 {
+        table.leave_limited();
+    }
     for _ in 0..ROUNDS_MAX {
         let number = first_pick + count(chosen.len());
         let wanted = limit - chosen.len();
         let needed = fair::estimate(&table.accounts, wanted, number);
         table.read_candidates(session, &needed).await?;
         let picks = fair::pick(&mut table.accounts, wanted, number);
-        let picked = picks.len();
+        let (picked, before) = (picks.len(), chosen.len());
         for (place, pick) in picks.into_iter().enumerate() {
             let Some(Ready { place: row, bytes }) = table.ready.remove(&pick.candidate.task) else { continue };
             let user = table.accounts[pick.account].user.clone();
+            if !user.is_empty() && pick.candidate.max_running.is_some() {
+                let Some(rest) = limited.checked_sub(1) else { continue };
+                limited = rest;
+            }
             chosen.push(Chosen { task: pick.candidate.task, place: row, bytes, user, pick: Some(number + count(place)) });
         }
-        if picked == 0 || chosen.len() >= limit || !table.refill(session).await? {
+        // What cannot begin yet makes room for others.
+        let skipped = chosen.len() - before < picked;
+        if skipped {
+            table.leave_limited();
+        }
+        if picked == 0 || chosen.len() >= limit || !(table.refill(session).await? || skipped) {
             break;
         }
     }
+    // What is said to be open and has nothing would stand in the way of others for ever.
+    let empty: Vec<String> = table.without_tasks().map(str::to_owned).collect();
+    accounts::look_again(session, &empty).await?;
     Ok((chosen, any && !found))
 }
 
@@ -134,6 +152,20 @@ fn account(row: &PgRow) -> Result<Account, sqlx::Error> {
 }
 
 impl Table {
+    /// Leave out the users whose next task is one under a limit.
+    fn leave_limited(&mut self) {
+        let next = |account: &Account| account.candidates.front().is_some_and(|next| next.max_running.is_some());
+        self.accounts.retain(|account| account.user.is_empty() || !next(account));
+    }
+
+    /// The users of whom tasks were asked for, and none was there.
+    fn without_tasks(&self) -> impl Iterator<Item = &str> {
+        let without =
+            |account: &&Account| !account.user.is_empty() && account.rest == Rest::Nothing && account.candidates.is_empty();
+        let users = self.accounts.iter().filter(without).map(|account| account.user.as_str());
+        users.filter(|user| !self.read.contains_key(*user))
+    }
+
     /// Add the tasks without user, if there are any.
     async fn add_nobody(&mut self, session: &mut Session, first_pick: i64, from: From) -> Result<(), Failure> {
         let found = self.read(session, vec![(String::new(), from.ready, 1)]).await?;
@@ -269,31 +301,36 @@ fn fitting(mut chosen: Vec<Chosen>) -> Vec<Chosen> {
     chosen
 }
 
-/// $1 host, $2 alive time, $3 number of the claim, $4 the tasks, $5 and $6 their places; $7 users, $8 their tasks taken, $9 their last picks,
-/// $10 picks in all.
+/// $1 host, $2 alive time, $3 number of the claim, $4 the tasks in ascending order, $5 their places in ready, $6 in suspect; $7 users, $8 their
+/// last picks, $9 picks in all; $10 the users of the tasks, $11 whether they run alone. What is counted is what was taken.
 pub(super) const TAKE: &str = concat!(
     "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     unready AS (DELETE FROM laelaps.ready WHERE ctid = ANY($5::text[]::tid[])),
     unsuspect AS (DELETE FROM laelaps.suspect WHERE ctid = ANY($6::text[]::tid[])),
-    counted AS (
-        UPDATE laelaps.account SET running = running + ($8::int8[])[array_position($7::text[], user_name)],
-            picked = coalesce(($9::int8[])[array_position($7::text[], user_name)], picked)
-        WHERE user_name = ANY($7::text[])),
     taken AS (
-        UPDATE laelaps.task SET state = 'running', lease = nextval('laelaps.lease_number'), host = $1, until = (SELECT now FROM clock) + $2
-        WHERE id = ANY($4::int8[]) RETURNING ",
+        UPDATE laelaps.task SET state = 'running', lease = ",
+    next_lease!(),
+    ", host = $1, until = (SELECT now FROM clock) + $2
+        WHERE id = ANY($4::int8[]) AND state = 'waiting' AND alone = $11
+            AND user_name = ($10::text[])[width_bucket(id, $4::int8[])] RETURNING ",
     taken_columns!(),
     "),
+    took AS MATERIALIZED (SELECT user_name, count(*) AS tasks FROM taken WHERE user_name <> '' GROUP BY user_name),
+    counted AS (
+        UPDATE laelaps.account SET running = running + took.tasks,
+            picked = coalesce(($8::int8[])[array_position($7::text[], account.user_name)], picked)
+        FROM took WHERE account.user_name = took.user_name),
     together AS (
-        INSERT INTO laelaps.claim (id, host, check_at, tasks) SELECT $3, $1, now + $2, $4::int8[] FROM clock),
-    picks AS MATERIALIZED (SELECT count(nextval('laelaps.pick_number')) AS picks FROM generate_series(1, $10))
+        INSERT INTO laelaps.claim (id, host, check_at, tasks)
+        SELECT $3, $1, (SELECT now FROM clock) + $2, array_agg(id) FROM taken HAVING count(*) > 0),
+    picks AS MATERIALIZED (SELECT count(nextval('laelaps.pick_number')) AS picks FROM generate_series(1, $9))
     SELECT clock.now, picks.picks, taken.* FROM taken, clock, picks"
 );
 
 /// Put the chosen under new leases, and bring their users' accounts up to date.
-async fn take(session: &mut Session, asked: &Asked, chosen: Vec<Chosen>, from: From) -> Result<Vec<ClaimedTask>, Failure> {
+async fn take(session: &mut Session, asked: &Asked, chosen: Vec<Chosen>, from: From) -> Result<Got, Failure> {
     if chosen.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Got::default());
     }
     let mut picked: HashMap<&str, i64> = HashMap::new();
     for chosen in &chosen {
@@ -304,93 +341,79 @@ async fn take(session: &mut Session, asked: &Asked, chosen: Vec<Chosen>, from: F
     if let Some(pick) = picked.remove("") {
         session.shared.nobody_picked.store(pick, Ordering::Relaxed);
     }
+    let users: BTreeSet<&str> = chosen.iter().map(|chosen| chosen.user.as_str()).filter(|user| !user.is_empty()).collect();
+    let users: Vec<String> = users.into_iter().map(str::to_owned).collect();
     let places: Vec<&str> = chosen.iter().map(|chosen| chosen.place.as_str()).collect();
-    let mut taken: HashMap<&str, i64> = HashMap::new();
-    for chosen in chosen.iter().filter(|chosen| !chosen.user.is_empty()) {
-        *taken.entry(&chosen.user).or_default() += 1;
-    }
     let picks = chosen.iter().filter(|chosen| chosen.pick.is_some()).count();
-    let tasks: Vec<i64> = chosen.iter().map(|chosen| chosen.task).collect();
-    let order: HashMap<i64, usize> = tasks.iter().enumerate().map(|(place, task)| (*task, place)).collect();
-    let mut tasks = take_tasks(session, asked, &tasks, &places, &[], &taken, &picked, picks).await?;
-    tasks.sort_unstable_by_key(|(_, task)| order.get(&task.lease_ref.task.0).copied());
-    let users: Vec<String> = taken.keys().map(|user| (*user).to_owned()).collect();
+    let order: HashMap<i64, usize> = chosen.iter().enumerate().map(|(place, chosen)| (chosen.task, place)).collect();
+    let taking = Taking { ready: &places, suspect: &[], users: &users, picked: &picked, picks, alone: false };
+    let named = chosen.iter().map(|chosen| (chosen.task, chosen.user.as_str())).collect();
+    let mut got = take_tasks(session, asked, named, &taking).await?;
     accounts::look_again(session, &users).await?;
-    note_places(session, asked, &chosen, &tasks, from);
-    Ok(tasks.into_iter().map(|(_, task)| task).collect())
+    note_places(session, asked, &chosen, &got, from);
+    got.placed.sort_unstable_by_key(|(_, task)| order.get(&task.lease_ref.task.0).copied());
+    Ok(got)
 }
 
-#[expect(clippy::too_many_arguments, reason = "they are the parameters of one statement")]
-async fn take_tasks(
+/// What goes with the tasks that are taken.
+pub(super) struct Taking<'t> {
+    pub(super) ready: &'t [&'t str],
+    pub(super) suspect: &'t [&'t str],
+    /// Users whose accounts are locked, and those of them that were picked.
+    pub(super) users: &'t [String],
+    pub(super) picked: &'t HashMap<&'t str, i64>,
+    pub(super) picks: usize,
+    pub(super) alone: bool,
+}
+
+/// Take tasks that wait, each as its place says of which user. A place that says something else is mended.
+pub(super) async fn take_tasks(
     session: &mut Session,
     asked: &Asked,
-    tasks: &[i64],
-    ready: &[&str],
-    suspect: &[&str],
-    taken: &HashMap<&str, i64>,
-    picked: &HashMap<&str, i64>,
-    picks: usize,
-) -> Result<Vec<(Place, ClaimedTask)>, Failure> {
+    mut named: Vec<(i64, &str)>,
+    taking: &Taking<'_>,
+) -> Result<Got, Failure> {
     hold_host(session, asked.claim.host).await?;
-    let (users, running): (Vec<&str>, Vec<i64>) = taken.iter().map(|(user, taken)| (*user, *taken)).unzip();
+    named.sort_unstable();
+    named.dedup_by_key(|(task, _)| *task);
+    let tasks: Vec<i64> = named.iter().map(|(task, _)| *task).collect();
     let rows = sqlx::query(TAKE)
         .bind(asked.claim.host.0)
         .bind(asked.alive_ms)
         .bind(asked.number)
-        .bind(tasks)
-        .bind(ready)
-        .bind(suspect)
-        .bind(&users)
-        .bind(running)
-        .bind(users.iter().map(|user| picked.get(user).copied()).collect::<Vec<Option<i64>>>())
-        .bind(count(picks))
+        .bind(&tasks)
+        .bind(taking.ready)
+        .bind(taking.suspect)
+        .bind(taking.users)
+        .bind(taking.users.iter().map(|user| taking.picked.get(user.as_str()).copied()).collect::<Vec<Option<i64>>>())
+        .bind(count(taking.picks))
+        .bind(named.iter().map(|(_, user)| *user).collect::<Vec<&str>>())
+        .bind(taking.alone)
         .fetch_all(session.db()?)
         .await?;
-    let Some(first) = rows.first() else { return Ok(Vec::new()) };
-    let now = first.try_get(0)?;
-    Ok(in_order(&rows, 2, now)?)
+    let got = match rows.first() {
+        Some(first) => in_order(&rows, 2, first.try_get(0)?)?,
+        None => Got::default(),
+    };
+    if rows.len() < tasks.len() {
+        let taken: HashSet<i64> = rows.iter().map(|row| row.try_get(2)).collect::<Result<_, _>>()?;
+        let strangers: Vec<i64> = tasks.into_iter().filter(|task| !taken.contains(task)).collect();
+        mend::strangers(session, &strangers).await?;
+    }
+    Ok(got)
 }
 
 /// Note how far the claim came among the tasks without user, or among all.
-fn note_places(session: &Session, asked: &Asked, chosen: &[Chosen], tasks: &[(Place, ClaimedTask)], from: From) {
+fn note_places(session: &Session, asked: &Asked, chosen: &[Chosen], got: &Got, from: From) {
     let marks = &session.shared.marks;
-    let last = |of: fn(&ClaimedTask) -> bool| tasks.iter().filter(|(_, task)| of(task)).map(|(place, _)| *place).max();
+    let last = |of: fn(&ClaimedTask) -> bool| got.placed.iter().filter(|(_, task)| of(task)).map(|(place, _)| *place).max();
     if let Some(place) = last(|task| task.user.is_none()) {
         marks.took_ready(from, place);
     }
     if asked.claim.ignore_users
-        && chosen.len() == tasks.len()
+        && chosen.len() == got.placed.len()
         && let Some(place) = last(|task| task.user.is_some())
     {
         marks.took_in_time(from, place);
     }
-}
-
-pub(super) const SUSPECTS: &str = "SELECT suspect.task, suspect.place, task.user_name, task.max_running
-    FROM (SELECT run_at, task, ctid::text AS place FROM laelaps.suspect ORDER BY run_at, task LIMIT $1 FOR UPDATE SKIP LOCKED) AS suspect
-    CROSS JOIN LATERAL (SELECT user_name, max_running FROM laelaps.task WHERE task.id = suspect.task OFFSET 0) AS task
-    ORDER BY suspect.run_at, suspect.task";
-
-/// Take the oldest task that has to run alone and whose user's limit allows it.
-pub(super) async fn suspect(session: &mut Session, asked: &Asked) -> Result<Vec<ClaimedTask>, Failure> {
-    const RUNNING: &str = "SELECT user_name, running FROM laelaps.account WHERE user_name = ANY($1)";
-    session.begin().await?;
-    let rows: Vec<(i64, String, String, Option<i64>)> =
-        sqlx::query_as(SUSPECTS).bind(SUSPECTS_MAX).fetch_all(session.db()?).await?;
-    let users: Vec<String> = rows.iter().map(|(_, _, user, _)| user.clone()).collect();
-    accounts::lock(session, users.clone()).await?;
-    let running: Vec<(String, i64)> = sqlx::query_as(RUNNING).bind(&users).fetch_all(session.db()?).await?;
-    let running: HashMap<String, i64> = running.into_iter().collect();
-    let may_run = |(_, _, user, limit): &&(i64, String, String, Option<i64>)| {
-        let running = running.get(user).copied().unwrap_or(0);
-        user.is_empty() || limit.is_none_or(|limit| running < limit.max(1))
-    };
-    let mut tasks = Vec::new();
-    if let Some((task, place, user, _)) = rows.iter().find(may_run) {
-        let taken = if user.is_empty() { HashMap::new() } else { HashMap::from([(user.as_str(), 1)]) };
-        tasks = take_tasks(session, asked, &[*task], &[], &[place.as_str()], &taken, &HashMap::new(), 0).await?;
-    }
-    accounts::look_again(session, &users).await?;
-    session.commit().await?;
-    Ok(tasks.into_iter().map(|(_, task)| task).collect())
 }

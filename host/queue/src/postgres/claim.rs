@@ -6,7 +6,7 @@
 //! Whatever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims under way, and
 //! claims that come later find it. What a host may have is then seen by whoever takes it back.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::Row as _;
@@ -16,30 +16,44 @@ use super::failure::{self, Failure};
 use super::mark::{From, Place};
 use super::session::{Session, Shared};
 use super::settle::Group;
-use super::{accounts, between};
+use super::unreadable::{self, Broken};
+use super::{accounts, between, mend, suspects};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, FailureKind, HostId, Lease, LeaseRef, NewTask, Policy, Result,
-    Settlement, TaskId, Timestamp, data,
+    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
+    Timestamp, data,
 };
 
 /// The most tasks of one claim.
 const CLAIMED_MAX: u32 = 1_000;
 /// Tasks whose time has come that one claim moves over.
 const DUE_MAX: i64 = 1_000;
+/// How often one claim looks again because all that it met were places of tasks that do not wait there.
+const MENDED_MAX: usize = 20;
 
-/// A claimed task's columns, after those of the look.
+/// A claimed task's columns, after those of the look. Data far larger than its row says is left where it is: claims are bounded by what rows say.
 macro_rules! taken_columns {
     () => {
         "id, lease, key, type, user_name, attempts, max_attempts, coalesce(lost, 0) AS lost, coalesce(lost_alone, 0) AS lost_alone, alone,
             coalesce(releases, 0) AS releases, created_at, run_at, until, max_running, coalesce(root, id) AS root,
-            coalesce(depth, 0) AS depth, coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS data"
+            coalesce(depth, 0) AS depth, bytes, (SELECT stored FROM (
+                SELECT coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS stored) AS either
+                WHERE octet_length(stored) <= 2 * greatest(bytes, 0)::int8 + 1048576) AS data"
     };
 }
 pub(super) use taken_columns;
 
+/// A new lease: it grows with every claim, and does not repeat one that a promoted standby never heard of, but for one case in a million.
+macro_rules! next_lease {
+    () => {
+        "nextval('laelaps.lease_number') * 1048576 + floor(random() * 1048576)::int8"
+    };
+}
+pub(super) use next_lease;
+
 /// Look, and take the oldest tasks without user if nothing else is to be done before. 67108864: the most data of one claim, unless one task
 /// alone has more. The host is noted as seen after its row is held (hence the count), and not if another claim of it holds the row as well.
+/// A place whose task does not wait there is left alone, and told as a stranger.
 pub(super) const CLAIM: &str = concat!(
     "WITH look AS MATERIALIZED (
         SELECT clock.now, EXISTS (SELECT FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL) AS here,
@@ -65,35 +79,41 @@ pub(super) const CLAIM: &str = concat!(
     chosen AS MATERIALIZED (
         SELECT place, task FROM (SELECT place, task, bytes, sum(bytes) OVER (ORDER BY run_at, task) AS sum FROM locked) AS summed
         WHERE (sum <= 67108864 OR sum = bytes) AND EXISTS (SELECT FROM staying)),
-    gone AS (DELETE FROM laelaps.ready WHERE ctid = ANY(ARRAY(SELECT place FROM chosen))),
     taken AS (
-        UPDATE laelaps.task SET state = 'running', lease = nextval('laelaps.lease_number'), host = $1, until = (SELECT now FROM look) + $5
-        WHERE id = ANY(ARRAY(SELECT task FROM chosen)) RETURNING ",
+        UPDATE laelaps.task SET state = 'running', lease = ",
+    next_lease!(),
+    ", host = $1, until = (SELECT now FROM look) + $5
+        WHERE id = ANY(ARRAY(SELECT task FROM chosen)) AND state = 'waiting' AND user_name = '' AND NOT alone RETURNING ",
     taken_columns!(),
     "),
+    all_taken AS MATERIALIZED (SELECT (SELECT count(*) FROM taken) = (SELECT count(*) FROM chosen) AS yes),
+    gone AS (DELETE FROM laelaps.ready WHERE ctid = ANY(CASE WHEN (SELECT yes FROM all_taken) THEN ARRAY(SELECT place FROM chosen)
+        ELSE ARRAY(SELECT place FROM chosen WHERE task IN (SELECT id FROM taken)) END)),
     together AS (
         INSERT INTO laelaps.claim (id, host, check_at, tasks)
-        SELECT $13, $1, (SELECT now FROM look) + $5, array_agg(task) FROM chosen HAVING count(*) > 0)
+        SELECT $13, $1, (SELECT now FROM look) + $5, array_agg(id) FROM taken HAVING count(*) > 0)
     SELECT look.now, look.here AND (EXISTS (SELECT FROM staying) OR NOT EXISTS (SELECT FROM locked)) AS here,
-        look.next_due, look.suspects, look.changed, look.open, taken.*
+        look.next_due, look.suspects, look.changed, look.open,
+        CASE WHEN NOT (SELECT yes FROM all_taken) THEN ARRAY(SELECT task FROM chosen WHERE task NOT IN (SELECT id FROM taken) ORDER BY place) END,
+        CASE WHEN NOT (SELECT yes FROM all_taken)
+            THEN ARRAY(SELECT place::text FROM chosen WHERE task NOT IN (SELECT id FROM taken) ORDER BY place) END,
+        taken.*
     FROM look LEFT JOIN taken ON true"
 );
 
+/// The columns of a claimed task.
+const TAKEN_COLUMNS: usize = 19;
 /// The columns of the look.
-const LOOK_COLUMNS: usize = 6;
+const LOOK_COLUMNS: usize = 8;
 
 /// What a claim took out of the database, data as it is stored.
 #[derive(Default)]
 pub(super) struct Taken {
     tasks: Vec<ClaimedTask>,
+    /// What was taken and cannot be read.
+    broken: Vec<Broken>,
     alone_waiting: bool,
     next_due_in: Option<Duration>,
-}
-
-/// A claimed task that nobody can read.
-pub(super) struct Broken {
-    pub(super) task: ClaimedTask,
-    pub(super) problem: String,
 }
 
 impl Taken {
@@ -104,6 +124,12 @@ impl Taken {
             Settlement::of(task.lease_ref, Event::Stopped, Attempt::of(task), &policy, 0.0, None, Vec::new())
         };
         let settlements: Vec<Settlement> = self.tasks.iter().map(handed_back).collect();
+        if let Err(error) = unreadable::set_aside(shared, self.broken).await {
+            tracing::warn!(%error, "unreadable tasks come back when their leases end");
+        }
+        if settlements.is_empty() {
+            return;
+        }
         if let Ok(group) = Group::new(&settlements)
             && let Err(error) = group.write_within(shared, "handing back claimed tasks").await
         {
@@ -111,15 +137,26 @@ impl Taken {
         }
     }
 
+    fn is_empty(&self) -> bool {
+        self.tasks.is_empty() && self.broken.is_empty()
+    }
+
+    /// Remember what was claimed together.
+    fn note(&self, shared: &Shared, claim: i64) {
+        let broken = self.broken.iter().map(|broken| broken.lease_ref.lease);
+        let leases: Vec<Lease> = self.tasks.iter().map(|task| task.lease_ref.lease).chain(broken).collect();
+        shared.held.claimed(claim, leases.into_iter());
+    }
+
     /// Decompress. Tasks whose data is damaged are taken out and answered.
     pub(super) fn open(&mut self) -> Vec<Broken> {
-        let mut broken = Vec::new();
+        let mut broken = std::mem::take(&mut self.broken);
         for mut task in std::mem::take(&mut self.tasks) {
             task.compression = data::compression(&task.data);
             let plain = data::decompress(std::mem::take(&mut task.data));
             match plain.and_then(|plain| data::check(&plain).map(|()| plain)) {
                 Ok(plain) => self.tasks.push(ClaimedTask { data: plain, ..task }),
-                Err(problem) => broken.push(Broken { task, problem }),
+                Err(problem) => broken.push(Broken::by_data(&task, problem)),
             }
         }
         broken
@@ -131,18 +168,35 @@ impl Taken {
 }
 
 /// What a claim is about to do, and under which number.
+#[derive(Clone)]
 pub(super) struct Asked {
     pub(super) claim: Claim,
     pub(super) limit: usize,
+    /// Of these, the most of users with a limit.
+    pub(super) limited: usize,
     pub(super) alive_ms: i64,
-    /// Drawn by this program, so that what was taken can be found if the answer is lost.
+    /// Drawn by this program for each try, so that what was taken can be found if the answer is lost.
     pub(super) number: i64,
+    numbers: Arc<Mutex<Vec<i64>>>,
 }
 
 impl Asked {
     pub(super) fn new(claim: Claim) -> Self {
         let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
-        Self { limit, alive_ms: ms(claim.alive_time), number: fastrand::i64(1..), claim }
+        let limited = claim.limited.map_or(limit, |limited| usize::try_from(limited).unwrap_or(limit));
+        Self { limit, limited, alive_ms: ms(claim.alive_time), number: 0, numbers: Arc::default(), claim }
+    }
+
+    /// The numbers of earlier tries.
+    fn earlier(&self) -> Vec<i64> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// For another try.
+    fn with_number(&self) -> Self {
+        let number = fastrand::i64(1..);
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).push(number);
+        Self { number, ..self.clone() }
     }
 }
 
@@ -153,6 +207,8 @@ pub(super) struct Look {
     suspects: i64,
     changed: bool,
     open: bool,
+    /// Some places were of tasks that do not wait there, and were mended.
+    strangers: bool,
 }
 
 /// What has been seen to, and need not be looked at again.
@@ -164,34 +220,41 @@ struct Rounds {
 
 /// Take waiting tasks under new leases.
 pub(super) async fn claim(session: &mut Session, asked: &Asked) -> Result<Taken, Failure> {
-    let shared = Arc::clone(&session.shared);
-    if session.again
-        && let Some(taken) = found_again(session, asked).await?
-    {
-        return Ok(taken);
+    if session.again {
+        for number in asked.earlier() {
+            if let Some(taken) = found_again(session, asked, number).await? {
+                return Ok(taken);
+            }
+        }
     }
+    let asked = &asked.with_number();
+    let shared = Arc::clone(&session.shared);
     let from = shared.marks.begin();
     let started = Instant::now();
     let mut taken = claim_from(session, asked, from).await?;
     shared.marks.looked(from, started.elapsed());
-    if taken.tasks.is_empty()
+    if taken.is_empty()
         && let Some(from) = shared.marks.begin_again(from)
     {
         let started = Instant::now();
         taken = claim_from(session, asked, from).await?;
         shared.marks.looked(from, started.elapsed());
     }
-    shared.held.claimed(asked.number, taken.tasks.iter().map(|task| task.lease_ref.lease));
+    taken.note(&shared, asked.number);
     Ok(taken)
 }
 
 async fn claim_from(session: &mut Session, asked: &Asked, mut from: From) -> Result<Taken, Failure> {
     let mut rounds = Rounds { due: true, suspects: asked.claim.alone };
-    let (mut entered, mut waited) = (false, false);
+    let (mut entered, mut waited, mut mended) = (false, false, 0);
     loop {
-        let (look, tasks) = look_and_take(session, asked, from, rounds).await?;
-        if !tasks.is_empty() {
-            return Ok(answer(&look, tasks));
+        let (look, got) = look_and_take(session, asked, from, rounds).await?;
+        if !got.is_empty() {
+            return answer(session, asked, &look, got).await;
+        }
+        if look.strangers && mended < MENDED_MAX {
+            mended += 1;
+            continue;
         }
         if rounds.due && look.next_due.is_some_and(|due| due <= look.now) {
             from = move_due(session, from).await?;
@@ -204,36 +267,44 @@ async fn claim_from(session: &mut Session, asked: &Asked, mut from: From) -> Res
             continue;
         }
         if rounds.suspects && look.suspects > 0 {
-            let tasks = between::suspect(session, asked).await?;
-            if !tasks.is_empty() {
-                return Ok(answer(&look, tasks));
+            let got = suspects::take(session, asked).await?;
+            if !got.is_empty() {
+                return answer(session, asked, &look, got).await;
             }
             rounds.suspects = false;
             continue;
         }
-        let tasks = if look.open || look.changed { between::claim(session, asked, from).await? } else { tasks };
-        if tasks.is_empty() && look.changed && !waited {
+        let got = if look.open || look.changed { between::claim(session, asked, from).await? } else { got };
+        if got.is_empty() && look.changed && !waited {
             // Others may be about to enter what this claim is looking for.
             accounts::enter_changes(session, asked.limit, from, accounts::ENTER_WAITING).await?;
             waited = true;
             continue;
         }
-        return Ok(answer(&look, tasks));
+        return answer(session, asked, &look, got).await;
     }
 }
 
-fn answer(look: &Look, tasks: Vec<ClaimedTask>) -> Taken {
+async fn answer(session: &mut Session, asked: &Asked, look: &Look, got: Got) -> Result<Taken, Failure> {
     let next_due_in = look.next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(look.now)));
-    let alone_waiting = look.suspects > i64::from(tasks.iter().any(|task| task.alone));
-    Taken { tasks, alone_waiting, next_due_in }
+    let (tasks, broken) = got.into_tasks();
+    let others = look.suspects > i64::from(tasks.iter().any(|task| task.alone));
+    let taken = Taken { tasks, broken, alone_waiting: false, next_due_in };
+    if !others {
+        return Ok(taken);
+    }
+    match suspects::reserve(session, asked.claim.host).await {
+        Ok(alone_waiting) => Ok(Taken { alone_waiting, ..taken }),
+        // What was taken is this claim's in any case.
+        Err(failure) if !taken.is_empty() && !failure.is_lost() => {
+            tracing::debug!(?failure, "whether a task has to run alone is looked at by the next claim");
+            Ok(taken)
+        }
+        Err(failure) => Err(failure),
+    }
 }
 
-async fn look_and_take(
-    session: &mut Session,
-    asked: &Asked,
-    from: From,
-    rounds: Rounds,
-) -> Result<(Look, Vec<ClaimedTask>), Failure> {
+async fn look_and_take(session: &mut Session, asked: &Asked, from: From, rounds: Rounds) -> Result<(Look, Got), Failure> {
     let rows = sqlx::query(CLAIM)
         .bind(asked.claim.host.0)
         .bind(count(asked.limit))
@@ -254,83 +325,152 @@ async fn look_and_take(
     if !first.try_get::<bool, _>(1)? {
         return Err(failure::unknown_host(asked.claim.host));
     }
+    let strangers: Option<Vec<i64>> = first.try_get(6)?;
+    let places: Option<Vec<String>> = first.try_get(7)?;
     let look = Look {
         now: first.try_get(0)?,
         next_due: first.try_get(2)?,
         suspects: first.try_get(3)?,
         changed: first.try_get(4)?,
         open: first.try_get(5)?,
+        strangers: strangers.as_ref().is_some_and(|strangers| !strangers.is_empty()),
     };
-    if first.try_get::<Option<i64>, _>(LOOK_COLUMNS)?.is_none() {
-        return Ok((look, Vec::new()));
+    let got = if first.try_get::<Option<i64>, _>(LOOK_COLUMNS)?.is_none() {
+        Got::default()
+    } else {
+        let got = in_order(&rows, LOOK_COLUMNS, look.now)?;
+        if let Some((last, _)) = got.placed.last() {
+            session.shared.marks.took_ready(from, *last);
+        }
+        got
+    };
+    if look.strangers {
+        // What was taken is this claim's, whatever becomes of the others.
+        let mended = mend::strangers_in_ready(session, &strangers.unwrap_or_default(), &places.unwrap_or_default()).await;
+        if let Err(failure) = mended {
+            tracing::warn!(?failure, "places of tasks that do not wait there cannot be mended yet");
+            session.roll_back().await?;
+        }
     }
-    let placed = in_order(&rows, LOOK_COLUMNS, look.now)?;
-    if let Some((last, _)) = placed.last() {
-        session.shared.marks.took_ready(from, *last);
-    }
-    Ok((look, placed.into_iter().map(|(_, task)| task).collect()))
+    Ok((look, got))
 }
 
-/// The tasks of the rows with their places, in the order of claims.
-pub(super) fn in_order(rows: &[PgRow], first: usize, now: i64) -> Result<Vec<(Place, ClaimedTask)>, sqlx::Error> {
-    let mut placed: Vec<(Place, ClaimedTask)> = rows.iter().map(|row| taken(row, first, now)).collect::<Result<_, _>>()?;
-    placed.sort_unstable_by_key(|(place, _)| *place);
-    Ok(placed)
+/// What a claim took.
+#[derive(Default)]
+pub(super) struct Got {
+    /// The tasks, each with its place.
+    pub(super) placed: Vec<(Place, ClaimedTask)>,
+    /// And those that nobody can read.
+    pub(super) broken: Vec<Broken>,
 }
 
-/// A claimed task and its place.
-pub(super) fn taken(row: &PgRow, first: usize, now: i64) -> Result<(Place, ClaimedTask), sqlx::Error> {
-    let number = |place: usize| row.try_get::<i32, _>(first + place).map(i32::unsigned_abs);
-    let task: i64 = row.try_get(first)?;
-    let user: &str = row.try_get(first + 4)?;
+impl Got {
+    pub(super) fn is_empty(&self) -> bool {
+        self.placed.is_empty() && self.broken.is_empty()
+    }
+
+    fn into_tasks(self) -> (Vec<ClaimedTask>, Vec<Broken>) {
+        (self.placed.into_iter().map(|(_, task)| task).collect(), self.broken)
+    }
+}
+
+/// The tasks of the rows with their places, in the order of claims. Each row is read by itself.
+pub(super) fn in_order(rows: &[PgRow], first: usize, now: i64) -> Result<Got, sqlx::Error> {
+    let mut got = Got { placed: Vec::with_capacity(rows.len()), broken: Vec::new() };
+    for row in rows {
+        match taken(row, first, now)? {
+            Ok(task) => got.placed.push(task),
+            Err(row) => got.broken.push(row),
+        }
+    }
+    got.placed.sort_unstable_by_key(|(place, _)| *place);
+    Ok(got)
+}
+
+/// A claimed task and its place, or what nobody can read.
+fn taken(row: &PgRow, first: usize, now: i64) -> Result<Result<(Place, ClaimedTask), Broken>, sqlx::Error> {
+    let lease_ref = LeaseRef { task: TaskId(row.try_get(first)?), lease: Lease(row.try_get(first + 1)?) };
+    let read = read(row, first, now, lease_ref);
+    Ok(read.map_err(|error| error.to_string()).and_then(|read| read).map_err(|problem| Broken::by_row(lease_ref, &problem)))
+}
+
+fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Result<(Place, ClaimedTask), String>, sqlx::Error> {
+    let number = |place: usize| row.try_get::<i32, _>(first + place).map(i64::from);
+    let (key, task_type, user): (String, String, String) =
+        (row.try_get(first + 2)?, row.try_get(first + 3)?, row.try_get(first + 4)?);
+    let [attempts, lost, lost_alone, releases, depth] = [number(5)?, number(7)?, number(8)?, number(10)?, number(16)?];
+    let (max_attempts, max_running): (Option<i64>, Option<i64>) = (row.try_get(first + 6)?, row.try_get(first + 14)?);
+    let (created_at, run_at): (i64, i64) = (row.try_get(first + 11)?, row.try_get(first + 12)?);
+    let numbers = [
+        ("attempts", Some(attempts), unreadable::COUNTER),
+        ("lost", Some(lost), unreadable::COUNTER),
+        ("lost_alone", Some(lost_alone), unreadable::COUNTER),
+        ("releases", Some(releases), unreadable::COUNTER),
+        ("depth", Some(depth), unreadable::COUNTER),
+        ("bytes", Some(number(17)?), unreadable::BYTES),
+        ("max_attempts", max_attempts, unreadable::MAX_ATTEMPTS),
+        ("max_running", max_running, unreadable::MAX_RUNNING),
+        ("created_at", Some(created_at), unreadable::MOMENT),
+        ("run_at", Some(run_at), unreadable::MOMENT),
+    ];
+    if let Some(problem) = unreadable::problem([("key", &key), ("type", &task_type), ("user", &user)], numbers) {
+        return Ok(Err(problem));
+    }
+    let whole = |number: i64| u32::try_from(number).unwrap_or(u32::MAX);
     let claimed = ClaimedTask {
-        lease_ref: LeaseRef { task: TaskId(task), lease: Lease(row.try_get(first + 1)?) },
-        key: row.try_get(first + 2)?,
-        task_type: row.try_get(first + 3)?,
-        data: row.try_get::<Option<Vec<u8>>, _>(first + 17)?.unwrap_or_default(),
-        user: Some(user).filter(|user| !user.is_empty()).map(str::to_owned),
-        max_running: row.try_get::<Option<i64>, _>(first + 14)?.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
-        descent: Descent { root: TaskId(row.try_get(first + 15)?), depth: number(16)? },
+        lease_ref,
+        key,
+        task_type,
+        data: row.try_get::<Option<Vec<u8>>, _>(first + 18)?.unwrap_or_default(),
+        user: Some(user).filter(|user| !user.is_empty()),
+        max_running: max_running.map(whole),
+        descent: Descent { root: TaskId(row.try_get(first + 15)?), depth: whole(depth) },
         compression: crate::Compression::None,
-        attempt: number(5)?.saturating_add(1),
-        max_attempts: row.try_get::<Option<i64>, _>(first + 6)?.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
-        lost: number(7)?,
-        lost_alone: number(8)?,
+        attempt: whole(attempts).saturating_add(1),
+        max_attempts: max_attempts.map(whole),
+        lost: whole(lost),
+        lost_alone: whole(lost_alone),
         alone: row.try_get(first + 9)?,
-        releases: number(10)?,
-        created_at: Timestamp(row.try_get(first + 11)?),
+        releases: whole(releases),
+        created_at: Timestamp(created_at),
         claimed_at: Timestamp(now),
         until: Timestamp(row.try_get(first + 13)?),
     };
-    Ok(((row.try_get(first + 12)?, task), claimed))
+    Ok(Ok(((run_at, lease_ref.task.0), claimed)))
 }
 
-/// Move what has become due to where it can be claimed. A task's row is as its place says: whoever changes it takes the place away first.
-pub(super) const MOVE_DUE: &str = "WITH due AS (
+/// Move what has become due to where it can be claimed. A task's row is as its place says: whoever changes it takes the place away first. If
+/// somebody did not, the row is right: the task goes where it belongs, and what does not wait goes nowhere.
+pub(super) const MOVE_DUE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
+    due AS (
         DELETE FROM laelaps.scheduled WHERE ctid = ANY(ARRAY(
-            SELECT ctid FROM laelaps.scheduled
-            WHERE run_at >= $1 AND run_at <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+            SELECT ctid FROM laelaps.scheduled WHERE run_at >= $1 AND run_at <= (SELECT now FROM clock)
             ORDER BY run_at, task LIMIT $2 FOR UPDATE SKIP LOCKED))
         RETURNING task),
-    moved AS MATERIALIZED (
-        SELECT id, run_at, bytes, max_running, user_name, type, alone FROM laelaps.task WHERE id = ANY(ARRAY(SELECT task FROM due))),
+    found AS MATERIALIZED (
+        SELECT id, run_at, bytes, max_running, user_name, type, alone, run_at <= (SELECT now FROM clock) AS is_due
+        FROM laelaps.task WHERE id = ANY(ARRAY(SELECT task FROM due)) AND state = 'waiting'),
+    moved AS MATERIALIZED (SELECT * FROM found WHERE is_due),
+    back AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM found WHERE NOT is_due ON CONFLICT DO NOTHING),
     ready AS (
         INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM moved WHERE NOT alone),
-    suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM moved WHERE alone),
+        SELECT run_at, id, bytes, max_running, user_name FROM moved WHERE NOT alone ON CONFLICT DO NOTHING),
+    suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM moved WHERE alone ON CONFLICT DO NOTHING),
     changed AS (
         INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
         SELECT DISTINCT ON (user_name) user_name, run_at, id, max_running FROM moved WHERE user_name <> '' AND NOT alone
         ORDER BY user_name, run_at, id),
     counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -count(*) FROM moved GROUP BY type)
-    SELECT count(*), min(run_at), (array_agg(id ORDER BY run_at, id))[1] FROM moved";
+    SELECT count(*), min(run_at), (array_agg(id ORDER BY run_at, id))[1], CASE WHEN (SELECT count(*) FROM due) <> (SELECT count(*) FROM found)
+        THEN ARRAY(SELECT task FROM due WHERE task NOT IN (SELECT id FROM found)) END FROM moved";
 
 /// Move what is due; answers where the claim has to begin now.
 async fn move_due(session: &mut Session, from: From) -> Result<From, Failure> {
-    let moved: (i64, Option<i64>, Option<i64>) =
+    let moved: (i64, Option<i64>, Option<i64>, Option<Vec<i64>>) =
         sqlx::query_as(MOVE_DUE).bind(from.due).bind(DUE_MAX).fetch_one(session.db()?).await?;
     let shared = &session.shared;
-    let (_, Some(run_at), Some(task)) = moved else { return Ok(from) };
+    mend::told(moved.3.as_deref().unwrap_or_default());
+    let (_, Some(run_at), Some(task), _) = moved else { return Ok(from) };
     shared.marks.moved_due(from, run_at);
     shared.marks.lower((run_at, task));
     Ok(from.lowered((run_at, task)))
@@ -346,36 +486,27 @@ pub(super) async fn hold_host(session: &mut Session, host: HostId) -> Result<(),
     held.map(drop).ok_or_else(|| failure::unknown_host(host))
 }
 
-/// What an earlier try of this claim took, if it took anything.
-async fn found_again(session: &mut Session, asked: &Asked) -> Result<Option<Taken>, Failure> {
+/// What an earlier try of this claim took, if it took anything. If it has not come to its end yet, it never will: its number is taken.
+async fn found_again(session: &mut Session, asked: &Asked, number: i64) -> Result<Option<Taken>, Failure> {
+    const FENCE: &str = "INSERT INTO laelaps.claim (id, host, check_at, tasks)
+        VALUES ($1, $2, (extract(epoch FROM clock_timestamp()) * 1000)::int8, '{}') ON CONFLICT (id) DO NOTHING";
     const FOUND: &str = concat!(
         "SELECT ",
         taken_columns!(),
         ", (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now FROM laelaps.task
         WHERE id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim WHERE claim.id = $1)) AND state = 'running' AND host = $2"
     );
-    let rows = sqlx::query(FOUND).bind(asked.number).bind(asked.claim.host.0).fetch_all(session.db()?).await?;
-    let Some(first) = rows.first() else { return Ok(None) };
-    let now = first.try_get(18)?;
-    let tasks: Vec<ClaimedTask> = in_order(&rows, 0, now)?.into_iter().map(|(_, task)| task).collect();
-    session.shared.held.claimed(asked.number, tasks.iter().map(|task| task.lease_ref.lease));
-    Ok(Some(Taken { tasks, alone_waiting: false, next_due_in: None }))
-}
-
-/// Fail claimed tasks that nobody can read, so that they stop nobody.
-pub(super) async fn set_aside(shared: &Arc<Shared>, broken: Vec<Broken>) -> Result<()> {
-    let policy = Policy::default();
-    let mut settlements = Vec::with_capacity(broken.len());
-    for Broken { task, problem } in broken {
-        tracing::error!(task = task.key, problem, "the data of a task is damaged; it is set aside as failed");
-        let event = Event::Failure {
-            kind: FailureKind::Reject,
-            code: "damaged-data".to_owned(),
-            message: format!("the stored data cannot be used: {problem}"),
-        };
-        settlements.push(Settlement::of(task.lease_ref, event, Attempt::of(&task), &policy, 0.0, None, Vec::new()));
+    let fenced = sqlx::query(FENCE).bind(number).bind(asked.claim.host.0).execute(session.db()?).await?;
+    if fenced.rows_affected() == 1 {
+        return Ok(None);
     }
-    Group::new(&settlements)?.write(shared, "setting aside damaged tasks").await.map(drop)
+    let rows = sqlx::query(FOUND).bind(number).bind(asked.claim.host.0).fetch_all(session.db()?).await?;
+    let Some(first) = rows.first() else { return Ok(None) };
+    let now = first.try_get(TAKEN_COLUMNS)?;
+    let (tasks, broken) = in_order(&rows, 0, now)?.into_tasks();
+    let taken = Taken { tasks, broken, alone_waiting: false, next_due_in: None };
+    taken.note(&session.shared, number);
+    Ok(Some(taken))
 }
 
 /// A number of tasks as the database counts.

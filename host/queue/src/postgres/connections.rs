@@ -4,8 +4,8 @@
 //! a good part of the work. An operation here runs to its end whether or not its caller waits, so that a connection comes back outside a
 //! transaction, or not at all; one that has died in the meantime is noticed by its next operation, which begins again on another.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
 use sqlx::{ConnectOptions, Connection};
@@ -20,15 +20,23 @@ const VERSION_MIN: u32 = 140_000;
 /// Longest pause between two tries to connect.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
+/// How long the server lets a transaction of ours be idle, which it only is if this program was stopped or cut off in the middle of it. What it
+/// holds is in the way of others.
+pub(super) const IDLE_IN_TRANSACTION_MAX: Duration = Duration::from_secs(5);
+/// How long a connection lives, drawn evenly from this to twice as long: after a failover by name, or behind a balancer, a new one may lead
+/// elsewhere.
+const LIFE: Duration = Duration::from_secs(150);
+
 /// How every connection is set up. All statements are made to go through an index, whatever the planner believes about a table that was
 /// empty a moment ago: it would remember a plan for few rows while the table grows.
-const SETTINGS: [(&str, &str); 6] = [
+const SETTINGS: [(&str, &str); 7] = [
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),
     ("enable_hashjoin", "off"),
     ("enable_mergejoin", "off"),
     ("jit", "off"),
     ("default_transaction_isolation", "read committed"),
+    ("lock_timeout", "0"),
 ];
 
 #[derive(Debug)]
@@ -38,7 +46,22 @@ pub(super) struct Connections {
     connect_timeout: Duration,
     statement_timeout: Duration,
     permits: Semaphore,
-    idle: Mutex<Vec<PgConnection>>,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Debug, Default)]
+struct Idle {
+    connections: Vec<Open>,
+    /// Raised whenever all connections are given up; those in use go when they come back.
+    age: u64,
+}
+
+/// A connection, and how long it may be used.
+#[derive(Debug)]
+pub(super) struct Open {
+    pub(super) connection: PgConnection,
+    age: u64,
+    ends_at: Instant,
 }
 
 /// Leave to use a connection.
@@ -51,18 +74,17 @@ impl<'c> Turn<'c> {
     /// A connection that nobody else uses: an idle one, or a new one.
     pub(super) async fn take(self) -> Result<Taken<'c>, Failure> {
         let Self { owner, permit } = self;
-        let idle = owner.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let connection = match idle {
-            Some(connection) => connection,
-            None => owner.connect().await?,
+        let open = match owner.idle_one() {
+            Some(open) => open,
+            None => owner.open_one().await?,
         };
-        Ok(Taken { connection: Some(connection), owner, _permit: permit })
+        Ok(Taken { connection: Some(open), owner, _permit: permit })
     }
 }
 
 /// A connection in use. Dropped without [`Taken::give_back`], it is closed.
 pub(super) struct Taken<'c> {
-    pub(super) connection: Option<PgConnection>,
+    pub(super) connection: Option<Open>,
     owner: &'c Connections,
     _permit: SemaphorePermit<'c>,
 }
@@ -70,7 +92,9 @@ pub(super) struct Taken<'c> {
 impl Taken<'_> {
     /// For the next operation; it must be outside a transaction.
     pub(super) fn give_back(self) {
-        self.owner.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(self.connection);
+        let mut idle = self.owner.lock();
+        let age = idle.age;
+        idle.connections.extend(self.connection.filter(|open| open.age == age));
     }
 }
 
@@ -89,9 +113,9 @@ impl Connections {
         };
         let mut patience = Patience::new(config.patience);
         let mut pause = Duration::from_millis(50);
-        let connection = loop {
+        let open = loop {
             match connections.connect_and_look().await {
-                Ok(connection) => break connection,
+                Ok(open) => break open,
                 Err(failure) if failure.is_lost() && patience.lasts(pause) => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
@@ -99,14 +123,43 @@ impl Connections {
                 Err(failure) => return Err(failure.into_error("connecting", &connections.place)),
             }
         };
-        connections.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        connections.lock().connections.push(open);
         Ok(connections)
     }
 
-    async fn connect_and_look(&self) -> Result<PgConnection, Failure> {
-        let mut connection = self.connect().await?;
-        self.look(&mut connection).await?;
-        Ok(connection)
+    fn lock(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An idle connection that has not come to its end. Those that have are closed, without a word to the server.
+    fn idle_one(&self) -> Option<Open> {
+        let mut ended = Vec::new();
+        let mut idle = self.lock();
+        let now = Instant::now();
+        let open = std::iter::from_fn(|| idle.connections.pop()).find_map(|open| {
+            let lives = open.ends_at > now;
+            if lives {
+                Some(open)
+            } else {
+                ended.push(open);
+                None
+            }
+        });
+        drop(idle);
+        open
+    }
+
+    async fn open_one(&self) -> Result<Open, Failure> {
+        let age = self.lock().age;
+        let connection = self.connect().await?;
+        Ok(Open { connection, age, ends_at: Instant::now() + LIFE.mul_f64(1.0 + fastrand::f64()) })
+    }
+
+    async fn connect_and_look(&self) -> Result<Open, Failure> {
+        let mut open = self.open_one().await?;
+        let looked = tokio::time::timeout(self.silence_max(), self.look(&mut open.connection)).await;
+        looked.map_err(|_| Failure::silence(self.silence_max()))??;
+        Ok(open)
     }
 
     /// Whether the server can be used as it is.
@@ -147,9 +200,14 @@ impl Connections {
         self.statement_timeout + self.connect_timeout
     }
 
-    /// Wait while as many connections are in use as there may be.
+    pub(super) fn connect_timeout(&self) -> Duration {
+        self.connect_timeout
+    }
+
+    /// Wait while as many connections are in use as there may be, for as long as one operation may take.
     pub(super) async fn turn(&self) -> Result<Turn<'_>, Failure> {
-        let permit = self.permits.acquire().await.map_err(|_| Failure::from(Error::Closed))?;
+        let permit = tokio::time::timeout(self.silence_max(), self.permits.acquire()).await;
+        let permit = permit.map_err(|_| Failure::from(sqlx::Error::PoolTimedOut))?.map_err(|_| Failure::from(Error::Closed))?;
         Ok(Turn { owner: self, permit })
     }
 
@@ -166,18 +224,23 @@ impl Connections {
         }
     }
 
-    /// Close what is idle: after one connection has died, the others most likely have as well.
-    pub(super) fn drop_idle(&self) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// Give up all connections: after one has died, or its server is not the primary any more, the others are most likely of no more use.
+    pub(super) fn drop_all(&self) {
+        let mut idle = self.lock();
+        idle.age += 1;
+        let gone = std::mem::take(&mut idle.connections);
+        drop(idle);
+        drop(gone);
     }
 
     /// End all; nobody uses one any more.
     pub(super) async fn close(&self) {
         self.permits.close();
-        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
-        for connection in idle {
-            if let Err(error) = connection.close().await {
-                tracing::debug!(place = self.place, %error, "closing a connection");
+        let idle = std::mem::take(&mut self.lock().connections);
+        let closing = idle.into_iter().map(|open| tokio::time::timeout(self.connect_timeout, open.connection.close()));
+        for closed in closing {
+            if !matches!(closed.await, Ok(Ok(()))) {
+                tracing::debug!(place = self.place, "a connection was cut instead of closed");
             }
         }
     }
@@ -192,7 +255,8 @@ fn options(config: &Config) -> Result<PgConnectOptions> {
     }
     let said = options.get_options().unwrap_or_default().to_owned();
     let timeout = config.connections.statement_timeout.as_millis().to_string();
-    let timeouts = [("statement_timeout", timeout.as_str()), ("idle_in_transaction_session_timeout", timeout.as_str())];
+    let idle = IDLE_IN_TRANSACTION_MAX.as_millis().to_string();
+    let timeouts = [("statement_timeout", timeout.as_str()), ("idle_in_transaction_session_timeout", idle.as_str())];
     for (name, value) in SETTINGS.into_iter().chain(timeouts).filter(|(name, _)| !said.contains(name)) {
         options = options.options([(name, value)]);
     }

@@ -35,12 +35,17 @@ impl Failure {
     /// The connection is of no use any more, and a new one may do. What was sent last may have been done or not.
     pub(super) fn is_lost(&self) -> bool {
         match self {
-            Self::Sql(sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed) => true,
-            // 57P: the server shuts down, crashed, starts up, dropped the database. 26000: a pooler mixed up prepared statements.
+            Self::Sql(sqlx::Error::Protocol(problem)) => !is_beyond_the_protocol(problem),
+            Self::Sql(sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed) => true,
+            Self::Sql(error) if is_too_large(error) => false,
+            // 57P: the server shuts down, crashed, starts up, dropped the database. 26000: a pooler mixed up prepared statements. 25006: this
+            // is not the primary (any more). 25P03: we were stopped in the middle of a transaction.
             Self::Sql(error) => {
-                code(error)
-                    .is_some_and(|code| code.starts_with("08") || (code.starts_with("57P") && code != "57P04") || code == "26000")
-                    || is_old_plan(error)
+                code(error).is_some_and(|code| {
+                    code.starts_with("08")
+                        || (code.starts_with("57P") && code != "57P04")
+                        || ["26000", "25006", "25P03"].contains(&code.as_str())
+                }) || is_old_plan(error)
             }
             Self::Queue(error) => matches!(&**error, Error::Connect { .. } if error.is_retryable()),
         }
@@ -54,6 +59,16 @@ impl Failure {
         }
     }
 
+    /// Somebody held a lock for longer than was waited for.
+    pub(super) fn is_lock_timeout(&self) -> bool {
+        matches!(self, Self::Sql(error) if code(error).is_some_and(|code| code == "55P03"))
+    }
+
+    /// No task has the number that was asked for.
+    pub(super) fn is_no_such_id(&self) -> bool {
+        matches!(self, Self::Queue(error) if matches!(**error, Error::NoSuchId(_)))
+    }
+
     /// The error for the caller. `doing` says what was being done.
     pub(super) fn into_error(self, doing: &'static str, place: &str) -> Error {
         match self {
@@ -65,6 +80,21 @@ impl Failure {
 
 fn code(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
+}
+
+/// More than the protocol can say: nothing was sent.
+fn is_beyond_the_protocol(problem: &str) -> bool {
+    problem.contains("out of range for protocol")
+}
+
+/// The server refuses to take so much at once, or to make so much of it.
+fn is_too_large(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    match error.code().as_deref() {
+        Some("08P01") => error.message().contains("invalid message length"),
+        Some("XX000") => error.message().contains("invalid memory alloc request size"),
+        _ => false,
+    }
 }
 
 /// Somebody altered a table while this connection remembered how to read it.
@@ -91,6 +121,10 @@ fn worded(source: sqlx::Error, doing: &'static str, place: &str) -> Error {
             hint: "the server takes no writes, as a standby does; name the primary in the URL",
             source,
         },
+        // The request is at fault, and would be again.
+        _ if is_too_large(&source) || matches!(&source, sqlx::Error::Protocol(problem) if is_beyond_the_protocol(problem)) => {
+            Error::Database { doing, source: sqlx::Error::Encode(Box::new(source)) }
+        }
         _ => Error::Database { doing, source },
     }
 }
@@ -128,4 +162,19 @@ pub(super) fn state(word: &str) -> Result<State, sqlx::Error> {
         .into_iter()
         .find(|state| state.as_str() == word)
         .ok_or_else(|| sqlx::Error::Decode(format!("unknown state {word:?}").into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_large_for_the_protocol_is_the_requests_own_fault() {
+        let failure = || Failure::from(sqlx::Error::Protocol("message size out of range for protocol: 2147483659".to_owned()));
+        assert!(!failure().is_lost(), "nothing was sent");
+        let error = failure().into_error("testing", "nowhere");
+        assert!(error.is_about_the_request() && !error.is_retryable(), "{error:?}");
+        let out_of_step = Failure::from(sqlx::Error::Protocol("unexpected message".to_owned()));
+        assert!(out_of_step.is_lost());
+    }
 }

@@ -33,6 +33,9 @@ pub(super) struct Over {
 impl Held {
     /// These were claimed together.
     pub(super) fn claimed(&self, claim: i64, leases: impl ExactSizeIterator<Item = Lease>) {
+        if leases.len() == 0 {
+            return;
+        }
         let mut state = self.lock();
         if state.claims.len() + leases.len() > LEASES_MAX {
             *state = State::default();

@@ -6,13 +6,16 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
-use super::failure::{self, Failure};
+use super::excuse;
+use super::failure::Failure;
 use super::session::{Session, Shared};
-use super::settle::{Group, clean, plugin_ids};
+use super::settle::{Group, clean};
+use super::versions;
 use crate::{
     Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
     Settlement, TaskId, Timestamp, Verdict,
@@ -56,6 +59,7 @@ pub(super) async fn leave(session: &mut Session, hosts: &[HostId]) -> Result<(),
     let numbers: Vec<i64> = hosts.iter().map(|host| host.0).collect();
     session.begin().await?;
     sqlx::query(LEAVE).bind(&numbers).execute(session.db()?).await?;
+    versions::nothing_runs(session, &numbers).await?;
     let claims: Vec<i64> = sqlx::query_scalar(CLAIMS).bind(&numbers).fetch_all(session.db()?).await?;
     sweep(session, &claims).await?;
     strike_off(session, None).await?;
@@ -100,15 +104,18 @@ struct Stray {
 
 /// Take back what hosts that have left and ended leases hold, at most a batch, and strike hosts off that hold nothing any more.
 pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<Reclaimed, Failure> {
-    const LOOK: &str = "SELECT EXISTS (SELECT FROM laelaps.claim WHERE check_at <= now)
-            OR EXISTS (SELECT FROM laelaps.host WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1))
+    const LOOK: &str = "SELECT now, EXISTS (SELECT FROM laelaps.claim WHERE check_at > $2 AND check_at <= now),
+            EXISTS (SELECT FROM laelaps.host WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1))
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
-    let anything: bool = sqlx::query_scalar(LOOK).bind(UNSEEN_MS_MAX).fetch_one(session.db()?).await?;
-    if !anything {
+    let (from, started) = (session.shared.ended.begin(), Instant::now());
+    let look = sqlx::query_as(LOOK).bind(UNSEEN_MS_MAX).bind(from).fetch_one(session.db()?);
+    let (now, ended, gone): (i64, bool, bool) = look.await?;
+    session.shared.ended.looked(from, started.elapsed(), (!ended).then_some(now));
+    if !ended && !gone {
         return Ok(Reclaimed::default());
     }
     session.begin().await?;
-    let (claims, strays) = strays(session).await?;
+    let (claims, strays) = strays(session, from).await?;
     let tasks = lose(session, strays, policy).await?;
     sweep(session, &claims).await?;
     let dead_hosts = strike_off(session, None).await?;
@@ -119,7 +126,8 @@ pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<
 /// Take back what the hosts with these identities hold, at most a batch, and strike them off once they hold nothing any more.
 ///
 /// That they have left is a statement, and a transaction, of its own: it waits for their claims under way, and those that come later are
-/// refused. So what they hold is all there when it is looked for.
+/// refused. So what they hold is all there when it is looked for. What is locked at that moment (one of them may have been stopped in the
+/// middle of a write) is left to the next call, or to [`take_back`].
 pub(super) async fn hand_on(session: &mut Session, identities: &[String], policy: &Policy) -> Result<Reclaimed, Failure> {
     const LEAVE: &str = "WITH named AS MATERIALIZED (
             SELECT id FROM laelaps.host WHERE identity = ANY($1) AND ended_at IS NULL ORDER BY id FOR NO KEY UPDATE),
@@ -132,6 +140,7 @@ pub(super) async fn hand_on(session: &mut Session, identities: &[String], policy
         return Ok(Reclaimed::default());
     }
     session.begin().await?;
+    versions::died(session, &hosts).await?;
     let (claims, strays) = strays_of(session, &hosts).await?;
     let tasks = lose(session, strays, policy).await?;
     sweep(session, &claims).await?;
@@ -149,8 +158,12 @@ async fn lose(session: &mut Session, strays: Vec<Stray>, policy: &Policy) -> Res
     // Nothing waits after a loss, so no random number is needed.
     let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
+    let alone: Vec<LeaseRef> = strays.iter().filter(|stray| stray.attempt.alone).map(|stray| stray.lease_ref).collect();
     let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict(), Verdict::Fail { .. })).collect();
     let answers = if settlements.is_empty() { Vec::new() } else { Group::of_lost(&settlements)?.write_in(session).await? };
+    excuse::note_alone(session, &alone).await?;
+    let hosts: HashSet<i64> = strays.iter().map(|stray| stray.host.0).collect();
+    versions::died(session, &hosts.into_iter().collect::<Vec<i64>>()).await?;
     let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
     let lost = lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed });
     Ok(lost.collect())
@@ -158,8 +171,8 @@ async fn lose(session: &mut Session, strays: Vec<Stray>, policy: &Policy) -> Res
 
 /// Claims that are to be looked at: their time has come, or their host has left.
 pub(super) const CLAIMS: &str = "SELECT id, host, tasks FROM laelaps.claim WHERE id = ANY(ARRAY(
-        SELECT id FROM (SELECT id FROM laelaps.claim WHERE check_at <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
-            ORDER BY check_at LIMIT $1) AS due
+        SELECT id FROM (SELECT id FROM laelaps.claim WHERE check_at > $2
+            AND check_at <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8) ORDER BY check_at LIMIT $1) AS due
         UNION
         SELECT id FROM (SELECT claim.id FROM laelaps.host JOIN laelaps.claim ON claim.host = host.id
             WHERE host.ended_at IS NULL AND host.left_at IS NOT NULL LIMIT $1) AS left_over))
@@ -167,28 +180,31 @@ pub(super) const CLAIMS: &str = "SELECT id, host, tasks FROM laelaps.claim WHERE
 
 macro_rules! stray_columns {
     () => {
-        "id, lease, key, host, attempts, max_attempts, coalesce(releases, 0), coalesce(lost, 0), coalesce(lost_alone, 0), alone"
+        "id, lease, key, host, attempts, max_attempts, coalesce(releases, 0), coalesce(lost, 0), coalesce(lost_alone, 0), alone,
+            coalesce(greatest((extract(epoch FROM clock_timestamp()) * 1000)::int8 - lost_at, 0), 0)"
     };
 }
 
-/// Tasks of these claims that still run, although their lease has ended or their host has left; locked, so that no heartbeat comes between.
+/// Tasks of these claims that still run, although their lease has ended or their host has left; locked, so that no heartbeat comes between. One
+/// that somebody else has locked is met again: its claim stays.
 pub(super) const STRAYS: &str = concat!(
     "SELECT ",
     stray_columns!(),
     " FROM laelaps.task WHERE id = ANY($1) AND state = 'running'
         AND (until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
             OR host = ANY(ARRAY(SELECT id FROM laelaps.host WHERE ended_at IS NULL AND left_at IS NOT NULL)))
-    ORDER BY id LIMIT $2 FOR UPDATE"
+    ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED"
 );
 
-/// The claims of some hosts. Waited for: whoever looks at one now may find that something still runs.
-pub(super) const CLAIMS_OF: &str = "SELECT id, tasks FROM laelaps.claim WHERE host = ANY($1) ORDER BY id FOR UPDATE";
+/// The claims of some hosts.
+pub(super) const CLAIMS_OF: &str = "SELECT id, tasks FROM laelaps.claim WHERE host = ANY($1) ORDER BY id FOR UPDATE SKIP LOCKED";
 
 /// Tasks of these claims that still run on these hosts.
 pub(super) const STRAYS_OF: &str = concat!(
     "SELECT ",
     stray_columns!(),
-    " FROM laelaps.task WHERE id = ANY($1) AND state = 'running' AND host = ANY($3) ORDER BY id LIMIT $2 FOR UPDATE"
+    " FROM laelaps.task WHERE id = ANY($1) AND state = 'running' AND host = ANY($3) ORDER BY id LIMIT $2
+    FOR UPDATE SKIP LOCKED"
 );
 
 /// What these hosts hold, at most a batch, and all of their claims.
@@ -202,8 +218,8 @@ async fn strays_of(session: &mut Session, hosts: &[i64]) -> Result<(Vec<i64>, Ve
 }
 
 /// What is lost, at most a batch, and the claims that were looked at.
-async fn strays(session: &mut Session) -> Result<(Vec<i64>, Vec<Stray>), Failure> {
-    let rows: Vec<(i64, i64, Vec<i64>)> = sqlx::query_as(CLAIMS).bind(CLAIMS_MAX).fetch_all(session.db()?).await?;
+async fn strays(session: &mut Session, from: i64) -> Result<(Vec<i64>, Vec<Stray>), Failure> {
+    let rows: Vec<(i64, i64, Vec<i64>)> = sqlx::query_as(CLAIMS).bind(CLAIMS_MAX).bind(from).fetch_all(session.db()?).await?;
     let claims: Vec<i64> = rows.iter().map(|(claim, ..)| *claim).collect();
     let tasks: HashSet<i64> = rows.into_iter().flat_map(|(.., tasks)| tasks).collect();
     let tasks: Vec<i64> = tasks.into_iter().collect();
@@ -225,6 +241,7 @@ fn stray(row: &PgRow) -> Result<Stray, sqlx::Error> {
             lost: number(7)?,
             lost_alone: number(8)?,
             alone: row.try_get(9)?,
+            lost_for: Duration::from_millis(row.try_get::<i64, _>(10)?.unsigned_abs()),
         },
     })
 }
@@ -257,22 +274,9 @@ async fn strike_off(session: &mut Session, only: Option<&[i64]>) -> Result<Vec<H
         DELETE FROM laelaps.host_plugin WHERE host = ANY(ARRAY(SELECT id FROM old))";
     let rows = sqlx::query(OFF).bind(UNSEEN_MS_MAX).bind(only).fetch_all(session.db()?).await?;
     if !rows.is_empty() {
+        let gone: Vec<i64> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+        versions::nothing_runs(session, &gone).await?;
         sqlx::query(FORGET).bind(GONE_HOSTS_KEPT).execute(session.db()?).await?;
     }
     Ok(rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?)
-}
-
-/// Note which plugin versions a host serves from now on; those it served before stay noted.
-pub(super) async fn note_plugins(session: &mut Session, host: HostId, digests: &[String]) -> Result<(), Failure> {
-    const NOTE: &str = "INSERT INTO laelaps.host_plugin (host, plugin, noted_at)
-        SELECT $1, plugin, (extract(epoch FROM clock_timestamp()) * 1000)::int8 FROM unnest($2::int4[]) AS noted (plugin) ORDER BY plugin
-        ON CONFLICT (host, plugin) DO NOTHING";
-    const HERE: &str = "SELECT EXISTS (SELECT FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL)";
-    let here: bool = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()?).await?;
-    if !here {
-        return Err(failure::unknown_host(host));
-    }
-    let ids = plugin_ids(session, digests.iter().map(String::as_str).collect()).await?;
-    sqlx::query(NOTE).bind(host.0).bind(ids.into_values().collect::<Vec<i32>>()).execute(session.db()?).await?;
-    Ok(())
 }

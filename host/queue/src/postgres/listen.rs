@@ -19,7 +19,9 @@ const RING_PAUSE: Duration = Duration::from_millis(20);
 /// Before the first try to hear again after the connection was lost, and the longest.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(30);
-/// How long one try to connect may take.
+/// After so long without a word the server is asked whether it is there, and is still one that takes writes.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long one try to connect, or one answer, may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Tells other processes.
@@ -118,12 +120,16 @@ async fn listen(options: PgConnectOptions, shared: Weak<Shared>) {
     }
 }
 
+async fn within<T>(answer: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    tokio::time::timeout(CONNECT_PATIENCE, answer).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+}
+
 /// Listen until the connection is lost.
 async fn hear(options: &PgConnectOptions, shared: &Weak<Shared>) -> Result<(), sqlx::Error> {
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_PATIENCE).connect_lazy_with(options.clone());
-    let mut listener = PgListener::connect_with(&pool).await?;
+    let mut listener = within(PgListener::connect_with(&pool)).await?;
     listener.eager_reconnect(false);
-    listener.listen(CHANNEL).await?;
+    within(listener.listen(CHANNEL)).await?;
     let Some(name) = shared.upgrade().map(|shared| shared.bell.name.clone()) else { return Ok(()) };
     loop {
         // Also at the beginning: what was said before was not heard.
@@ -132,10 +138,16 @@ async fn hear(options: &PgConnectOptions, shared: &Weak<Shared>) -> Result<(), s
         shared.hint();
         drop(shared);
         loop {
-            match listener.try_recv().await {
-                Ok(Some(notice)) if notice.payload() == name => {}
-                Ok(Some(_)) => break,
-                Ok(None) | Err(_) => return Ok(()),
+            match tokio::time::timeout(SILENCE, listener.try_recv()).await {
+                Ok(Ok(Some(notice))) if notice.payload() == name => {}
+                Ok(Ok(Some(_))) => break,
+                Ok(Ok(None) | Err(_)) => return Ok(()),
+                Err(_) => {
+                    let asked = sqlx::query_scalar("SELECT pg_is_in_recovery()").fetch_one(&mut listener);
+                    if within(asked).await? {
+                        return Ok(());
+                    }
+                }
             }
         }
     }

@@ -170,6 +170,45 @@ impl Marks {
     }
 }
 
+/// Where a look for claims whose leases have ended begins: as with what is ready, those that were dealt with leave dead entries in the index.
+/// Nothing enters further back than [`LATE_MS`] before the last look, but what another host puts back; looks from the head find that.
+#[derive(Debug, Default)]
+pub(super) struct Ended(Mutex<EndedState>);
+
+#[derive(Debug, Default)]
+struct EndedState {
+    after: Option<i64>,
+    looked_at: Option<Instant>,
+    took: Duration,
+}
+
+/// How far back what enters may lie: longer than a claim takes to commit.
+const LATE_MS: i64 = 120_000;
+
+impl Ended {
+    /// Where a look begins now.
+    pub(super) fn begin(&self) -> i64 {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let rest = INTERVAL.max(state.took * SHARE);
+        if state.took < CHEAP || state.looked_at.is_none_or(|looked_at| looked_at.elapsed() >= rest) {
+            state.looked_at = Some(Instant::now());
+            return i64::MIN;
+        }
+        state.after.unwrap_or(i64::MIN)
+    }
+
+    /// A look from there took so long, and nothing had ended at `now`, by the database's clock; None: something had.
+    pub(super) fn looked(&self, from: i64, took: Duration, now: Option<i64>) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if from == i64::MIN {
+            state.took = took;
+        }
+        if let Some(now) = now {
+            state.after = Some(now - LATE_MS);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +247,18 @@ mod tests {
         marks.looked(first, CHEAP * 2);
         marks.hint();
         assert_eq!(marks.begin().ready, (5, 7));
+    }
+
+    #[test]
+    fn a_look_for_ended_leases_begins_where_the_last_one_found_nothing_unless_the_head_is_cheap() {
+        let ended = Ended::default();
+        assert_eq!(ended.begin(), i64::MIN);
+        ended.looked(i64::MIN, CHEAP / 2, Some(500_000));
+        assert_eq!(ended.begin(), i64::MIN, "such a look is cheap");
+        ended.looked(i64::MIN, CHEAP * 2, Some(600_000));
+        assert_eq!(ended.begin(), 600_000 - LATE_MS);
+        ended.looked(600_000 - LATE_MS, CHEAP / 2, None);
+        assert_eq!(ended.begin(), 600_000 - LATE_MS, "what was found has still to be dealt with");
     }
 
     #[test]

@@ -7,17 +7,22 @@ use std::time::Duration;
 
 use sqlx::Row as _;
 
-use super::accounts;
+use sqlx::postgres::PgConnection;
+
 use super::failure::{self, Failure};
 use super::session::Session;
+use super::{accounts, mend, tally, unreadable};
 use crate::outcome::ms;
-use crate::{Error, NewTask, State, error};
+use crate::{Error, NewTask, State, TaskId, error};
 
 /// How often a task is looked up that others keep moving.
 const TRIES_MAX: usize = 100;
-/// Differences of counts after which they are put together, and the most that one call does.
+/// Batches of one removal of which nothing was left to remove.
+const ROUNDS_MAX: usize = 20;
+/// Differences of counts after which they are put together.
 const TALLY_MIN: i64 = 200;
-const TALLY_MAX: i64 = 50_000;
+/// Changes of accounts after which they are entered, though nobody claims.
+const CHANGES_MAX: i64 = 1_000;
 
 /// How a task is ended by hand.
 #[derive(Clone, Copy, Debug)]
@@ -60,13 +65,36 @@ enum Waited {
     Suspect,
 }
 
-async fn find(session: &mut Session, key: &str) -> Result<Found, Failure> {
-    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE key = $1";
-    let missing = || Failure::from(Error::NotFound(key.to_owned()));
-    if key.contains('\0') {
-        return Err(missing());
+/// How a task is named.
+#[derive(Clone, Debug)]
+pub(super) enum Name {
+    Key(String),
+    Id(TaskId),
+}
+
+impl Name {
+    fn missing(&self) -> Failure {
+        Failure::from(match self {
+            Self::Key(key) => Error::NotFound(key.clone()),
+            Self::Id(id) => Error::NoSuchId(*id),
+        })
     }
-    let row = sqlx::query(FIND).bind(key).fetch_optional(session.db()?).await?.ok_or_else(missing)?;
+
+    /// The key and the number to look for.
+    pub(super) fn parts(&self) -> (Option<&str>, Option<i64>) {
+        match self {
+            // No text of the database has this character.
+            Self::Key(key) => (Some(key.as_str()).filter(|key| !key.contains('\0')), None),
+            Self::Id(id) => (None, Some(id.0)),
+        }
+    }
+}
+
+async fn find(session: &mut Session, name: &Name) -> Result<Found, Failure> {
+    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE key = $1
+        UNION ALL SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE id = $2";
+    let (key, id) = name.parts();
+    let row = sqlx::query(FIND).bind(key).bind(id).fetch_optional(session.db()?).await?.ok_or_else(|| name.missing())?;
     Ok(Found {
         task: row.try_get(0)?,
         key: row.try_get(1)?,
@@ -95,14 +123,41 @@ async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>,
             return Ok(Some(waited));
         }
     }
-    Ok(None)
+    // It may stand somewhere else than its row says, or nowhere: somebody wrote into the tables.
+    Ok(stray_place(session, found).await?.then_some(Waited::Ready))
+}
+
+/// Whether a waiting task is in none of the places that its row names, once nobody is moving it: its row, which is locked then, is enough to end it.
+/// Wrong places of it are cleared away when a claim meets them.
+async fn stray_place(session: &mut Session, found: &Found) -> Result<bool, Failure> {
+    const STRAY: &str = "SELECT run_at = $2 AND NOT EXISTS (SELECT FROM laelaps.ready WHERE ready.user_name = task.user_name
+                AND ready.run_at = task.run_at AND ready.task = task.id)
+            AND NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = task.run_at AND scheduled.task = task.id)
+            AND NOT EXISTS (SELECT FROM laelaps.suspect WHERE suspect.run_at = task.run_at AND suspect.task = task.id)
+        FROM laelaps.task WHERE id = $1 AND state = 'waiting'";
+    const LOCK: &str = "SELECT FROM laelaps.task WHERE id = $1 FOR UPDATE";
+    sqlx::query(LOCK).bind(found.task).execute(session.db()?).await?;
+    let stray: Option<bool> = sqlx::query_scalar(STRAY).bind(found.task).bind(found.run_at).fetch_optional(session.db()?).await?;
+    Ok(stray.unwrap_or(false))
 }
 
 /// End a waiting or running task. A running attempt loses its lease.
-pub(super) async fn end(session: &mut Session, key: &str, by: ByHand, retention: Duration) -> Result<(), Failure> {
+///
+/// By number also what was set aside as unreadable, which goes at once.
+pub(super) async fn end(session: &mut Session, name: &Name, by: ByHand, retention: Duration) -> Result<(), Failure> {
     for _ in 0..TRIES_MAX {
-        let found = find(session, key).await?;
+        let found = match find(session, name).await {
+            // A try before this one may have removed it.
+            Err(failure) if session.again && failure.is_no_such_id() => return Ok(()),
+            found => found?,
+        };
         session.begin().await?;
+        if found.state == State::Failed
+            && matches!((name, by), (Name::Id(_), ByHand::Cancel))
+            && remove_unreadable(session, &found).await?
+        {
+            return session.commit().await;
+        }
         let ended = match found.state {
             State::Waiting => end_waiting(session, &found, by, retention).await?,
             State::Running => end_running(session, &found, by, retention).await?,
@@ -111,7 +166,9 @@ pub(super) async fn end(session: &mut Session, key: &str, by: ByHand, retention:
             state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
         };
         if ended {
-            return session.commit().await;
+            session.commit().await?;
+            session.counts(1);
+            return Ok(());
         }
         session.roll_back().await?;
     }
@@ -132,17 +189,20 @@ pub(super) const END: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch 
         INSERT INTO laelaps.tally (type, live, scheduled, finished, cancelled)
         SELECT type, -1, -$7::int8, CASE $4 WHEN 'finished' THEN 1 ELSE 0 END, CASE $4 WHEN 'cancelled' THEN 1 ELSE 0 END FROM done),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, stopped) SELECT user_name, 1 FROM done WHERE user_name <> '' AND $2 = 'running'),
+        INSERT INTO laelaps.account_change (user_name, stopped) SELECT user_name, 1 FROM done WHERE user_name <> '' AND $2 = 'running'
+        RETURNING user_name),
     attempts AS (
         INSERT INTO laelaps.attempt (task, lease, attempt, host, ended_at, event)
-        SELECT id, lease, attempts + 1, host, (SELECT now FROM clock), $5 FROM done WHERE $2 = 'running'),
+        SELECT id, lease, least(attempts::int8 + 1, 2147483647), host, (SELECT now FROM clock), $5 FROM done WHERE $2 = 'running'
+        ON CONFLICT DO NOTHING),
     trimmed AS (
         DELETE FROM laelaps.attempt WHERE $2 = 'running' AND task = $1 AND lease <= (SELECT newer.lease FROM laelaps.attempt AS newer
             WHERE newer.task = $1 ORDER BY newer.lease DESC OFFSET 19 LIMIT 1))
-    SELECT count(*) FROM done";
+    SELECT count(*), EXISTS (SELECT FROM laelaps.account WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed))
+        AND head_task IS NOT NULL AND NOT open) FROM done";
 
 async fn end_as(session: &mut Session, found: &Found, by: ByHand, retention: Duration, scheduled: i64) -> Result<bool, Failure> {
-    let ended: i64 = sqlx::query_scalar(END)
+    let (ended, opens): (i64, bool) = sqlx::query_as(END)
         .bind(found.task)
         .bind(found.state.as_str())
         .bind(found.lease)
@@ -152,7 +212,17 @@ async fn end_as(session: &mut Session, found: &Found, by: ByHand, retention: Dur
         .bind(scheduled)
         .fetch_one(session.db()?)
         .await?;
+    if opens {
+        session.afterwards(super::session::Shared::wake);
+    }
     Ok(ended == 1)
+}
+
+/// Remove a task that was set aside as unreadable, whatever its retention. Answers whether it was one.
+async fn remove_unreadable(session: &mut Session, found: &Found) -> Result<bool, Failure> {
+    const ASIDE: &str = "SELECT EXISTS (SELECT FROM laelaps.failure WHERE task = $1 AND code = ANY($2))";
+    let aside = sqlx::query_scalar(ASIDE).bind(found.task).bind(&unreadable::CODES[..]).fetch_one(session.db()?).await?;
+    Ok(aside && remove(session.db()?, &[found.task], i64::MAX).await? == 1)
 }
 
 async fn end_waiting(session: &mut Session, found: &Found, by: ByHand, retention: Duration) -> Result<bool, Failure> {
@@ -165,9 +235,9 @@ async fn end_running(session: &mut Session, found: &Found, by: ByHand, retention
 }
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
-pub(super) async fn retry(session: &mut Session, key: &str) -> Result<(), Failure> {
+pub(super) async fn retry(session: &mut Session, name: &Name) -> Result<(), Failure> {
     for _ in 0..TRIES_MAX {
-        let found = find(session, key).await?;
+        let found = find(session, name).await?;
         session.begin().await?;
         let done = match found.state {
             State::Waiting if found.run_at == NewTask::HELD_AT.0 => return Err(refused(found, error::HELD)),
@@ -199,16 +269,25 @@ pub(super) const RELEASE: &str = "WITH unscheduled AS (
         WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, bytes, max_running, user_name, type),
     ready AS (
         INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM due),
+        SELECT run_at, id, bytes, max_running, user_name FROM due ON CONFLICT DO NOTHING),
     changed AS (
         INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
         SELECT user_name, run_at, id, max_running FROM due WHERE user_name <> ''),
     counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
     SELECT count(*) FROM due";
 
-/// Make a held task due now. Answers whether there was one; an earlier try whose answer was lost counts as somebody else's.
+/// Make a held task due now. Answers whether there was one.
 pub(super) async fn release_held(session: &mut Session, key: &str) -> Result<bool, Failure> {
-    if !take_held(session, RELEASE, key).await? {
+    /// An earlier try whose answer was lost has released what became due since it began.
+    const RELEASED: &str = "SELECT EXISTS (SELECT FROM laelaps.task WHERE key = $1 AND run_at <> $2
+        AND run_at >= $3)";
+    let mut released = take_held(session, RELEASE, key).await?;
+    if !released && session.again && !key.contains('\0') {
+        let began = session.began_at().await?;
+        let query = sqlx::query_scalar(RELEASED).bind(key).bind(NewTask::HELD_AT.0).bind(began);
+        released = query.fetch_one(session.db()?).await?;
+    }
+    if !released {
         return Ok(false);
     }
     session.afterwards(|shared| {
@@ -229,9 +308,11 @@ pub(super) const DROP: &str = "WITH unscheduled AS (
     counted AS (INSERT INTO laelaps.tally (type, live, scheduled) SELECT type, -1, -1 FROM gone)
     SELECT count(*) FROM gone";
 
-/// Remove a held task. Answers as [`release_held`].
+/// Remove a held task. Answers as [`release_held`]: what is gone when it is tried again was dropped by the earlier try.
 pub(super) async fn drop_held(session: &mut Session, key: &str) -> Result<bool, Failure> {
-    take_held(session, DROP, key).await
+    const GONE: &str = "SELECT NOT EXISTS (SELECT FROM laelaps.task WHERE key = $1)";
+    Ok(take_held(session, DROP, key).await?
+        || (session.again && !key.contains('\0') && sqlx::query_scalar(GONE).bind(key).fetch_one(session.db()?).await?))
 }
 
 async fn take_held(session: &mut Session, sql: &'static str, key: &str) -> Result<bool, Failure> {
@@ -256,8 +337,8 @@ async fn make_due(session: &mut Session, found: &Found) -> Result<bool, Failure>
             WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, bytes, max_running, user_name, type, alone),
         ready AS (
             INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-            SELECT run_at, id, bytes, max_running, user_name FROM due WHERE NOT alone),
-        suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM due WHERE alone),
+            SELECT run_at, id, bytes, max_running, user_name FROM due WHERE NOT alone ON CONFLICT DO NOTHING),
+        suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM due WHERE alone ON CONFLICT DO NOTHING),
         changed AS (
             INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
             SELECT user_name, run_at, id, max_running FROM due WHERE user_name <> '' AND NOT alone),
@@ -275,7 +356,7 @@ async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
     const REVIVE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
         revived AS (
             UPDATE laelaps.task SET state = 'waiting', run_at = (SELECT now FROM clock), attempts = 0, releases = NULL, lost = NULL,
-                lost_alone = NULL, alone = false, finished_at = NULL, retained_until = NULL
+                lost_alone = NULL, lost_at = NULL, alone = false, finished_at = NULL, retained_until = NULL
             WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
             RETURNING id, run_at, bytes, max_running, user_name, type, root),
         descended AS (
@@ -284,7 +365,7 @@ async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
         cancelled AS (DELETE FROM laelaps.cancelled WHERE task = (SELECT id FROM revived)),
         ready AS (
             INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-            SELECT run_at, id, bytes, max_running, user_name FROM revived),
+            SELECT run_at, id, bytes, max_running, user_name FROM revived ON CONFLICT DO NOTHING),
         changed AS (
             INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
             SELECT user_name, run_at, id, max_running FROM revived WHERE user_name <> ''),
@@ -297,16 +378,16 @@ async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
     Ok(revived == 1)
 }
 
-/// What is over, up to so many tasks and one group more.
+/// What is over at a moment, $2, up to so many tasks and one group more.
 pub(super) const OVER: &str = "WITH over AS MATERIALIZED (
-        SELECT id, until, tasks FROM laelaps.retention WHERE until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
-        ORDER BY until, id LIMIT $1 FOR UPDATE SKIP LOCKED)
+        SELECT id, until, tasks FROM laelaps.retention WHERE until <= $2 ORDER BY until, id LIMIT $1 FOR UPDATE SKIP LOCKED)
     SELECT id, tasks FROM (SELECT id, tasks, sum(cardinality(tasks)) OVER (ORDER BY until, id) - cardinality(tasks) AS before
         FROM over) AS summed WHERE before < $1 ORDER BY before";
 
+/// Of these tasks, what has ended and need not be retained at a moment, $2, with all that stands beside it.
 pub(super) const REMOVE: &str = "WITH gone AS (
         DELETE FROM laelaps.task WHERE id = ANY($1) AND state IN ('finished', 'failed', 'cancelled')
-            AND retained_until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)
+            AND retained_until <= $2
         RETURNING id, state, type),
     data AS (DELETE FROM laelaps.task_data WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     outputs AS (DELETE FROM laelaps.output WHERE task = ANY(ARRAY(SELECT id FROM gone))),
@@ -322,23 +403,50 @@ pub(super) const REMOVE: &str = "WITH gone AS (
         FROM gone GROUP BY type)
     SELECT count(*) FROM gone";
 
-/// Remove at most `limit` tasks whose retention has ended, oldest end first, and put differences of counts together.
+/// Remove those of the tasks whose retention has ended at a moment; answers how many.
+pub(super) async fn remove(connection: &mut PgConnection, tasks: &[i64], now: i64) -> Result<u64, Failure> {
+    let removed: i64 = sqlx::query_scalar(REMOVE).bind(tasks).bind(now).fetch_one(connection).await?;
+    Ok(removed.unsigned_abs())
+}
+
+/// Remove at most `limit` tasks whose retention has ended, oldest end first. Put differences of counts together, and once nothing is to be
+/// removed any more, see to accounts. One moment counts for all of it: the server's clock may be set back meanwhile.
 pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, Failure> {
-    const LOOK: &str = "SELECT EXISTS (SELECT FROM laelaps.retention
-        WHERE until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)),
-        (SELECT count(*) FROM (SELECT FROM laelaps.tally LIMIT $1) AS first) >= $1";
-    const CUT: &str = "UPDATE laelaps.retention SET tasks = $2 WHERE id = $1";
-    const OUT: &str = "DELETE FROM laelaps.retention WHERE id = ANY($1)";
-    let (garbage, counts): (bool, bool) = sqlx::query_as(LOOK).bind(TALLY_MIN).fetch_one(session.db()?).await?;
+    const LOOK: &str = "SELECT now, EXISTS (SELECT FROM laelaps.retention WHERE until <= now),
+            (SELECT count(*) FROM (SELECT FROM laelaps.tally LIMIT $1) AS first) >= $1,
+            (SELECT count(*) FROM (SELECT FROM laelaps.account_change LIMIT $2) AS first) >= $2
+        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
+    let look = sqlx::query_as(LOOK).bind(TALLY_MIN).bind(CHANGES_MAX).fetch_one(session.db()?);
+    let (now, garbage, counts, changes): (i64, bool, bool, bool) = look.await?;
     if counts {
-        put_together(session).await?;
+        tally::put_together(session).await?;
+    }
+    if changes {
+        session.afterwards(super::session::Shared::enter_changes);
     }
     if !garbage {
+        mend::accounts(session).await?;
         return Ok(0);
     }
+    for _ in 0..ROUNDS_MAX {
+        // What a submit has taken the place of is gone already.
+        let (removed, groups) = remove_over(session, limit, now).await?;
+        if removed > 0 || groups == 0 {
+            return Ok(removed);
+        }
+    }
+    Ok(0)
+}
+
+/// Answers how many were removed, and of how many groups.
+async fn remove_over(session: &mut Session, limit: u32, now: i64) -> Result<(u64, usize), Failure> {
+    const CUT: &str = "UPDATE laelaps.retention SET tasks = $2 WHERE id = $1";
+    const OUT: &str = "DELETE FROM laelaps.retention WHERE id = ANY($1)";
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
     session.begin().await?;
-    let groups: Vec<(i64, Vec<i64>)> = sqlx::query_as(OVER).bind(super::claim::count(limit)).fetch_all(session.db()?).await?;
+    let groups: Vec<(i64, Vec<i64>)> =
+        sqlx::query_as(OVER).bind(super::claim::count(limit)).bind(now).fetch_all(session.db()?).await?;
+    let met = groups.len();
     let mut tasks: Vec<i64> = Vec::new();
     let mut done = Vec::new();
     for (id, mut group) in groups {
@@ -352,20 +460,7 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
         tasks.append(&mut group);
     }
     sqlx::query(OUT).bind(done).execute(session.db()?).await?;
-    let removed: i64 = sqlx::query_scalar(REMOVE).bind(tasks).fetch_one(session.db()?).await?;
+    let removed = remove(session.db()?, &tasks, now).await?;
     session.commit().await?;
-    Ok(removed.unsigned_abs())
-}
-
-/// Put differences of counts together into one row of each type.
-async fn put_together(session: &mut Session) -> Result<(), Failure> {
-    const TOGETHER: &str = "WITH taken AS (
-            DELETE FROM laelaps.tally WHERE id = ANY(ARRAY(SELECT id FROM laelaps.tally ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED))
-            RETURNING type, live, scheduled, finished, failed, cancelled)
-        INSERT INTO laelaps.tally (type, live, scheduled, finished, failed, cancelled)
-        SELECT * FROM (SELECT type, sum(live)::int8 AS live, sum(scheduled)::int8 AS scheduled, sum(finished)::int8 AS finished,
-            sum(failed)::int8 AS failed, sum(cancelled)::int8 AS cancelled FROM taken GROUP BY type) AS summed
-        WHERE live <> 0 OR scheduled <> 0 OR finished <> 0 OR failed <> 0 OR cancelled <> 0";
-    sqlx::query(TOGETHER).bind(TALLY_MAX).execute(session.db()?).await?;
-    Ok(())
+    Ok((removed, met))
 }

@@ -4,7 +4,9 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::failure::{self, Failure};
+use super::operate::Name;
 use super::session::Session;
+use super::unreadable;
 use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
@@ -17,7 +19,8 @@ macro_rules! task_columns {
         "task.id, task.key, task.type, task.state::text, task.user_name, task.max_running, task.attempts, task.max_attempts,
         coalesce(task.lost, 0), task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
         (SELECT digest FROM laelaps.plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
-        progress.done, progress.total, progress.note"
+        progress.done, progress.total, progress.note, task.bytes, coalesce(task.releases, 0), coalesce(task.lost_alone, 0),
+        coalesce(task.depth, 0)"
     };
 }
 
@@ -37,7 +40,31 @@ macro_rules! with_data {
     };
 }
 
+/// The task of a row. A row that cannot be read is shown as far as it can be, and says so.
 fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
+    let mut task = known(row)?;
+    let number = |place: usize| row.try_get::<i32, _>(place).map(|number| Some(i64::from(number)));
+    let numbers = [
+        ("attempts", number(6)?, unreadable::COUNTER),
+        ("lost", number(8)?, unreadable::COUNTER),
+        ("lost_alone", number(23)?, unreadable::COUNTER),
+        ("releases", number(22)?, unreadable::COUNTER),
+        ("depth", number(24)?, unreadable::COUNTER),
+        ("bytes", number(21)?, unreadable::BYTES),
+        ("max_attempts", row.try_get(7)?, unreadable::MAX_ATTEMPTS),
+        ("max_running", row.try_get(5)?, unreadable::MAX_RUNNING),
+        ("created_at", row.try_get(9)?, unreadable::MOMENT),
+        ("run_at", row.try_get(10)?, unreadable::MOMENT),
+    ];
+    let names = [("key", task.key.as_str()), ("type", &task.task_type), ("user", task.user.as_deref().unwrap_or_default())];
+    let problem = unreadable::problem(names, numbers);
+    // What was set aside stays so, even if it can be read since.
+    let aside = || task.error_message.clone().filter(|_| unreadable::is_aside(task.error_code.as_deref()));
+    task.unreadable = problem.or_else(aside);
+    Ok(task)
+}
+
+fn known(row: &PgRow) -> Result<Task, sqlx::Error> {
     let user: String = row.try_get(4)?;
     let state = failure::state(row.try_get(3)?)?;
     let running = state == State::Running;
@@ -71,6 +98,7 @@ fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
         plugin_digest: row.try_get(15)?,
         error_code: row.try_get(16)?,
         error_message: row.try_get(17)?,
+        unreadable: None,
         data: None,
         output: None,
     })
@@ -78,18 +106,22 @@ fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
 
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
 fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
-    let stored: Option<Vec<u8>> = row.try_get(21)?;
+    let stored: Option<Vec<u8>> = row.try_get(25)?;
     let stored = stored.unwrap_or_default();
     let plain = data::readable(stored);
-    Ok(Task { data: Some(plain), output: row.try_get(22)?, ..task(row)? })
+    Ok(Task { data: Some(plain), output: row.try_get(26)?, ..task(row)? })
 }
 
-pub(super) async fn get(session: &mut Session, key: &str) -> Result<Option<Task>, Failure> {
-    const GET: &str = concat!("SELECT ", task_columns!(), with_data!(), " FROM laelaps.task ", beside!(), " WHERE task.key = $1");
-    if key.contains('\0') {
-        return Ok(None);
-    }
-    let row = sqlx::query(GET).bind(key).fetch_optional(session.db()?).await?;
+pub(super) async fn get(session: &mut Session, name: &Name) -> Result<Option<Task>, Failure> {
+    const BY_KEY: &str =
+        concat!("SELECT ", task_columns!(), with_data!(), " FROM laelaps.task ", beside!(), " WHERE task.key = $1");
+    const BY_ID: &str =
+        concat!("SELECT ", task_columns!(), with_data!(), " FROM laelaps.task ", beside!(), " WHERE task.id = $1");
+    let row = match name.parts() {
+        (Some(key), _) => sqlx::query(BY_KEY).bind(key).fetch_optional(session.db()?).await?,
+        (_, Some(id)) => sqlx::query(BY_ID).bind(id).fetch_optional(session.db()?).await?,
+        _ => None,
+    };
     Ok(row.map(|row| task_with_data(&row)).transpose()?)
 }
 
@@ -176,7 +208,8 @@ pub(super) async fn list(session: &mut Session, filter: &Filter) -> Result<Page,
         " WHERE task.id = ANY($1) ORDER BY task.id"
     );
     const BYTES: &str =
-        "SELECT bytes::int8 + coalesce((SELECT octet_length(output) FROM laelaps.output WHERE output.task = task.id), 0)
+        "SELECT greatest(bytes, coalesce(octet_length(data), (SELECT octet_length(data) FROM laelaps.task_data WHERE task_data.task = task.id), 0))::int8
+            + coalesce((SELECT octet_length(output) FROM laelaps.output WHERE output.task = task.id), 0)
         FROM laelaps.task WHERE id = ANY($1) ORDER BY id";
     let limit = filter.limit.clamp(1, PAGE_MAX);
     // Page and tasks have to fit together.
@@ -199,7 +232,18 @@ pub(super) async fn list(session: &mut Session, filter: &Filter) -> Result<Page,
     let read = if filter.with_data { task_with_data } else { task };
     let rows = sqlx::query(sql).bind(&ids).fetch_all(session.db()?).await?;
     session.commit().await?;
-    let tasks: Vec<Task> = rows.iter().map(read).collect::<Result<_, _>>()?;
+    let mut tasks: Vec<Task> = Vec::with_capacity(rows.len());
+    let mut sum = 0_usize;
+    for row in &rows {
+        let task = read(row)?;
+        // Rows may say less than they have.
+        sum += task.data.as_ref().map_or(0, Vec::len) + task.output.as_ref().map_or(0, Vec::len);
+        if sum > PAGE_BYTES_MAX && !tasks.is_empty() {
+            more = true;
+            break;
+        }
+        tasks.push(task);
+    }
     let next = tasks.last().map(|task| task.id).filter(|_| more);
     Ok(Page { tasks, next })
 }
@@ -283,8 +327,8 @@ fn successor(prefix: &str) -> Option<String> {
 }
 
 pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
-    const COUNTS: &str = "SELECT coalesce(sum(live), 0)::int8, coalesce(sum(scheduled), 0)::int8, coalesce(sum(finished), 0)::int8,
-            coalesce(sum(failed), 0)::int8, coalesce(sum(cancelled), 0)::int8,
+    const COUNTS: &str = "SELECT coalesce(sum(live), 0)::float8, coalesce(sum(scheduled), 0)::float8, coalesce(sum(finished), 0)::float8,
+            coalesce(sum(failed), 0)::float8, coalesce(sum(cancelled), 0)::float8,
             (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim)))
         FROM laelaps.tally";
     const HEADS: &str = "SELECT now, (SELECT count(*) FROM laelaps.scheduled WHERE run_at <= now),
@@ -293,27 +337,34 @@ pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
                 (SELECT run_at FROM laelaps.suspect ORDER BY run_at, task LIMIT 1),
                 (SELECT run_at FROM laelaps.scheduled ORDER BY run_at, task LIMIT 1))
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
-    const TYPES: &str = "SELECT type, sum(live)::int8 AS live FROM laelaps.tally GROUP BY type HAVING sum(live) > 0
+    const TYPES: &str = "SELECT type, sum(live)::float8 AS live FROM laelaps.tally GROUP BY type HAVING sum(live) > 0
         ORDER BY live DESC, type LIMIT 100";
     session.begin_reading().await?;
-    let counts: (i64, i64, i64, i64, i64, i64) = sqlx::query_as(COUNTS).fetch_one(session.db()?).await?;
+    let counts: (f64, f64, f64, f64, f64, i64) = sqlx::query_as(COUNTS).fetch_one(session.db()?).await?;
     let (now, due, oldest): (i64, i64, Option<i64>) = sqlx::query_as(HEADS).fetch_one(session.db()?).await?;
-    let types: Vec<(String, i64)> = sqlx::query_as(TYPES).fetch_all(session.db()?).await?;
+    let types: Vec<(String, f64)> = sqlx::query_as(TYPES).fetch_all(session.db()?).await?;
     session.commit().await?;
-    let (live, scheduled, finished, failed, cancelled, running) = counts;
+    let [live, scheduled, finished, failed, cancelled] = [counts.0, counts.1, counts.2, counts.3, counts.4].map(saturated);
+    let running = counts.5;
     let whole = |number: i64| u64::try_from(number).unwrap_or(0);
     // What has become due and was not moved over yet may be claimed just the same.
     let oldest = oldest.map(Timestamp).filter(|moment| *moment <= Timestamp(now));
     Ok(Stats {
-        ready: whole(live - scheduled - running + due),
-        scheduled: whole(scheduled - due),
+        ready: whole(live.saturating_sub(scheduled).saturating_sub(running).saturating_add(due)),
+        scheduled: whole(scheduled.saturating_sub(due)),
         running: whole(running),
         finished: whole(finished),
         failed: whole(failed),
         cancelled: whole(cancelled),
         oldest_ready_ms: oldest.map(|moment| u64::try_from(Timestamp(now).since(moment).as_millis()).unwrap_or(u64::MAX)),
-        types: types.into_iter().map(|(name, tasks)| (name, whole(tasks))).collect(),
+        types: types.into_iter().map(|(name, tasks)| (name, whole(saturated(tasks)))).collect(),
     })
+}
+
+/// A sum of counts, into which somebody may have written by hand.
+#[allow(clippy::cast_possible_truncation, reason = "beyond the range it saturates")]
+fn saturated(sum: f64) -> i64 {
+    sum as i64
 }
 
 /// How many follow-ups of a root have not ended, other than one task; at most `limit`.

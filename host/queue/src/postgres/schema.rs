@@ -137,7 +137,7 @@ pub(super) const OBJECTS: &str = "SELECT 'table', relname::text, (
     WHERE relnamespace = to_regnamespace('laelaps') AND NOT tgisinternal
     UNION ALL SELECT 'type', typname, (SELECT string_agg(enumlabel, ', ' ORDER BY enumsortorder) FROM pg_enum WHERE enumtypid = pg_type.oid)
     FROM pg_type WHERE typnamespace = to_regnamespace('laelaps') AND typtype = 'e'
-    UNION ALL SELECT 'function', proname, concat_ws(' ', pg_get_function_identity_arguments(oid), md5(regexp_replace(prosrc, '\\s+', ' ', 'g')))
+    UNION ALL SELECT 'function', proname || '(' || oidvectortypes(proargtypes) || ')', concat_ws(' ', pg_get_function_identity_arguments(oid), md5(regexp_replace(prosrc, '\\s+', ' ', 'g')))
     FROM pg_proc WHERE pronamespace = to_regnamespace('laelaps')
     ORDER BY 1, 2";
 

@@ -6,24 +6,30 @@
 
 use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnection;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::accounts;
-use super::connections::Connections;
+use super::connections::{Connections, IDLE_IN_TRANSACTION_MAX, Open};
 use super::failure::Failure;
 use super::held::Held;
 use super::listen::{Bell, Listener};
-use super::mark::Marks;
+use super::mark::{Ended, Marks};
+use super::{accounts, tally};
+use crate::outcome::ms;
 use crate::patience::Patience;
 use crate::{Error, HostId, LeaseRef, Result};
 
 /// Operations at once, those that wait for a connection included.
 const OPERATIONS_MAX: u32 = 100_000;
+/// How long a transaction waits for what producers may hold.
+const BRIEF: Duration = Duration::from_millis(500);
+/// Counts appended by this process after which they are put together in the background.
+const COUNTS_MAX: usize = 2_000;
 /// The longest pause before another try.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Settlements of which it is not known whether they were written; beyond that the oldest knowledge goes, and they are answered as lost.
@@ -92,6 +98,13 @@ pub(super) struct Shared {
     pub(super) nobody_picked: AtomicI64,
     /// Changes of accounts are being entered.
     enters: AtomicBool,
+    /// Counts appended since they were put together last, and whether that is going on.
+    counts: AtomicUsize,
+    puts_together: AtomicBool,
+    /// The user up to which accounts were compared last.
+    mended: Mutex<String>,
+    /// Where claims whose leases have ended are looked for.
+    pub(super) ended: Ended,
     unsure: Mutex<HashSet<LeaseRef>>,
     hosts: Mutex<HashSet<HostId>>,
     gate: Arc<Semaphore>,
@@ -99,12 +112,30 @@ pub(super) struct Shared {
 
 /// An operation's connection.
 pub(super) struct Session {
-    connection: Option<PgConnection>,
+    connection: Option<Open>,
     /// An earlier try may have been done in full.
     pub(super) again: bool,
+    /// When the operation was tried first.
+    pub(super) began: Instant,
     begun: bool,
     afterwards: Vec<Afterwards>,
     pub(super) shared: Arc<Shared>,
+}
+
+/// How often and for how long an operation is tried.
+struct Tries {
+    patience: Patience,
+    /// The most that one try takes.
+    limit: Duration,
+    /// An earlier try may have been done in full.
+    again: bool,
+    began: Option<Instant>,
+}
+
+impl Tries {
+    fn new(patience: Duration, limit: Duration) -> Self {
+        Self { patience: Patience::new(patience), limit, again: false, began: None }
+    }
 }
 
 impl Session {
@@ -113,7 +144,7 @@ impl Session {
     /// # Errors
     /// Never within an operation.
     pub(super) fn db(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
-        self.connection.as_mut().ok_or(sqlx::Error::WorkerCrashed)
+        self.connection.as_mut().map(|open| &mut open.connection).ok_or(sqlx::Error::WorkerCrashed)
     }
 
     /// Do this once the operation is done and durable.
@@ -126,10 +157,34 @@ impl Session {
         self.begun
     }
 
-    /// Begin a transaction, for an operation of several statements.
+    /// The moment, by the server's clock, at which the operation was tried first, or a little earlier: what came about before is not its own.
+    pub(super) async fn began_at(&mut self) -> Result<i64, Failure> {
+        const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
+        let now: i64 = sqlx::query_scalar(NOW).fetch_one(self.db()?).await?;
+        // Looked at after the answer, so that its way only makes it longer.
+        Ok(now.saturating_sub(ms(self.began.elapsed())).saturating_sub(1))
+    }
+
+    /// So many rows of counts were appended.
+    pub(super) fn counts(&mut self, rows: usize) {
+        self.afterwards(move |shared| shared.counted(rows));
+    }
+
+    /// Begin a transaction, for an operation of several statements. The server ends it if this program stops in the middle of it.
     pub(super) async fn begin(&mut self) -> Result<(), Failure> {
+        self.begin_with(String::new()).await
+    }
+
+    /// As [`Session::begin`]. It waits for no lock for long: [`Failure::is_lock_timeout`].
+    pub(super) async fn begin_briefly(&mut self) -> Result<(), Failure> {
+        self.begin_with(format!("; SET LOCAL lock_timeout = {}", BRIEF.as_millis())).await
+    }
+
+    async fn begin_with(&mut self, settings: String) -> Result<(), Failure> {
         self.begun = true;
-        sqlx::raw_sql("BEGIN").execute(self.db()?).await?;
+        let idle = IDLE_IN_TRANSACTION_MAX.as_millis();
+        let sql = format!("BEGIN; SET LOCAL idle_in_transaction_session_timeout = {idle}{settings}");
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(self.db()?).await?;
         Ok(())
     }
 
@@ -169,6 +224,10 @@ impl Shared {
             plugins: RwLock::default(),
             nobody_picked: AtomicI64::new(0),
             enters: AtomicBool::new(false),
+            counts: AtomicUsize::new(0),
+            puts_together: AtomicBool::new(false),
+            mended: Mutex::default(),
+            ended: Ended::default(),
             unsure: Mutex::default(),
             hosts: Mutex::default(),
             gate: Arc::new(Semaphore::new(OPERATIONS_MAX as usize)),
@@ -190,6 +249,23 @@ impl Shared {
             let outcome = shared.repeat(doing, operation).await;
             drop(pass);
             outcome
+        });
+        work.await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// As [`Shared::run`], once, for an operation that may take so long.
+    pub(super) async fn run_long<T, F>(self: &Arc<Self>, doing: &'static str, limit: Duration, mut operation: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s> FnMut(&'s mut Session) -> Work<'s, T> + Send + 'static,
+    {
+        let pass = self.pass().await?;
+        let shared = Arc::clone(self);
+        let work = tokio::spawn(async move {
+            let mut tries = Tries::new(Duration::ZERO, limit);
+            let outcome = shared.attempt(&mut operation, &mut tries).await;
+            drop(pass);
+            outcome.map_err(|failure| failure.into_error(doing, shared.connections.place()))
         });
         work.await.unwrap_or(Err(Error::Closed))
     }
@@ -222,16 +298,15 @@ impl Shared {
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
-        let mut patience = Patience::new(self.patience);
-        let mut again = false;
+        let mut tries = Tries::new(self.patience, self.connections.silence_max());
         let mut pause = Duration::from_millis(4);
         loop {
-            let failure = match self.attempt(&mut operation, &mut again, &mut patience).await {
+            let failure = match self.attempt(&mut operation, &mut tries).await {
                 Ok(outcome) => return Ok(outcome),
                 Err(failure) => failure,
             };
-            let may_pass =
-                (failure.is_lost() && patience.lasts(pause)) || (failure.is_contention() && patience.outlasts_conflict(pause));
+            let may_pass = (failure.is_lost() && tries.patience.lasts(pause))
+                || (failure.is_contention() && tries.patience.outlasts_conflict(pause));
             if !may_pass {
                 return Err(failure.into_error(doing, self.connections.place()));
             }
@@ -246,28 +321,30 @@ impl Shared {
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
-        self.attempt(&mut operation, &mut false, &mut Patience::new(Duration::ZERO)).await
+        self.attempt(&mut operation, &mut Tries::new(Duration::ZERO, self.connections.silence_max())).await
     }
 
-    async fn attempt<T, F>(self: &Arc<Self>, operation: &mut F, again: &mut bool, patience: &mut Patience) -> Result<T, Failure>
+    async fn attempt<T, F>(self: &Arc<Self>, operation: &mut F, tries: &mut Tries) -> Result<T, Failure>
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
         let turn = self.connections.turn().await?;
-        patience.begin();
+        tries.patience.begin();
+        let began = *tries.began.get_or_insert_with(Instant::now);
         let mut taken = turn.take().await?;
-        let mut session =
-            Session { connection: None, again: *again, begun: false, afterwards: Vec::new(), shared: Arc::clone(self) };
+        let (again, shared) = (tries.again, Arc::clone(self));
+        let mut session = Session { connection: None, again, began, begun: false, afterwards: Vec::new(), shared };
         std::mem::swap(&mut session.connection, &mut taken.connection);
-        let limit = self.connections.silence_max();
+        let limit = tries.limit;
         let outcome = tokio::time::timeout(limit, operation(&mut session)).await.unwrap_or_else(|_| Err(Failure::silence(limit)));
         if outcome.as_ref().is_err_and(Failure::is_lost) {
-            *again = true;
-            self.connections.drop_idle();
+            tries.again = true;
+            self.connections.drop_all();
             return outcome;
         }
         // An operation that failed may have left its transaction open.
-        if session.roll_back().await.is_ok() {
+        let rolled_back = tokio::time::timeout(self.connections.connect_timeout(), session.roll_back()).await;
+        if matches!(rolled_back, Ok(Ok(()))) {
             std::mem::swap(&mut session.connection, &mut taken.connection);
             taken.give_back();
         }
@@ -307,6 +384,35 @@ impl Shared {
     pub(super) fn wake(self: &Arc<Self>) {
         self.hint();
         self.bell.ring(self);
+    }
+
+    /// The user up to which accounts were compared with the tasks.
+    pub(super) fn mended_up_to(&self) -> String {
+        self.mended.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Compare accounts from here on next.
+    pub(super) fn mend_from(&self, user: String) {
+        *self.mended.lock().unwrap_or_else(PoisonError::into_inner) = user;
+    }
+
+    /// So many rows of counts were appended: put them together in the background once they are many, so that they stay few at any speed.
+    fn counted(self: &Arc<Self>, rows: usize) {
+        if self.counts.fetch_add(rows, Ordering::AcqRel) + rows < COUNTS_MAX || self.puts_together.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.counts.store(0, Ordering::Release);
+        let shared = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Some(pass) = shared.pass_at_once() {
+                let together = shared.repeat("putting counts together", |session| Box::pin(tally::put_together(session)));
+                if let Err(error) = together.await {
+                    tracing::debug!(%error, "counts are put together later");
+                }
+                drop(pass);
+            }
+            shared.puts_together.store(false, Ordering::Release);
+        });
     }
 
     /// Enter changes of accounts in the background until none is left, if that is not going on already: after a submit for so many users that

@@ -15,6 +15,9 @@ use crate::batch::Row;
 use crate::outcome::{self, Counters, Entry};
 use crate::{Lease, LeaseAnswer, LeaseRef, Result, Settlement, State, TaskId};
 
+/// The most outputs and failures of one statement, unless one alone has more: far below the 1 GiB that the server takes at once.
+const ROUND_BYTES_MAX: usize = 32 << 20;
+
 /// Settlements whose follow-ups keep their bounds.
 #[derive(Clone)]
 pub(super) struct Group(Arc<Inner>);
@@ -80,22 +83,39 @@ impl Group {
             Box::pin(async move { group.write_alone(session).await })
         });
         let outcome = outcome.await;
-        if outcome.as_ref().is_err_and(crate::Error::is_retryable) {
+        // Of what was busy nothing was done.
+        let unknown = |error: &crate::Error| error.is_retryable() && !matches!(error, crate::Error::Busy { .. });
+        if outcome.as_ref().is_err_and(|error| again || unknown(error)) {
             shared.note_unsure(self.0.asked.iter().copied());
         }
         outcome
     }
 
     async fn write_alone(&self, session: &mut Session) -> Result<Vec<LeaseAnswer>, Failure> {
-        let several = self.0.entries.iter().any(|entry| !entry.follow_ups.is_empty()) || rounds(&self.0.entries).len() > 1;
-        if several {
+        let with_others_keys = self.0.entries.iter().any(|entry| !entry.follow_ups.is_empty());
+        let several = with_others_keys || rounds(&self.0.entries).len() > 1;
+        // Entered before anything is locked, and remembered.
+        plugin_ids(session, self.digests()).await?;
+        if with_others_keys {
+            // A producer whose transaction is open may hold the key of a follow-up for as long as it likes.
+            session.begin_briefly().await?;
+        } else if several {
             session.begin().await?;
         }
-        let answers = self.write_in(session).await?;
+        let answers = match self.write_in(session).await {
+            Err(failure) if with_others_keys && failure.is_lock_timeout() => {
+                return Err(Failure::from(crate::Error::Busy { doing: "settling attempts with follow-up tasks" }));
+            }
+            answers => answers?,
+        };
         if several {
             session.commit().await?;
         }
         Ok(answers)
+    }
+
+    fn digests(&self) -> BTreeSet<&str> {
+        self.0.entries.iter().filter_map(|entry| entry.plugin_digest.as_deref()).collect()
     }
 
     /// Write, in the session's transaction if there is one.
@@ -103,7 +123,7 @@ impl Group {
         let entries = &self.0.entries;
         let leases: HashSet<Lease> = entries.iter().map(|entry| entry.lease_ref.lease).collect();
         let mut over = session.shared.held.settling(&leases);
-        let plugins = plugin_ids(session, entries.iter().filter_map(|entry| entry.plugin_digest.as_deref()).collect()).await?;
+        let plugins = plugin_ids(session, self.digests()).await?;
         let mut written = Written::default();
         let rounds = rounds(entries);
         if rounds.len() > 1 {
@@ -123,8 +143,10 @@ impl Group {
             .collect();
         if !follow_ups.is_empty() {
             written.wakes |= !store(session.db()?, &follow_ups).await?.is_empty();
+            session.counts(1);
         }
         let gone = if written.held.len() == entries.len() { over.then } else { Vec::new() };
+        session.counts(1);
         let (leases, place, wakes) = (written.held.clone(), written.place, written.wakes);
         session.afterwards(move |shared| {
             shared.held.settled(leases.into_iter(), &gone);
@@ -155,18 +177,30 @@ impl Written {
     }
 }
 
-/// The entries in the order of their tasks, each task once a round: mostly one round, since of a task's leases only one can hold.
+/// The entries in the order of their tasks, each task once a round: mostly one round, since of a task's leases only one can hold. A round is one
+/// statement, so outputs and failures of one keep a bound.
 fn rounds(entries: &[Entry]) -> Vec<Vec<&Entry>> {
     let mut rest: Vec<&Entry> = entries.iter().collect();
     rest.sort_unstable_by_key(|entry| (entry.lease_ref.task, entry.lease_ref.lease));
     let mut rounds = Vec::with_capacity(1);
     while !rest.is_empty() {
         let mut last = None;
-        let (round, later) = rest.into_iter().partition(|entry| last.replace(entry.lease_ref.task) != Some(entry.lease_ref.task));
+        let mut bytes = 0_usize;
+        let (round, later) = rest.into_iter().partition(|entry| {
+            let is_first = bytes == 0;
+            bytes = bytes.saturating_add(size(entry));
+            last.replace(entry.lease_ref.task) != Some(entry.lease_ref.task) && (is_first || bytes <= ROUND_BYTES_MAX)
+        });
         rounds.push(round);
         rest = later;
     }
     rounds
+}
+
+/// What an entry adds to a statement, follow-ups aside.
+fn size(entry: &Entry) -> usize {
+    let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+    64 + entry.output.as_ref().map_or(0, Vec::len) + text(&entry.error_code) + text(&entry.error_message)
 }
 
 /// The first entry, if all have finished alike and leave nothing to be written beside the task.
@@ -185,8 +219,8 @@ fn alike<'e>(entries: &[&'e Entry]) -> Option<&'e Entry> {
 /// $1 tasks in ascending order, by which `width_bucket` finds a task's place in the other arrays; $2 their leases, $3 event, $4 plugin version, $5 retention, $6 claims that are over if all are held, $7 claims that are over.
 pub(super) const FINISH: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     done AS (
-        UPDATE laelaps.task SET state = 'finished', until = NULL, event = $3, plugin = coalesce($4, plugin), attempts = attempts + 1,
-            finished_at = (SELECT now FROM clock), retained_until = (SELECT now FROM clock) + $5
+        UPDATE laelaps.task SET state = 'finished', until = NULL, event = $3, plugin = coalesce($4, plugin),
+            attempts = least(attempts::int8 + 1, 2147483647), finished_at = (SELECT now FROM clock), retained_until = (SELECT now FROM clock) + $5
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND until > (SELECT now FROM clock)
         RETURNING id, lease, type, user_name, root),
@@ -195,13 +229,14 @@ pub(super) const FINISH: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
         SELECT (SELECT now FROM clock) + $5, array_agg(id) FROM done HAVING count(*) > 0),
     changed AS (
         INSERT INTO laelaps.account_change (user_name, stopped)
-        SELECT user_name, count(*) FROM done WHERE user_name <> '' GROUP BY user_name),
+        SELECT user_name, count(*) FROM done WHERE user_name <> '' GROUP BY user_name RETURNING user_name),
     counted AS (INSERT INTO laelaps.tally (type, live, finished) SELECT type, -count(*), count(*) FROM done GROUP BY type),
     ended AS (DELETE FROM laelaps.descendant WHERE task = ANY(ARRAY(SELECT id FROM done WHERE root IS NOT NULL))),
     over AS (
         DELETE FROM laelaps.claim WHERE id = ANY(ARRAY(SELECT id FROM laelaps.claim WHERE id = ANY($7::int8[]
             || CASE WHEN (SELECT count(*) FROM done) = cardinality($1::int8[]) THEN $6::int8[] ELSE '{}' END) FOR UPDATE SKIP LOCKED)))
-    SELECT array_agg(lease) FROM done";
+    SELECT array_agg(lease), EXISTS (SELECT FROM laelaps.account WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed))
+        AND head_task IS NOT NULL AND NOT open) FROM done";
 
 async fn finish(
     session: &mut Session,
@@ -210,7 +245,7 @@ async fn finish(
     plugins: &HashMap<String, i32>,
     over: &Over,
 ) -> Result<Written, Failure> {
-    let held: Option<Vec<i64>> = sqlx::query_scalar(FINISH)
+    let (held, opens): (Option<Vec<i64>>, bool) = sqlx::query_as(FINISH)
         .bind(entries.iter().map(|entry| entry.lease_ref.task.0).collect::<Vec<i64>>())
         .bind(entries.iter().map(|entry| entry.lease_ref.lease.0).collect::<Vec<i64>>())
         .bind(first.row.event)
@@ -220,45 +255,52 @@ async fn finish(
         .bind(&over.now)
         .fetch_one(session.db()?)
         .await?;
-    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), ..Written::default() })
+    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: opens, place: None })
 }
 
 /// $1 tasks in ascending order; for each in its place: $2 lease, $3 state (1 waiting, 2 finished, 3 failed), $5 event (a place in $4), $6 whether
-/// it counts, $7 delay or retention, $8 plugin version, $9 to $12 counters, $13 and $14 failure, $15 output. $16 leases that have ended count
-/// too; $17 and $18 as $6 and $7 of [`FINISH`].
+/// it counts, $7 delay or retention, $8 plugin version, $9 to $12 counters, $13 and $14 failure, $15 output. $16 they are lost: leases that have
+/// ended count too, and losses are as given; else they only ever get fewer, since one may have been excused meanwhile. $17 and $18 as $6 and $7 of [`FINISH`].
 pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     done AS (
         UPDATE laelaps.task SET
             state = (ARRAY['waiting', 'finished', 'failed']::laelaps.state[])[($3::int4[])[width_bucket(id, $1::int8[])]],
             until = NULL, event = ($4::text[])[($5::int4[])[width_bucket(id, $1::int8[])]],
             plugin = coalesce(($8::int4[])[width_bucket(id, $1::int8[])], plugin),
-            attempts = attempts + ($6::int4[])[width_bucket(id, $1::int8[])],
+            attempts = least(attempts::int8 + ($6::int4[])[width_bucket(id, $1::int8[])], 2147483647),
             run_at = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] = 1
                 THEN coalesce((SELECT now FROM clock) + ($7::int8[])[width_bucket(id, $1::int8[])], run_at) ELSE run_at END,
             finished_at = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] > 1 THEN (SELECT now FROM clock) END,
             retained_until = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] > 1
                 THEN (SELECT now FROM clock) + ($7::int8[])[width_bucket(id, $1::int8[])] END,
             releases = coalesce(($9::int4[])[width_bucket(id, $1::int8[])], releases),
-            lost = coalesce(($10::int4[])[width_bucket(id, $1::int8[])], lost),
-            lost_alone = coalesce(($11::int4[])[width_bucket(id, $1::int8[])], lost_alone),
+            lost = CASE WHEN $16 THEN ($10::int4[])[width_bucket(id, $1::int8[])]
+                ELSE nullif(least(($10::int4[])[width_bucket(id, $1::int8[])], coalesce(lost, 0)), 0) END,
+            lost_alone = CASE WHEN $16 THEN ($11::int4[])[width_bucket(id, $1::int8[])]
+                ELSE nullif(least(($11::int4[])[width_bucket(id, $1::int8[])], coalesce(lost_alone, 0)), 0) END,
+            lost_at = CASE WHEN $16 THEN coalesce(lost_at, (SELECT now FROM clock))
+                WHEN least(($10::int4[])[width_bucket(id, $1::int8[])], coalesce(lost, 0)) > 0 THEN lost_at END,
             alone = coalesce(($12::bool[])[width_bucket(id, $1::int8[])], alone)
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND (until > (SELECT now FROM clock) OR $16)
         RETURNING id, lease, state, type, user_name, run_at, bytes, max_running, alone, host, retained_until, event, root,
             width_bucket(id, $1::int8[]) AS place, (SELECT now FROM clock) AS now,
-            attempts - ($6::int4[])[width_bucket(id, $1::int8[])] + 1 AS attempt,
+            least(attempts::int8 - ($6::int4[])[width_bucket(id, $1::int8[])] + 1, 2147483647)::int4 AS attempt,
             state = 'waiting' AND NOT alone AND run_at <= (SELECT now FROM clock) AS is_ready),
     ready AS (
         INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM done WHERE is_ready),
+        SELECT run_at, id, bytes, max_running, user_name FROM done WHERE is_ready ON CONFLICT DO NOTHING),
     suspect AS (
-        INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND alone AND run_at <= now),
-    later AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND run_at > now),
+        INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND alone AND run_at <= now
+        ON CONFLICT DO NOTHING),
+    later AS (
+        INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND run_at > now
+        ON CONFLICT DO NOTHING),
     changed AS (
         INSERT INTO laelaps.account_change (user_name, stopped, run_at, task, max_running)
         SELECT user_name, count(*), min(run_at) FILTER (WHERE is_ready), (array_agg(id ORDER BY run_at, id) FILTER (WHERE is_ready))[1],
             (array_agg(max_running ORDER BY run_at, id) FILTER (WHERE is_ready))[1]
-        FROM done WHERE user_name <> '' GROUP BY user_name),
+        FROM done WHERE user_name <> '' GROUP BY user_name RETURNING user_name),
     counted AS (
         INSERT INTO laelaps.tally (type, live, scheduled, finished, failed)
         SELECT type, -count(*) FILTER (WHERE state <> 'waiting'), count(*) FILTER (WHERE state = 'waiting' AND run_at > now),
@@ -281,7 +323,7 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
     attempts AS (
         INSERT INTO laelaps.attempt (task, lease, attempt, host, plugin, ended_at, event, code, message)
         SELECT id, lease, attempt, host, ($8::int4[])[place], now, event, ($13::text[])[place], ($14::text[])[place]
-        FROM done WHERE state <> 'finished'),
+        FROM done WHERE state <> 'finished' ON CONFLICT DO NOTHING),
     trimmed AS (
         DELETE FROM laelaps.attempt WHERE task = ANY(ARRAY(SELECT id FROM done WHERE state <> 'finished'))
         AND lease <= (SELECT newer.lease FROM laelaps.attempt AS newer WHERE newer.task = attempt.task
@@ -289,8 +331,9 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
     over AS (
         DELETE FROM laelaps.claim WHERE id = ANY(ARRAY(SELECT id FROM laelaps.claim WHERE id = ANY($18::int8[]
             || CASE WHEN (SELECT count(*) FROM done) = cardinality($1::int8[]) THEN $17::int8[] ELSE '{}' END) FOR UPDATE SKIP LOCKED)))
-    SELECT array_agg(lease), coalesce(bool_or(state = 'waiting'), false), min(run_at) FILTER (WHERE is_ready),
-        (array_agg(id ORDER BY run_at, id) FILTER (WHERE is_ready))[1]
+    SELECT array_agg(lease), coalesce(bool_or(state = 'waiting'), false) OR EXISTS (SELECT FROM laelaps.account
+            WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed)) AND head_task IS NOT NULL AND NOT open),
+        min(run_at) FILTER (WHERE is_ready), (array_agg(id ORDER BY run_at, id) FILTER (WHERE is_ready))[1]
     FROM done";
 
 async fn settle(
@@ -397,4 +440,35 @@ pub(super) async fn plugin_ids(session: &mut Session, digests: BTreeSet<&str>) -
         shared.plugins.write().unwrap_or_else(PoisonError::into_inner).extend(found.iter().cloned());
     }
     Ok(found.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Attempt, Event, Policy};
+    use std::time::Duration;
+
+    #[test]
+    fn a_statement_holds_only_so_much_output_unless_one_alone_has_more() {
+        let attempt = Attempt {
+            attempt: 1,
+            max_attempts: None,
+            releases: 0,
+            lost: 0,
+            lost_alone: 0,
+            alone: false,
+            lost_for: Duration::ZERO,
+        };
+        let settled = |(task, bytes): (i64, usize)| {
+            let event = Event::Finish { output: Some(vec![0; bytes]), retention: None };
+            let lease_ref = LeaseRef { task: TaskId(task), lease: Lease(task) };
+            Settlement::of(lease_ref, event, attempt, &Policy::default(), 0.0, None, Vec::new())
+        };
+        let sizes = [ROUND_BYTES_MAX + 1, ROUND_BYTES_MAX / 2, 10, ROUND_BYTES_MAX / 2, 10];
+        let group: Vec<Settlement> = (1..).zip(sizes).map(settled).collect();
+        let entries = outcome::entries(&group).expect("there are no follow-ups");
+        let rounds: Vec<Vec<i64>> =
+            rounds(&entries).iter().map(|round| round.iter().map(|entry| entry.lease_ref.task.0).collect()).collect();
+        assert_eq!(rounds, [vec![1], vec![2, 3], vec![4, 5]]);
+    }
 }

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use sqlx::postgres::PgConnection;
 
 use super::failure::Failure;
+use super::operate;
 use super::session::Session;
 use crate::batch::{self, Batch, Row};
 use crate::{Descent, NewTask, Result, Submitted};
@@ -46,14 +47,61 @@ const STORE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM cloc
 /// Store a batch. Answers stand in the order of its tasks.
 pub(super) async fn submit(session: &mut Session, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
     let one = batch::chunk(&batch.rows, NewTask::BATCH_MAX, CHUNK_BYTES).1.is_empty();
-    if !one {
-        session.begin().await?;
+    let earlier = if session.again { stored_before(session, &batch.rows).await? } else { HashSet::new() };
+    let mut created = HashSet::new();
+    if one {
+        // Mostly all are new, and this is all there is to do.
+        created = store_new(session.db()?, &batch.rows).await?;
     }
-    let created = store(session.db()?, &batch.rows).await?;
-    if !one {
+    if created.len() + earlier.len() < batch.rows.len() && (!one || any_over(session.db()?, &batch.rows).await?) {
+        let rest: Vec<Row> = batch.rows.iter().filter(|row| !created.contains(&row.key)).cloned().collect();
+        session.begin().await?;
+        created.extend(store(session.db()?, &rest).await?);
         session.commit().await?;
     }
+    session.counts(1);
+    created.extend(earlier);
     Ok(answers(batch, &created))
+}
+
+/// The rows that an earlier try of the same submit stored, whose answer was lost: those of their keys that are just so and came about since it
+/// began.
+async fn stored_before(session: &mut Session, rows: &[Row]) -> Result<HashSet<String>, Failure> {
+    const STORED: &str = "SELECT asked.key FROM unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int4[])
+            AS asked (key, type, user_name, max_running, max_attempts, bytes)
+        CROSS JOIN LATERAL (SELECT FROM laelaps.task WHERE task.key = asked.key AND task.type = asked.type AND task.user_name = asked.user_name
+            AND task.max_running IS NOT DISTINCT FROM asked.max_running AND task.max_attempts IS NOT DISTINCT FROM asked.max_attempts
+            AND task.bytes = asked.bytes AND task.created_at >= $7 OFFSET 0) AS same";
+    let began = session.began_at().await?;
+    let column = |of: fn(&Row) -> &str| rows.iter().map(of).collect::<Vec<&str>>();
+    let numbers = |of: fn(&Row) -> Option<i64>| rows.iter().map(of).collect::<Vec<Option<i64>>>();
+    let keys: Vec<String> = sqlx::query_scalar(STORED)
+        .bind(column(|row| &row.key))
+        .bind(column(|row| &row.task_type))
+        .bind(column(|row| &row.user))
+        .bind(numbers(|row| row.max_running.map(i64::from)))
+        .bind(numbers(|row| row.max_attempts.map(i64::from)))
+        .bind(rows.iter().map(|row| i32::try_from(row.bytes).unwrap_or(i32::MAX)).collect::<Vec<i32>>())
+        .bind(began)
+        .fetch_all(session.db()?)
+        .await?;
+    Ok(keys.into_iter().collect())
+}
+
+/// Ended tasks with these keys whose retention has ended too.
+pub(super) const OVER_BY_KEY: &str =
+    "SELECT array_agg(id), (extract(epoch FROM clock_timestamp()) * 1000)::int8 FROM laelaps.task
+    WHERE key = ANY($1) AND state IN ('finished', 'failed', 'cancelled')
+        AND retained_until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)";
+
+async fn over(connection: &mut PgConnection, rows: &[Row]) -> Result<(Vec<i64>, i64), Failure> {
+    let keys: Vec<&str> = rows.iter().map(|row| row.key.as_str()).collect();
+    let (over, now): (Option<Vec<i64>>, i64) = sqlx::query_as(OVER_BY_KEY).bind(keys).fetch_one(connection).await?;
+    Ok((over.unwrap_or_default(), now))
+}
+
+async fn any_over(connection: &mut PgConnection, rows: &[Row]) -> Result<bool, Failure> {
+    Ok(!over(connection, rows).await?.0.is_empty())
 }
 
 /// Store a batch in a caller's transaction, which the caller ends, and wake hosts when it commits.
@@ -75,8 +123,23 @@ fn columns_of(descent: Descent) -> (i64, i32) {
     (descent.root.0, i32::try_from(descent.depth).unwrap_or(i32::MAX))
 }
 
-/// Store the rows whose key is new; answers their keys. Of two rows with one key the first wins.
+/// Store the rows whose key is new or free again; answers their keys. Of two rows with one key the first wins. In a transaction: a task whose
+/// retention has ended and that clean-up has not come to yet goes first.
 pub(super) async fn store(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSet<String>, Failure> {
+    let mut created = store_new(connection, rows).await?;
+    if created.len() < rows.len() {
+        let rest: Vec<Row> = rows.iter().filter(|row| !created.contains(&row.key)).cloned().collect();
+        let (over, now) = over(connection, &rest).await?;
+        if !over.is_empty() {
+            operate::remove(connection, &over, now).await?;
+            created.extend(store_new(connection, &rest).await?);
+        }
+    }
+    Ok(created)
+}
+
+/// Store the rows whose key is new; answers their keys.
+async fn store_new(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSet<String>, Failure> {
     let mut created = HashSet::with_capacity(rows.len());
     let mut rest = rows;
     while !rest.is_empty() {

@@ -12,11 +12,12 @@ fn policy() -> Policy {
         retention: Duration::from_secs(60),
         failed_retention: Duration::from_secs(600),
         max_attempts: None,
+        suspicion: Duration::from_secs(3_600),
     }
 }
 
 fn first_attempt() -> Attempt {
-    Attempt { attempt: 1, max_attempts: None, releases: 0, lost: 0, lost_alone: 0, alone: false }
+    Attempt { attempt: 1, max_attempts: None, releases: 0, lost: 0, lost_alone: 0, alone: false, lost_for: Duration::ZERO }
 }
 
 fn failure(kind: FailureKind) -> Event {
@@ -119,21 +120,46 @@ fn a_task_without_route_waits_and_never_fails() {
 }
 
 #[test]
-fn a_task_lost_twice_runs_alone_and_lost_alone_three_times_fails() {
+fn a_task_lost_twice_runs_alone_and_lost_alone_again_and_again_for_an_hour_fails() {
     let mut attempt = Attempt { releases: 3, max_attempts: Some(1), ..first_attempt() };
-    let mut history = Vec::new();
+    let (mut history, mut delays) = (Vec::new(), Vec::new());
     let end = loop {
         match decide(&Event::Lost, attempt, &policy(), 0.0) {
             Verdict::Wait { delay, counted, releases, lost, lost_alone, alone } => {
-                assert_eq!((delay, counted, releases), (alone.then_some(Duration::ZERO), false, 3), "only a suspect goes behind");
+                assert_eq!((delay.is_some(), counted, releases), (alone, false, 3), "only a suspect goes behind");
                 history.push((lost, lost_alone, alone));
-                attempt = Attempt { lost, lost_alone, alone, ..attempt };
+                let delay = delay.unwrap_or_default();
+                delays.push(delay.as_secs() / 60);
+                // A host dies of it at once.
+                attempt = Attempt { lost, lost_alone, alone, lost_for: attempt.lost_for + delay, ..attempt };
             }
             end => break end,
         }
     };
-    assert_eq!(history, [(1, 0, false), (2, 0, true), (3, 1, true), (4, 2, true)]);
-    assert_eq!(end, Verdict::Fail { retention: Duration::from_secs(600), lost: 5, lost_alone: 3, counted: false });
+    assert_eq!(history[..4], [(1, 0, false), (2, 0, true), (3, 1, true), (4, 2, true)]);
+    assert_eq!(delays, [0, 0, 0, 0, 1, 2, 4, 8, 16, 32], "minutes");
+    assert_eq!(end, Verdict::Fail { retention: Duration::from_secs(600), lost: 11, lost_alone: 9, counted: false });
+    let early = Attempt { lost: 99, lost_alone: 98, alone: true, lost_for: Duration::from_secs(3_599), ..first_attempt() };
+    assert!(matches!(decide(&Event::Lost, early, &policy(), 0.0), Verdict::Wait { .. }), "an outage fails no task");
+    let at_once = Policy { suspicion: Duration::ZERO, ..policy() };
+    let third = Attempt { lost: 4, lost_alone: 2, alone: true, ..first_attempt() };
+    assert!(matches!(decide(&Event::Lost, third, &at_once, 0.0), Verdict::Fail { lost_alone: 3, .. }));
+}
+
+#[test]
+fn a_handler_that_gives_a_sign_of_its_own_is_no_suspect_any_more() {
+    let suspect = Attempt { lost: 4, lost_alone: 2, alone: true, lost_for: Duration::from_secs(9), ..first_attempt() };
+    let mut signs = what_counts_as_an_attempt();
+    signs.push(Event::Release { delay: None });
+    for event in signs {
+        let verdict = decide(&event, suspect, &policy(), 0.0);
+        assert!(matches!(verdict, Verdict::Wait { lost: 0, lost_alone: 0, alone: false, .. }), "{event:?}: {verdict:?}");
+    }
+    // These may have ended before the handler ran.
+    for event in [Event::Stopped, Event::Overdue, Event::Unrouted { message: String::new() }] {
+        let verdict = decide(&event, suspect, &policy(), 0.0);
+        assert!(matches!(verdict, Verdict::Wait { lost: 4, lost_alone: 2, alone: true, .. }), "{event:?}: {verdict:?}");
+    }
 }
 
 #[test]
@@ -184,6 +210,7 @@ fn any_attempt() -> impl Strategy<Value = Attempt> {
             lost,
             lost_alone,
             alone,
+            lost_for: Duration::from_secs(u64::from(releases)),
         },
     )
 }
@@ -203,18 +230,20 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(Event::Stopped),
         any::<String>().prop_map(|message| Event::Unrouted { message }),
         Just(Event::Lost),
+        Just(Event::Overdue),
     ]
 }
 
 proptest! {
     #[test]
-    fn suspicion_never_shrinks(event in any_event(), attempt in any_attempt(), random in 0.0f64..1.0) {
-        match decide(&event, attempt, &policy(), random) {
-            Verdict::Finish { .. } => {}
-            Verdict::Wait { lost, lost_alone, alone, .. } => {
-                prop_assert!(lost >= attempt.lost && lost_alone >= attempt.lost_alone && alone >= attempt.alone);
+    fn suspicion_grows_by_losses_alone(event in any_event(), attempt in any_attempt(), random in 0.0f64..1.0) {
+        let before = (attempt.lost, attempt.lost_alone, attempt.alone);
+        if let Verdict::Wait { lost, lost_alone, alone, .. } = decide(&event, attempt, &policy(), random) {
+            if event == Event::Lost {
+                prop_assert!(lost >= before.0 && lost_alone >= before.1 && alone >= before.2);
+            } else {
+                prop_assert!((lost, lost_alone, alone) == before || (lost, lost_alone, alone) == (0, 0, false));
             }
-            Verdict::Fail { lost, lost_alone, .. } => prop_assert!(lost >= attempt.lost && lost_alone >= attempt.lost_alone),
         }
     }
 
@@ -244,7 +273,7 @@ proptest! {
         prop_assert!(settlement.error_message.as_ref().is_none_or(|message| message.len() <= Settlement::ERROR_MESSAGE_BYTES_MAX));
         prop_assert!(settlement.error_code.as_ref().is_none_or(|code| code.len() <= Settlement::ERROR_CODE_BYTES_MAX));
         if let Verdict::Fail { .. } = settlement.verdict() {
-            prop_assert!(settlement.event != "release" && settlement.event != "stop" && settlement.event != "unrouted");
+            prop_assert!(!["release", "stop", "overdue", "unrouted"].contains(&settlement.event));
         }
     }
 }

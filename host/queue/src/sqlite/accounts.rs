@@ -1,12 +1,14 @@
 //! What stands beside the tasks and follows from them: users' accounts, counts, and where a waiting task waits.
 //!
-//! An operation notes its changes in [`Changes`] and writes them as its last step, in its own transaction, so that they cannot drift.
+//! An operation notes its changes in [`Changes`] and writes them as its last step, in its own transaction, so that they cannot drift. What others
+//! write into the tables can make them drift all the same: then no count goes below zero, and clean-up sets them right.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
 use sqlx::AssertSqlSafe;
 
+use super::aside;
 use super::failure::Failure;
 use super::writer::Session;
 use crate::State;
@@ -35,6 +37,8 @@ pub(super) struct Changes {
     accounts: BTreeMap<String, Account>,
     types: BTreeMap<String, i64>,
     ended: BTreeMap<&'static str, i64>,
+    /// Users whose counts are not known, and have to be taken.
+    uncounted: BTreeSet<String>,
     woken: bool,
 }
 
@@ -54,6 +58,11 @@ impl Changes {
     /// A task of this user runs no more.
     pub(super) fn stopped(&mut self, user: &str) {
         self.account(user).running -= 1;
+    }
+
+    /// What this user has ready and running is not known.
+    pub(super) fn uncounted(&mut self, user: &str) {
+        self.uncounted.insert(user.to_owned());
     }
 
     /// A task of this type came into the queue.
@@ -92,18 +101,24 @@ impl Changes {
 
     /// Put tasks where waiting tasks wait: ready, suspect or scheduled.
     pub(super) async fn enqueue(&mut self, session: &mut Session, waiting: &[Waiting]) -> Result<(), Failure> {
-        const READY: &str = "INSERT INTO ready (user, run_at, task, max_running)
+        // Somebody else may have put it there already.
+        const READY: &str = "INSERT OR IGNORE INTO ready (user, run_at, task, max_running)
             SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3 FROM json_each(?1)";
-        const SUSPECT: &str = "INSERT INTO suspect (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
-        const SCHEDULED: &str = "INSERT INTO scheduled (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
+        const SUSPECT: &str = "INSERT OR IGNORE INTO suspect (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
+        const SCHEDULED: &str =
+            "INSERT OR IGNORE INTO scheduled (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
         let now = session.now;
         let (due, later): (Vec<&Waiting>, Vec<&Waiting>) = waiting.iter().partition(|task| task.run_at <= now);
         let (suspect, ready): (Vec<&Waiting>, Vec<&Waiting>) = due.into_iter().partition(|task| task.alone);
         if !ready.is_empty() {
             let rows = json(ready.iter().map(|task| (&task.user, task.run_at, task.task, task.max_running)));
-            sqlx::query(READY).bind(rows).execute(session.db()).await?;
+            let entered = sqlx::query(READY).bind(rows).execute(session.db()).await?.rows_affected();
+            let all_entered = entered == ready.len() as u64;
             for task in &ready {
                 self.account(&task.user).ready += 1;
+                if !all_entered {
+                    self.uncounted(&task.user);
+                }
             }
         }
         for (sql, tasks) in [(SUSPECT, &suspect), (SCHEDULED, &later)] {
@@ -129,8 +144,15 @@ impl Changes {
                 .collect(),
             tally: types.chain(ended).filter(|(_, _, tasks)| *tasks != 0).collect(),
         };
-        if !written.accounts.is_empty() || !written.tally.is_empty() {
+        if written.accounts.iter().any(|(user, _, running, _)| !user.is_empty() && *running < 0) {
+            let sql = WRITE_ALL_AND_LOOK.as_str();
+            let opened: bool = sqlx::query_scalar(AssertSqlSafe(sql)).bind(one_json(&written)).fetch_one(session.db()).await?;
+            session.wake |= opened;
+        } else if !written.accounts.is_empty() || !written.tally.is_empty() {
             sqlx::query(AssertSqlSafe(WRITE_ALL.as_str())).bind(one_json(&written)).execute(session.db()).await?;
+        }
+        for user in &self.uncounted {
+            aside::recount(session, user.as_bytes()).await?;
         }
         Ok(())
     }
@@ -146,11 +168,11 @@ struct Written<'a> {
 }
 
 const ENTER_ACCOUNTS: &str = "INSERT INTO account (user, picked)
-        SELECT value ->> 0, (SELECT pick FROM counter) FROM json_each(?1, '$.accounts') WHERE value ->> 1 > 0 OR value ->> 2 > 0
+        SELECT value ->> 0, (SELECT coalesce(max(pick), 0) FROM counter) FROM json_each(?1, '$.accounts') WHERE value ->> 1 > 0 OR value ->> 2 > 0
         ON CONFLICT (user) DO NOTHING";
 
 pub(super) const CHANGE_ACCOUNTS: &str =
-    "UPDATE account SET ready = ready + change.more_ready, running = running + change.more_running,
+    "UPDATE account SET ready = max(ready + change.more_ready, 0), running = max(running + change.more_running, 0),
             picked = coalesce(change.at_pick, picked),
             (head_at, head_task, head_max) = (SELECT oldest.run_at, oldest.task, oldest.max_running FROM ready AS oldest
                 WHERE oldest.user = account.user ORDER BY oldest.run_at, oldest.task LIMIT 1)
@@ -161,21 +183,30 @@ pub(super) const CHANGE_ACCOUNTS: &str =
 /// The account of the tasks without user stays.
 pub(super) const LEAVE_ACCOUNTS: &str = "DELETE FROM account
         WHERE user IN (SELECT value ->> 0 FROM json_each(?1, '$.accounts') WHERE value ->> 0 <> '' AND value ->> 1 + value ->> 2 < 0)
-            AND ready = 0 AND running = 0";
+            AND head_task IS NULL AND running = 0";
 
 const ENTER_TALLY: &str = "INSERT INTO tally (what, name, tasks)
         SELECT value ->> 0, value ->> 1, 0 FROM json_each(?1, '$.tally') WHERE value ->> 2 > 0 ON CONFLICT (what, name) DO NOTHING";
 
-pub(super) const CHANGE_TALLY: &str = "UPDATE tally SET tasks = tasks + change.more
+pub(super) const CHANGE_TALLY: &str = "UPDATE tally SET tasks = max(tasks + change.more, 0)
         FROM (SELECT value ->> 0 AS kind, value ->> 1 AS label, value ->> 2 AS more FROM json_each(?1, '$.tally')) AS change
         WHERE tally.what = change.kind AND tally.name = change.label";
 
 pub(super) const LEAVE_TALLY: &str = "DELETE FROM tally
         WHERE (what, name) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?1, '$.tally') WHERE value ->> 2 < 0) AND tasks = 0";
 
+/// Whether a user that was kept back by its limit, or has a task that must run alone, may run another task now.
+pub(super) const OPENED: &str = "SELECT EXISTS (SELECT 1 FROM json_each(?1, '$.accounts') AS change
+            CROSS JOIN account ON account.user = change.value ->> 0
+            WHERE change.value ->> 2 < 0 AND account.user <> '' AND account.open AND account.head_max IS NOT NULL
+                AND account.running - (change.value ->> 2) >= max(account.head_max, 1))
+        OR EXISTS (SELECT 1 FROM suspect)";
+
 /// In one go, since each has the same parameter, and each way to SQLite's thread and back has its price.
 static WRITE_ALL: LazyLock<String> =
     LazyLock::new(|| [ENTER_ACCOUNTS, CHANGE_ACCOUNTS, LEAVE_ACCOUNTS, ENTER_TALLY, CHANGE_TALLY, LEAVE_TALLY].join(";\n"));
+
+static WRITE_ALL_AND_LOOK: LazyLock<String> = LazyLock::new(|| [WRITE_ALL.as_str(), OPENED].join(";\n"));
 
 /// A set as one parameter: a JSON array.
 pub(super) fn json<T: serde::Serialize>(items: impl IntoIterator<Item = T>) -> String {

@@ -7,14 +7,15 @@ use std::time::Duration;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::accounts::{Changes, Waiting, json, one_json};
+use super::accounts::{Changes, json, one_json};
+use super::aside::{self, Place};
+use super::choose::{self, Chosen, Found};
 use super::failure::{self, Failure};
 use super::settle::Group;
 use super::writer::{Job, Session, unasked};
-use crate::fair::{self, Account, Candidate, Rest};
 use crate::outcome::ms;
 use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
+    Attempt, Claim, Claimed, ClaimedTask, Descent, Error, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
     Timestamp, data,
 };
 
@@ -24,19 +25,10 @@ const CLAIMED_MAX: u32 = 1_000;
 const CLAIMED_BYTES_MAX: i64 = 64 << 20;
 /// Tasks whose time has come that one claim moves over.
 const DUE_MAX: i64 = 1_000;
-/// Tasks looked at for one that has to run alone and whose user has nothing running.
-const SUSPECTS_MAX: i64 = 100;
-/// Rounds of choosing, where users' tasks differ so much in their max_running that the first did not fill the batch.
-const ROUNDS_MAX: usize = 4;
-
-/// A task that was chosen, and where it waited.
-struct Chosen {
-    task: i64,
-    run_at: i64,
-    user: String,
-    /// The number of its pick between users, if it was picked between users.
-    pick: Option<i64>,
-}
+/// How often one claim chooses anew after it has put away what stood in its way; then it leaves the rest to the next.
+const MENDS_MAX: usize = 10;
+/// A number of picks that no queue comes to.
+const PICKS_MAX: i64 = i64::MAX / 2;
 
 /// What a claim took out of the database, data as it is stored.
 #[derive(Default)]
@@ -84,27 +76,47 @@ impl Taken {
 pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken, Failure> {
     const LOOK: &str = "SELECT (SELECT count(*) FROM host WHERE id = ?1 AND left_at IS NULL AND ended_at IS NULL),
         (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2)), lease, pick FROM counter";
-    let look = sqlx::query_as(LOOK).bind(claim.host.0).fetch_one(session.db()).await?;
-    let (registered, mut next_due, mut suspects, lease, pick): (bool, Option<i64>, i64, i64, i64) = look;
+    let look = sqlx::query_as(LOOK).bind(claim.host.0).fetch_optional(session.db()).await?;
+    let look: (bool, Option<i64>, i64, i64, i64) = match look {
+        Some(look) => look,
+        None => {
+            aside::restore_counter(session).await?;
+            sqlx::query_as(LOOK).bind(claim.host.0).fetch_one(session.db()).await?
+        }
+    };
+    let (registered, mut next_due, mut suspects, lease, pick) = look;
     if !registered {
         return Err(failure::unknown_host(claim.host));
     }
     let now = session.now;
-    let mut changes = Changes::default();
     if next_due.is_some_and(|due| due <= now) {
         (next_due, suspects) = move_due(session).await?;
     }
     let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
-    let alone = if claim.alone && suspects > 0 { suspect(session).await? } else { None };
-    let chosen = match alone {
-        Some(chosen) => vec![chosen],
-        None if claim.ignore_users => oldest(session, limit).await?,
-        None => between_users(session, limit, pick).await?,
-    };
-    let chosen = fitting(session, chosen).await?;
-    let tasks = take(session, claim, chosen, Counter { lease, pick }, &mut changes).await?;
-    changes.write(session).await?;
-    let alone_waiting = suspects > i64::from(tasks.iter().any(|task| task.alone));
+    let mut tasks = Vec::new();
+    let mut counter = Counter { lease, pick: pick.clamp(0, PICKS_MAX) };
+    for mends in 0..=MENDS_MAX {
+        // The next claim goes on from here.
+        session.wake |= mends == MENDS_MAX;
+        let suspects = if tasks.is_empty() { suspects } else { 0 };
+        match choose::choose(session, claim, suspects, limit - tasks.len(), counter.pick).await? {
+            Found::Tasks { chosen, alone } => {
+                let chosen = fitting(session, chosen).await?;
+                let mended = take(session, claim, &chosen, alone, &mut counter, &mut tasks).await?;
+                if !mended || tasks.len() == limit || alone {
+                    break;
+                }
+            }
+            Found::Nameless(users) => {
+                for user in users {
+                    aside::of_user(session, &user).await?;
+                }
+            }
+            Found::Misplaced(places) => aside::drop_places(session, &places).await?,
+        }
+    }
+    let alone_waiting =
+        suspects > i64::from(tasks.iter().any(|task| task.alone)) && choose::is_wanted_alone(session, claim.host).await?;
     let next_due_in = next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(now)));
     Ok(Taken { tasks, alone_waiting, next_due_in })
 }
@@ -116,194 +128,30 @@ pub(super) const DUE: &str = "DELETE FROM scheduled WHERE (run_at, task) IN
 /// Move what has become due to where it can be claimed. Answers when the next is due, and how many tasks wait that have
 /// to run alone, up to two.
 async fn move_due(session: &mut Session) -> Result<(Option<i64>, i64), Failure> {
-    const TASKS: &str = "SELECT id, run_at, user, max_running, alone FROM task WHERE id IN (SELECT value FROM json_each(?1))";
+    // Only of tasks that wait: whatever else stood there has left it now.
+    const TASKS: &str = "SELECT id, run_at, user, max_running, alone FROM task
+        WHERE id IN (SELECT value FROM json_each(?1)) AND state = 'waiting'";
     const LOOK: &str = "SELECT (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2))";
     let now = session.now;
     let due: Vec<i64> = sqlx::query_scalar(DUE).bind(now).bind(DUE_MAX).fetch_all(session.db()).await?;
-    let mut waiting = Vec::with_capacity(due.len());
-    for row in sqlx::query(TASKS).bind(json(due)).fetch_all(session.db()).await? {
-        waiting.push(Waiting {
-            task: row.try_get(0)?,
-            run_at: row.try_get(1)?,
-            user: row.try_get(2)?,
-            max_running: row.try_get(3)?,
-            alone: row.try_get(4)?,
-        });
+    let asked = due.len();
+    let rows = sqlx::query(TASKS).bind(json(due)).fetch_all(session.db()).await?;
+    if rows.len() < asked {
+        tracing::error!(places = asked - rows.len(), "what was scheduled twice, or does not wait, was removed from the schedule");
     }
+    let (waiting, unreadable) = aside::waiting(rows.iter());
     let mut changes = Changes::default();
     changes.enqueue(session, &waiting).await?;
     // Written at once: the choice between users that follows reads their accounts.
     changes.write(session).await?;
+    aside::set_aside(session, &unreadable).await?;
     Ok(sqlx::query_as(LOOK).fetch_one(session.db()).await?)
-}
-
-pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, task.user
-        FROM (SELECT run_at, task FROM suspect ORDER BY run_at, task LIMIT ?1) AS oldest
-        JOIN task ON task.id = oldest.task
-        LEFT JOIN account ON account.user = task.user AND task.user <> ''
-        WHERE task.max_running IS NULL OR coalesce(account.running, 0) < max(task.max_running, 1)
-        ORDER BY oldest.run_at, oldest.task LIMIT 1";
-
-/// The oldest task that has to run alone and whose user's limit allows it.
-async fn suspect(session: &mut Session) -> Result<Option<Chosen>, Failure> {
-    let Some(row) = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).fetch_optional(session.db()).await? else { return Ok(None) };
-    Ok(Some(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: row.try_get(2)?, pick: None }))
-}
-
-pub(super) const OLDEST: &str = "SELECT task, run_at, user FROM (
-            SELECT * FROM (SELECT task, run_at, user FROM ready WHERE user = '' ORDER BY run_at, task LIMIT ?1)
-            UNION ALL
-            SELECT * FROM (SELECT task, run_at, user FROM ready INDEXED BY ready_in_time WHERE user <> ''
-                ORDER BY run_at, task LIMIT ?1))
-        ORDER BY run_at, task LIMIT ?1";
-
-/// The oldest ready tasks, whosever they are.
-async fn oldest(session: &mut Session, limit: usize) -> Result<Vec<Chosen>, Failure> {
-    let rows = sqlx::query(OLDEST).bind(count(limit)).fetch_all(session.db()).await?;
-    let chosen =
-        rows.iter().map(|row| Ok(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: row.try_get(2)?, pick: None }));
-    Ok(chosen.collect::<Result<_, sqlx::Error>>()?)
-}
-
-/// Tasks picked between users, in the fair order.
-async fn between_users(session: &mut Session, limit: usize, last_pick: i64) -> Result<Vec<Chosen>, Failure> {
-    let mut accounts = open_accounts(session, limit, last_pick + 1).await?;
-    if accounts.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut chosen: Vec<Chosen> = Vec::with_capacity(limit);
-    for _ in 0..ROUNDS_MAX {
-        let number = last_pick + 1 + count(chosen.len());
-        let wanted = limit - chosen.len();
-        let needed = fair::estimate(&accounts, wanted, number);
-        candidates(session, &mut accounts, &needed).await?;
-        let picks = fair::pick(&mut accounts, wanted, number);
-        let first = chosen.len();
-        chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| Chosen {
-            task: pick.candidate.task,
-            run_at: pick.candidate.run_at,
-            user: accounts[pick.account].user.clone(),
-            pick: Some(number + count(place)),
-        }));
-        let stopped_short = chosen.len() < limit && chosen.len() > first;
-        let unknown = accounts.iter().any(|account| account.candidates.is_empty() && account.rest == Rest::Unknown);
-        if !(stopped_short && unknown) {
-            break;
-        }
-        refill(session, &mut accounts, &chosen).await?;
-    }
-    Ok(chosen)
-}
-
-pub(super) const OPEN_ACCOUNTS: &str =
-    "SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_by_weight
-            WHERE open ORDER BY weight DESC, head_at, head_task LIMIT ?1)
-        UNION
-        SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_by_age
-            WHERE open AND picked < ?2 ORDER BY picked LIMIT ?3)";
-
-/// The users that could be picked: those of the greatest weight, and those passed over for long.
-async fn open_accounts(session: &mut Session, limit: usize, first_pick: i64) -> Result<Vec<Account>, Failure> {
-    let aged = count(limit) / fair::AGED_EVERY + 1;
-    let last_pick = first_pick + count(limit) - 1;
-    let rows = sqlx::query(OPEN_ACCOUNTS)
-        .bind(count(limit))
-        .bind(last_pick - fair::AGED_AFTER)
-        .bind(aged)
-        .fetch_all(session.db())
-        .await?;
-    let account = |row: &SqliteRow| {
-        let head = Candidate { run_at: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? };
-        Ok(Account {
-            user: row.try_get(0)?,
-            running: row.try_get(1)?,
-            picked: row.try_get(2)?,
-            candidates: [head].into(),
-            rest: Rest::Unknown,
-        })
-    };
-    Ok(rows.iter().map(account).collect::<Result<_, sqlx::Error>>()?)
-}
-
-pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, run_at, task, max_running FROM ready
-        WHERE user = ?1 AND (run_at, task) > (?2, ?3) ORDER BY run_at, task LIMIT ?4";
-
-/// A plus takes a column's affinity away, without which SQLite would look at the time alone and pass over all tasks of the same one.
-pub(super) const CANDIDATES_OF_SEVERAL: &str = "WITH RECURSIVE walk (user, run_at, task, max_running, wanted, steps) AS (
-            SELECT value ->> 0, value ->> 1, value ->> 2, NULL, value ->> 3, 0 FROM json_each(?1)
-            UNION ALL
-            SELECT next.user, next.run_at, next.task, next.max_running, walk.wanted - 1, walk.steps + 1
-            FROM walk CROSS JOIN ready AS next ON next.user = walk.user
-                AND (next.run_at, next.task) = (SELECT later.run_at, later.task FROM ready AS later
-                    WHERE later.user = walk.user AND (later.run_at, later.task) > (+walk.run_at, +walk.task)
-                    ORDER BY later.run_at, later.task LIMIT 1)
-            WHERE walk.wanted > 0)
-        SELECT user, run_at, task, max_running FROM walk WHERE steps > 0";
-
-/// Fetch as many of each user's oldest tasks as are needed.
-async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[usize]) -> Result<(), Failure> {
-    let wanted: Vec<(&str, i64, i64, i64)> = accounts
-        .iter()
-        .zip(needed)
-        .filter(|(account, needed)| account.rest == Rest::Unknown && **needed > account.candidates.len())
-        .filter_map(|(account, needed)| {
-            let last = account.candidates.back()?;
-            Some((account.user.as_str(), last.run_at, last.task, count(*needed - account.candidates.len())))
-        })
-        .collect();
-    let rows = match wanted.as_slice() {
-        [] => return Ok(()),
-        [(user, run_at, task, more)] => {
-            sqlx::query(CANDIDATES_OF_ONE)
-                .bind((*user).to_owned())
-                .bind(*run_at)
-                .bind(*task)
-                .bind(*more)
-                .fetch_all(session.db())
-                .await?
-        }
-        several => sqlx::query(CANDIDATES_OF_SEVERAL).bind(json(several)).fetch_all(session.db()).await?,
-    };
-    let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
-    for row in &rows {
-        let candidate = Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? };
-        found.entry(row.try_get(0)?).or_default().push(candidate);
-    }
-    let asked: HashMap<String, i64> = wanted.iter().map(|(user, _, _, more)| ((*user).to_owned(), *more)).collect();
-    for account in accounts.iter_mut() {
-        let Some(asked) = asked.get(&account.user) else { continue };
-        let mut more = found.remove(&account.user).unwrap_or_default();
-        more.sort_unstable_by_key(|candidate| (candidate.run_at, candidate.task));
-        if count(more.len()) < *asked {
-            account.rest = Rest::Nothing;
-        }
-        account.candidates.extend(more);
-    }
-    Ok(())
-}
-
-/// Give each user that ran out of known tasks its next one.
-async fn refill(session: &mut Session, accounts: &mut [Account], chosen: &[Chosen]) -> Result<(), Failure> {
-    const NEXT: &str = "SELECT run_at, task, max_running FROM ready
-        WHERE user = ?1 AND (run_at, task) > (?2, ?3) ORDER BY run_at, task LIMIT 1";
-    for account in accounts.iter_mut().filter(|account| account.candidates.is_empty() && account.rest == Rest::Unknown) {
-        let Some(last) = chosen.iter().rev().find(|chosen| chosen.user == account.user) else { continue };
-        let next = sqlx::query(NEXT).bind(account.user.clone()).bind(last.run_at).bind(last.task);
-        match next.fetch_optional(session.db()).await? {
-            Some(row) => account.candidates.push_back(Candidate {
-                run_at: row.try_get(0)?,
-                task: row.try_get(1)?,
-                max_running: row.try_get(2)?,
-            }),
-            None => account.rest = Rest::Nothing,
-        }
-    }
-    Ok(())
 }
 
 /// The first of the chosen whose data together keeps the bound.
 async fn fitting(session: &mut Session, mut chosen: Vec<Chosen>) -> Result<Vec<Chosen>, Failure> {
-    const SUM: &str = "SELECT coalesce(sum(bytes), 0) FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
+    const SUM: &str =
+        "SELECT coalesce(sum(min(max(bytes, 0), 16777216)), 0) FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
     if chosen.is_empty() {
         return Ok(chosen);
     }
@@ -317,7 +165,8 @@ async fn fitting(session: &mut Session, mut chosen: Vec<Chosen>) -> Result<Vec<C
 
 /// Leave out what does not fit behind the first.
 async fn cut_to_bound(session: &mut Session, chosen: &mut Vec<Chosen>) -> Result<(), Failure> {
-    const BYTES: &str = "SELECT task, bytes FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
+    const BYTES: &str =
+        "SELECT task, min(max(bytes, 0), 16777216) FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
     let tasks = json(chosen.iter().map(|chosen| chosen.task));
     let bytes: Vec<(i64, i64)> = sqlx::query_as(BYTES).bind(tasks).fetch_all(session.db()).await?;
     let bytes: HashMap<i64, i64> = bytes.into_iter().collect();
@@ -342,19 +191,25 @@ const COUNT_UP: &str = "UPDATE counter SET lease = ?1 ->> 'lease', pick = ?1 ->>
 pub(super) const TAKE: &str =
     "UPDATE task SET state = 'running', lease = (?1 ->> 'first_lease') + chosen.key, host = ?1 ->> 'host',
             until = ?1 ->> 'until'
-        FROM json_each(?1, '$.tasks') AS chosen WHERE task.id = chosen.value";
+        FROM json_each(?1, '$.tasks') AS chosen
+        WHERE task.id = chosen.value AND task.state = 'waiting' AND (task.alone <> 0) = (?1 ->> 'alone')";
 
+/// Data that nobody could have submitted is not read. Those that were not taken are not among them: their places did not fit them.
 pub(super) const TAKEN: &str =
     "SELECT json_array(task.id, task.lease, task.key, task.type, task.user, task.attempts, task.max_attempts,
             task.lost, task.lost_alone, task.alone, task.releases, task.created_at, task.max_running, coalesce(task.root, task.id),
-            coalesce(task.depth, 0)), task_data.data
+            coalesce(task.depth, 0), task.run_at),
+            CASE WHEN octet_length(task_data.data) > 17825792 THEN octet_length(task_data.data) || ' bytes, more than can be stored'
+                ELSE task_data.data END,
+            task.lease
         FROM json_each(?1, '$.tasks') AS chosen CROSS JOIN task ON task.id = chosen.value
-        LEFT JOIN task_data ON task_data.task = task.id ORDER BY chosen.key";
+        LEFT JOIN task_data ON task_data.task = task.id
+        WHERE task.lease = (?1 ->> 'first_lease') + chosen.key AND task.state = 'running' ORDER BY chosen.key";
 
 /// In one go, since each has the same parameter, and each way to SQLite's thread and back has its price.
 static TAKE_ALL: LazyLock<String> = LazyLock::new(|| [TAKE_FROM_READY, TAKE_FROM_SUSPECT, COUNT_UP, TAKE, TAKEN].join(";\n"));
 
-/// The last numbers given out, as the transaction found them.
+/// The last numbers given out.
 struct Counter {
     lease: i64,
     pick: i64,
@@ -369,56 +224,104 @@ struct Take {
     pick: i64,
     host: HostId,
     until: i64,
+    alone: u8,
 }
 
-/// Put the chosen under new leases.
+/// Put the chosen under new leases, and what cannot be taken away. Answers whether there was such.
 async fn take(
     session: &mut Session,
     claim: &Claim,
-    chosen: Vec<Chosen>,
-    counter: Counter,
-    changes: &mut Changes,
-) -> Result<Vec<ClaimedTask>, Failure> {
+    chosen: &[Chosen],
+    alone: bool,
+    counter: &mut Counter,
+    tasks: &mut Vec<ClaimedTask>,
+) -> Result<bool, Failure> {
     if chosen.is_empty() {
-        return Ok(Vec::new());
-    }
-    for chosen in &chosen {
-        changes.claimed(&chosen.user, chosen.pick);
+        return Ok(false);
     }
     let now = session.now;
     let until = now.saturating_add(ms(claim.alive_time));
+    let (first_lease, lease) = leases(counter.lease, chosen.len())?;
     let take = Take {
-        first_lease: counter.lease + 1,
-        lease: counter.lease + count(chosen.len()),
+        first_lease,
+        lease,
         pick: chosen.iter().filter_map(|chosen| chosen.pick).max().unwrap_or(counter.pick),
         host: claim.host,
         until,
-        tasks: chosen.into_iter().map(|chosen| chosen.task).collect(),
+        tasks: chosen.iter().map(|chosen| chosen.task).collect(),
+        alone: u8::from(alone),
     };
     let rows = sqlx::query(AssertSqlSafe(TAKE_ALL.as_str())).bind(one_json(&take)).fetch_all(session.db()).await?;
-    let tasks: Vec<ClaimedTask> = rows.iter().map(|row| taken(row, now, until)).collect::<Result<_, _>>()?;
-    for task in tasks.iter().filter(|task| !task.alone) {
-        changes.unready(task.user.as_deref().unwrap_or_default());
+    *counter = Counter { lease: take.lease, pick: take.pick };
+    let mut changes = Changes::default();
+    let mut unreadable = Vec::new();
+    let mut misplaced: Vec<Place> = Vec::new();
+    let mut places = chosen.iter().enumerate();
+    for row in &rows {
+        let lease: i64 = row.try_get(2)?;
+        // Rows come in the order of the chosen; those between were not taken.
+        let place = places.by_ref().find(|(at, place)| {
+            let taken = first_lease + count(*at) == lease;
+            if !taken {
+                misplaced.push(place.place());
+            }
+            taken
+        });
+        let Some((_, place)) = place else { break };
+        changes.claimed(&place.user, place.pick);
+        if !alone {
+            changes.unready(&place.user);
+        }
+        match taken(row, now, until) {
+            Some((task, run_at)) if task.user.as_deref().unwrap_or_default() == place.user && run_at == place.run_at => {
+                tasks.push(task);
+            }
+            Some((task, _)) => {
+                // It was taken from a place that is not its own. What belongs to it is gone as well; both accounts are counted anew.
+                changes.uncounted(&place.user);
+                changes.uncounted(task.user.as_deref().unwrap_or_default());
+                misplaced.push(place.place());
+                tasks.push(task);
+            }
+            None => {
+                changes.uncounted(&place.user);
+                unreadable.push(place.task);
+            }
+        }
     }
-    Ok(tasks)
+    misplaced.extend(places.map(|(_, place)| place.place()));
+    changes.write(session).await?;
+    aside::set_aside(session, &unreadable).await?;
+    if !misplaced.is_empty() {
+        aside::drop_places(session, &misplaced).await?;
+    }
+    Ok(!unreadable.is_empty() || !misplaced.is_empty())
+}
+
+/// The first and the last of so many new lease numbers.
+fn leases(last: i64, chosen: usize) -> Result<(i64, i64), Failure> {
+    let used_up = || Error::Corrupt { path: "counter".into(), problem: format!("no lease number follows {last}") };
+    let new_last = last.checked_add(count(chosen)).ok_or_else(used_up)?;
+    Ok((last + 1, new_last))
 }
 
 /// The columns of a claimed task: number, lease, key, type, user, attempts, most attempts, losses, losses alone, alone, releases, when it was
-/// submitted, most running of its user, root, depth. Read as one text, since each column of a row has its price.
+/// submitted, most running of its user, root, depth, when it could run. Read as one text, since each column of a row has its price.
 #[derive(serde::Deserialize)]
-struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, u8, u32, i64, Option<u32>, i64, u32);
+struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, i64, u32, i64, Option<u32>, i64, u32, i64);
 
-fn taken(row: &SqliteRow, now: i64, until: i64) -> Result<ClaimedTask, sqlx::Error> {
-    let columns: &str = row.try_get(0)?;
-    let columns: Columns = serde_json::from_str(columns).map_err(|error| sqlx::Error::Decode(error.into()))?;
+/// The task, and when it could run; None if its row cannot be read.
+fn taken(row: &SqliteRow, now: i64, until: i64) -> Option<(ClaimedTask, i64)> {
+    let columns: Columns = serde_json::from_str(row.try_get::<&str, _>(0).ok()?).ok()?;
     let Columns(task, lease, key, task_type, user, attempts, max_attempts, lost, lost_alone, alone, releases, created_at, ..) =
         columns;
-    let Columns(.., max_running, root, depth) = columns;
-    Ok(ClaimedTask {
+    let Columns(.., max_running, root, depth, run_at) = columns;
+    let stored: Option<Vec<u8>> = row.try_get_unchecked(1).ok()?;
+    let task = ClaimedTask {
         lease_ref: LeaseRef { task: TaskId(task), lease: Lease(lease) },
         key,
         task_type,
-        data: row.try_get::<Option<Vec<u8>>, _>(1)?.unwrap_or_default(),
+        data: stored.unwrap_or_default(),
         user: Some(user).filter(|user| !user.is_empty()),
         max_running,
         descent: Descent { root: TaskId(root), depth },
@@ -432,7 +335,8 @@ fn taken(row: &SqliteRow, now: i64, until: i64) -> Result<ClaimedTask, sqlx::Err
         created_at: Timestamp(created_at),
         claimed_at: Timestamp(now),
         until: Timestamp(until),
-    })
+    };
+    Some((task, run_at))
 }
 
 /// A number of tasks as the database counts.

@@ -82,6 +82,7 @@ impl Alike {
             Error::ReadOnly { path } => Error::ReadOnly { path: path.clone() },
             Error::Corrupt { path, problem } => Error::Corrupt { path: path.clone(), problem: problem.clone() },
             Error::Full { path } => Error::Full { path: path.clone() },
+            Error::File { path, problem, .. } => Error::File { path: path.clone(), problem: problem.clone(), source: None },
             Error::NotInitialised => Error::NotInitialised,
             Error::Closed => Error::Closed,
             Error::Database { doing, .. } => {

@@ -5,18 +5,19 @@
 //! or with a free lock is dead. So is one that has left, whatever its process does: a watchdog knows better. Numbers are never used twice. If somebody removes the folder under living hosts, they count as dead: their
 //! tasks are taken back, their late writes fail at the fence, and they have to register again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-
-use sqlx::Row as _;
+use std::time::Duration;
 
 use super::Sqlite;
 use super::accounts::json;
 use super::claim::Broken;
 use super::failure::{self, Failure};
+use super::rows::Columns;
 use super::settle::Group;
+use super::suspicion;
 use super::writer::Session;
 use crate::{
     Attempt, Error, Event, FailureKind, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy,
@@ -139,7 +140,14 @@ impl Sqlite {
 
     /// A host that still has tasks keeps its row, but not its lock, so that it is found dead.
     pub(super) async fn strike_off(&self, host: HostId) -> Result<()> {
-        self.writer.run("striking off a host", move |session| Box::pin(strike_off(session, vec![host]))).await?;
+        self.writer
+            .run("striking off a host", move |session| {
+                Box::pin(async move {
+                    suspicion::leave(session, &[host]).await?;
+                    strike_off(session, vec![host]).await
+                })
+            })
+            .await?;
         self.hosts.release(host);
         Ok(())
     }
@@ -150,38 +158,37 @@ impl Sqlite {
             FROM host INDEXED BY host_here WHERE ended_at IS NULL ORDER BY id";
         let rows = sqlx::query(HOSTS).fetch_all(&self.readers).await.map_err(self.reading("reading hosts"))?;
         let locks = self.hosts.clone();
-        let record = |row: &sqlx::sqlite::SqliteRow| -> Result<HostRecord, sqlx::Error> {
-            let id = HostId(row.try_get(0)?);
-            Ok(HostRecord {
+        let record = |row: &sqlx::sqlite::SqliteRow| {
+            let mut columns = Columns::of(row);
+            let id = HostId(columns.whole(0, "number"));
+            HostRecord {
                 id,
-                name: row.try_get(1)?,
-                process_id: row.try_get(2)?,
-                started_at: Timestamp(row.try_get(3)?),
-                running: row.try_get::<i64, _>(4)?.unsigned_abs(),
-                alive: if row.try_get::<Option<i64>, _>(6)?.is_some() { Some(false) } else { locks.is_alive(id) },
-                identity: row.try_get(5)?,
-            })
+                name: columns.text(1, "name"),
+                process_id: columns.count(2, "process_id"),
+                started_at: Timestamp(columns.whole(3, "started_at")),
+                running: columns.whole(4, "running").unsigned_abs(),
+                alive: if columns.maybe_whole(6, "left_at").is_some() { Some(false) } else { locks.is_alive(id) },
+                identity: columns.maybe_text(5, "identity"),
+            }
         };
-        rows.iter().map(record).collect::<Result<_, sqlx::Error>>().map_err(self.reading("reading hosts"))
+        Ok(rows.iter().map(record).collect())
     }
 
     /// Take back what dead hosts and ended leases hold, at most a batch, and strike dead hosts off that hold nothing any more.
     pub(super) async fn take_back(&self, policy: &Policy) -> Result<Reclaimed> {
-        const ENDED: &str = "SELECT EXISTS (SELECT 1
-            FROM host CROSS JOIN task INDEXED BY task_running ON task.host = host.id AND task.state = 'running'
-            WHERE host.ended_at IS NULL AND task.until <= (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)))";
-        let dead_hosts: Vec<HostRecord> =
-            self.known_hosts().await?.into_iter().filter(|host| host.alive == Some(false)).collect();
+        let (dead_hosts, others): (Vec<HostRecord>, Vec<HostRecord>) =
+            self.known_hosts().await?.into_iter().partition(|host| host.alive == Some(false));
         let ended: bool =
             sqlx::query_scalar(ENDED).fetch_one(&self.readers).await.map_err(self.reading("looking for lost tasks"))?;
         if dead_hosts.is_empty() && !ended {
             return Ok(Reclaimed::default());
         }
+        let living = others.iter().filter(|host| host.alive == Some(true)).map(|host| host.id).collect();
         let (dead, policy) = (dead_hosts.iter().map(|host| host.id).collect::<Vec<_>>(), policy.clone());
         let (tasks, gone) = self
             .writer
             .run("taking back lost tasks", move |session| {
-                Box::pin(async move { take_back(session, dead, Leases::OfHostsAndEnded, &policy).await })
+                Box::pin(async move { take_back(session, dead, Leases::OfHostsAndEnded { living }, &policy).await })
             })
             .await?;
         Ok(Reclaimed { tasks, dead_hosts: self.cleared(dead_hosts, &gone) })
@@ -237,13 +244,17 @@ struct Stray {
     key: String,
     host: HostId,
     attempt: Attempt,
+    event: Event,
 }
 
-/// Which leases count as lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which leases are taken back.
+#[derive(Clone, Debug)]
 enum Leases {
     OfHosts,
-    OfHostsAndEnded,
+    /// Also those that ran out. The living hosts' tasks are not to blame for it.
+    OfHostsAndEnded {
+        living: HashSet<HostId>,
+    },
 }
 
 async fn hand_on(session: &mut Session, hosts: Vec<HostId>, policy: &Policy) -> Result<(Vec<Lost>, Vec<HostId>), Failure> {
@@ -261,50 +272,84 @@ async fn take_back(
     policy: &Policy,
 ) -> Result<(Vec<Lost>, Vec<HostId>), Failure> {
     let strays = strays(session, &dead, leases).await?;
-    // Nothing waits after a loss, so no random number is needed.
-    let settled = |stray: &Stray| Settlement::of(stray.lease_ref, Event::Lost, stray.attempt, policy, 0.0, None, Vec::new());
+    // No back-off follows a loss, so no random number is needed.
+    let settled =
+        |stray: &Stray| Settlement::of(stray.lease_ref, stray.event.clone(), stray.attempt, policy, 0.0, None, Vec::new());
     let settlements: Vec<Settlement> = strays.iter().map(settled).collect();
     let failed: Vec<bool> = settlements.iter().map(|settlement| matches!(settlement.verdict(), Verdict::Fail { .. })).collect();
     let answers = if settlements.is_empty() { Vec::new() } else { Group::of_lost(&settlements)?.write(session).await? };
     let lost = strays.into_iter().zip(failed).zip(answers).filter(|(_, answer)| *answer == LeaseAnswer::Held);
     let lost =
         lost.map(|((stray, failed), _)| Lost { lease_ref: stray.lease_ref, key: stray.key, host: stray.host, failed }).collect();
+    suspicion::died(session, &dead).await?;
     let gone = strike_off(session, dead).await?;
     Ok((lost, gone))
 }
 
-pub(super) const STRAYS: &str =
-    "SELECT task.id, task.lease, task.key, task.host, task.attempts, task.max_attempts, task.releases, task.lost,
-            task.lost_alone, task.alone
+/// The hosts that running tasks name, read off the index, whether they are known or not.
+macro_rules! holders {
+    () => {
+        "WITH RECURSIVE holder (host) AS (
+            SELECT min(host) FROM task INDEXED BY task_running WHERE state = 'running'
+            UNION ALL
+            SELECT (SELECT min(task.host) FROM task INDEXED BY task_running WHERE task.state = 'running' AND task.host > holder.host)
+            FROM holder WHERE holder.host IS NOT NULL)"
+    };
+}
+
+const ENDED: &str = concat!(
+    holders!(),
+    " SELECT EXISTS (SELECT 1 FROM holder CROSS JOIN task INDEXED BY task_running ON task.host = holder.host
+            WHERE task.state = 'running' AND task.until <= (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)))
+        OR EXISTS (SELECT 1 FROM task INDEXED BY task_running WHERE task.host IS NULL AND task.state = 'running'
+            AND task.until <= (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)))"
+);
+
+pub(super) const STRAYS: &str = concat!(
+    holders!(),
+    " SELECT task.id, task.lease, task.key, task.host, task.attempts, task.max_attempts, task.releases, task.lost,
+            task.lost_alone, task.alone, task.lost_at
         FROM (SELECT task.id FROM json_each(?1) AS dead CROSS JOIN task INDEXED BY task_running ON task.host = dead.value
                 WHERE task.state = 'running'
             UNION
-            SELECT task.id FROM host CROSS JOIN task INDEXED BY task_running ON task.host = host.id
-                WHERE task.state = 'running' AND task.until <= ?2 AND host.ended_at IS NULL
+            SELECT task.id FROM holder CROSS JOIN task INDEXED BY task_running ON task.host = holder.host
+                WHERE task.state = 'running' AND task.until <= ?2
+            UNION
+            SELECT id FROM task INDEXED BY task_running WHERE host IS NULL AND state = 'running' AND until <= ?2
             LIMIT ?3) AS stray
-        CROSS JOIN task ON task.id = stray.id";
+        CROSS JOIN task ON task.id = stray.id"
+);
 
 /// Running tasks of dead hosts, and those whose lease ran out, if these count.
 async fn strays(session: &mut Session, dead: &[HostId], leases: Leases) -> Result<Vec<Stray>, Failure> {
+    let now = session.now;
     // No lease ends before NULL.
-    let ended_by = (leases == Leases::OfHostsAndEnded).then_some(session.now);
-    let rows = sqlx::query(STRAYS).bind(json(dead)).bind(ended_by).bind(RECLAIMED_MAX).fetch_all(session.db()).await?;
-    let stray = |row: &sqlx::sqlite::SqliteRow| -> Result<Stray, sqlx::Error> {
-        Ok(Stray {
-            lease_ref: LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) },
-            key: row.try_get(2)?,
-            host: HostId(row.try_get(3)?),
-            attempt: Attempt {
-                attempt: row.try_get::<u32, _>(4)?.saturating_add(1),
-                max_attempts: row.try_get(5)?,
-                releases: row.try_get(6)?,
-                lost: row.try_get(7)?,
-                lost_alone: row.try_get(8)?,
-                alone: row.try_get(9)?,
-            },
-        })
+    let (ended_by, living) = match leases {
+        Leases::OfHosts => (None, HashSet::new()),
+        Leases::OfHostsAndEnded { living } => (Some(now), living),
     };
-    Ok(rows.iter().map(stray).collect::<Result<_, sqlx::Error>>()?)
+    let rows = sqlx::query(STRAYS).bind(json(dead)).bind(ended_by).bind(RECLAIMED_MAX).fetch_all(session.db()).await?;
+    let stray = |row: &sqlx::sqlite::SqliteRow| {
+        let mut columns = Columns::of(row);
+        let host = HostId(columns.whole(3, "host"));
+        let lost_at = columns.maybe_whole(10, "lost_at").map(Timestamp);
+        Stray {
+            lease_ref: LeaseRef { task: TaskId(columns.whole(0, "number")), lease: Lease(columns.whole(1, "lease")) },
+            key: columns.text(2, "key"),
+            host,
+            attempt: Attempt {
+                attempt: columns.count(4, "attempts").saturating_add(1),
+                max_attempts: columns.maybe_count(5, "max_attempts"),
+                releases: columns.count(6, "releases"),
+                lost: columns.count(7, "lost"),
+                lost_alone: columns.count(8, "lost_alone"),
+                alone: columns.whole(9, "alone") != 0,
+                lost_for: lost_at.map_or(Duration::ZERO, |lost_at| Timestamp(now).since(lost_at)),
+            },
+            event: if living.contains(&host) { Event::Overdue } else { Event::Lost },
+        }
+    };
+    Ok(rows.iter().map(stray).collect())
 }
 
 /// Strike off those of the hosts that hold no task. Answers which are gone. Hosts gone long ago are forgotten.
@@ -329,9 +374,7 @@ pub(super) async fn note_plugins(session: &mut Session, host: HostId, digests: &
         SELECT host.id, plugin_version.id, ?3 FROM host, plugin_version
         WHERE host.id = ?2 AND plugin_version.digest IN (SELECT value FROM json_each(?1))
         ON CONFLICT (host, plugin) DO NOTHING";
-    const HERE: &str = "SELECT EXISTS (SELECT 1 FROM host WHERE id = ?1 AND left_at IS NULL AND ended_at IS NULL)";
-    let here: bool = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()).await?;
-    if !here {
+    if !suspicion::is_here(session, host).await? {
         return Err(failure::unknown_host(host));
     }
     let now = session.now;

@@ -1,17 +1,18 @@
 //! What a running attempt writes: heartbeats, progress, data.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
 use sqlx::Row as _;
+use sqlx::sqlite::SqliteRow;
 
 use super::Sqlite;
 use super::accounts::json;
 use super::failure::Failure;
+use super::rows::Columns;
 use super::settle::holds;
 use super::writer::Session;
 use crate::outcome::ms;
-use crate::{Beat, Error, Lease, LeaseAnswer, LeaseRef, Progress, Result, TaskId, data};
+use crate::{Beat, Error, Lease, LeaseAnswer, LeaseRef, Progress, Result, TaskId, Update, data};
 
 /// The most bytes of a progress note; a longer one is cut.
 const NOTE_BYTES_MAX: usize = 1_024;
@@ -75,6 +76,11 @@ fn whole(units: u64) -> i64 {
     i64::try_from(units).unwrap_or(i64::MAX)
 }
 
+/// The most updates that are made in one transaction.
+const UPDATES_MAX: usize = 256;
+/// The most data that is read for them, and the most of new members, unless one update alone has more.
+const UPDATES_BYTES_MAX: i64 = 32 << 20;
+
 /// Data as it was read, to be replaced only if nobody else has.
 struct Read {
     key: String,
@@ -82,58 +88,127 @@ struct Read {
     stored: Vec<u8>,
 }
 
-impl Sqlite {
-    /// Merge members into the data of a running task. Reading, decompressing and merging need no lock; if the data has changed meanwhile,
-    /// it is done again.
-    pub(super) async fn merge_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
-        let members: Arc<[u8]> = members.into();
-        loop {
-            let Some(Read { key, revision, stored }) = self.read_data(lease_ref).await? else { return Ok(LeaseAnswer::Lost) };
-            let members = Arc::clone(&members);
-            let merged = tokio::task::spawn_blocking(move || data::updated(&key, stored, &members)).await;
-            let (bytes, stored) = merged.map_err(|_| Error::Closed)??;
-            let bytes = super::claim::count(bytes);
-            let written = self
-                .writer
-                .run("updating a task's data", move |session| {
-                    Box::pin(async move { replace_data(session, lease_ref, revision, bytes, stored).await })
-                })
-                .await?;
-            if let Some(answer) = written {
-                return Ok(answer);
-            }
-        }
-    }
-
-    async fn read_data(&self, lease_ref: LeaseRef) -> Result<Option<Read>> {
-        const READ: &str =
-            "SELECT task.key, task_data.revision, task_data.data FROM task JOIN task_data ON task_data.task = task.id
-            WHERE task.id = ?1 AND task.lease = ?2 AND task.state = 'running'";
-        let LeaseRef { task, lease } = lease_ref;
-        let row = sqlx::query(READ).bind(task.0).bind(lease.0).fetch_optional(&self.readers).await;
-        let read = row.and_then(|row| {
-            row.map(|row| Ok(Read { key: row.try_get(0)?, revision: row.try_get(1)?, stored: row.try_get(2)? })).transpose()
-        });
-        read.map_err(self.reading("reading a task's data"))
-    }
-}
-
-/// Replace the data under the lease; None if it is not of that revision any more.
-async fn replace_data(
-    session: &mut Session,
+/// Data to be written in place of what was read.
+struct Merged {
     lease_ref: LeaseRef,
     revision: i64,
     bytes: i64,
     stored: Vec<u8>,
-) -> Result<Option<LeaseAnswer>, Failure> {
+}
+
+impl Sqlite {
+    /// Merge members into the data of running tasks. Reading, decompressing and merging need no lock; what has changed meanwhile is done again.
+    /// Two updates of one task are made one after the other.
+    pub(super) async fn merge_data(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {
+        let mut answers: Vec<Option<Result<LeaseAnswer>>> = updates.iter().map(|_| None).collect();
+        loop {
+            let pending = (0..updates.len()).filter(|place| answers[*place].is_none());
+            let round = self.round(updates, pending).await?;
+            if round.is_empty() {
+                return Ok(answers.into_iter().flatten().collect());
+            }
+            let mut read = self.read_data(round.iter().map(|place| updates[*place].lease_ref)).await?;
+            let mut merging = Vec::with_capacity(round.len());
+            for place in round {
+                match read.remove(&updates[place].lease_ref) {
+                    None => answers[place] = Some(Ok(LeaseAnswer::Lost)),
+                    Some(read) => merging.push((place, updates[place].clone(), read)),
+                }
+            }
+            let merged = tokio::task::spawn_blocking(move || merging.into_iter().map(merge).collect::<Vec<_>>()).await;
+            let mut writing = Vec::new();
+            for (place, merged) in merged.map_err(|_| Error::Closed)? {
+                match merged {
+                    Err(error) => answers[place] = Some(Err(error)),
+                    Ok(merged) => writing.push((place, merged)),
+                }
+            }
+            for (place, answer) in self.replace_data(writing).await? {
+                answers[place] = answer.map(Ok);
+            }
+        }
+    }
+
+    /// The first of the pending updates that fit into one round: each of another task, and not too much data.
+    async fn round(&self, updates: &[Update], pending: impl Iterator<Item = usize>) -> Result<Vec<usize>> {
+        const SIZES: &str = "SELECT task, octet_length(data) FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
+        let mut tasks = HashSet::new();
+        let mut round: Vec<usize> =
+            pending.filter(|place| tasks.insert(updates[*place].lease_ref.task)).take(UPDATES_MAX).collect();
+        if let [_, _, ..] = round.as_slice() {
+            let asked = json(round.iter().map(|place| updates[*place].lease_ref.task));
+            let sizes: Vec<(i64, i64)> = sqlx::query_as(SIZES)
+                .bind(asked)
+                .fetch_all(&self.readers)
+                .await
+                .map_err(self.reading("reading the sizes of tasks' data"))?;
+            let sizes: HashMap<i64, i64> = sizes.into_iter().collect();
+            let mut sum = 0_i64;
+            let fitting = round.iter().take_while(|place| {
+                let update = &updates[**place];
+                sum += sizes.get(&update.lease_ref.task.0).copied().unwrap_or(0) + super::claim::count(update.members.len());
+                sum <= UPDATES_BYTES_MAX
+            });
+            let fitting = fitting.count().max(1);
+            round.truncate(fitting);
+        }
+        Ok(round)
+    }
+
+    async fn read_data(&self, leases: impl Iterator<Item = LeaseRef>) -> Result<HashMap<LeaseRef, Read>> {
+        const READ: &str = "SELECT task.id, task.lease, task.key, task_data.revision, task_data.data
+            FROM json_each(?1) AS asked CROSS JOIN task ON task.id = asked.value ->> 0 JOIN task_data ON task_data.task = task.id
+            WHERE task.lease = asked.value ->> 1 AND task.state = 'running' AND octet_length(task_data.data) <= 17825792";
+        let asked = json(leases.map(|LeaseRef { task, lease }| (task, lease)));
+        let rows = sqlx::query(READ).bind(asked).fetch_all(&self.readers).await.map_err(self.reading("reading tasks' data"))?;
+        let read = |row: &SqliteRow| {
+            let mut columns = Columns::of(row);
+            let lease_ref = LeaseRef { task: TaskId(columns.whole(0, "number")), lease: Lease(columns.whole(1, "lease")) };
+            let stored = columns.bytes(4).unwrap_or_default();
+            (lease_ref, Read { key: columns.text(2, "key"), revision: columns.whole(3, "revision"), stored })
+        };
+        Ok(rows.iter().map(read).collect())
+    }
+
+    /// Write what was merged, in one transaction. None for what has changed since it was read.
+    async fn replace_data(&self, writing: Vec<(usize, Merged)>) -> Result<Vec<(usize, Option<LeaseAnswer>)>> {
+        if writing.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.writer
+            .run("updating tasks' data", move |session| {
+                Box::pin(async move {
+                    let mut answers = Vec::with_capacity(writing.len());
+                    for (place, merged) in writing {
+                        answers.push((place, replace_data(session, merged).await?));
+                    }
+                    Ok(answers)
+                })
+            })
+            .await
+    }
+}
+
+fn merge((place, update, read): (usize, Update, Read)) -> (usize, Result<Merged>) {
+    let Read { key, revision, stored } = read;
+    let merged = data::updated(&key, stored, &update.members);
+    let merged =
+        merged.map(|(bytes, stored)| Merged { lease_ref: update.lease_ref, revision, bytes: super::claim::count(bytes), stored });
+    (place, merged)
+}
+
+/// Replace the data under the lease; None if it is not of that revision any more.
+async fn replace_data(session: &mut Session, merged: Merged) -> Result<Option<LeaseAnswer>, Failure> {
     const REPLACE: &str = "UPDATE task_data SET revision = revision + 1, bytes = ?3,
             data = CASE ?5 WHEN 0 THEN CAST(?4 AS TEXT) ELSE ?4 END
-        WHERE task = ?1 AND revision = ?2";
-    if !holds(session, lease_ref).await? {
-        return Ok(Some(LeaseAnswer::Lost));
-    }
+        WHERE task = ?1 AND revision = ?2
+            AND EXISTS (SELECT 1 FROM task WHERE id = ?1 AND lease = ?6 AND state = 'running' AND until > ?7)";
+    let Merged { lease_ref, revision, bytes, stored } = merged;
     let gzip = data::compression(&stored) == crate::Compression::Gzip;
+    let now = session.now;
     let query = sqlx::query(REPLACE).bind(lease_ref.task.0).bind(revision).bind(bytes).bind(stored).bind(gzip);
-    let replaced = query.execute(session.db()).await?.rows_affected();
-    Ok((replaced == 1).then_some(LeaseAnswer::Held))
+    if query.bind(lease_ref.lease.0).bind(now).execute(session.db()).await?.rows_affected() == 1 {
+        return Ok(Some(LeaseAnswer::Held));
+    }
+    Ok(if holds(session, lease_ref).await? { None } else { Some(LeaseAnswer::Lost) })
 }

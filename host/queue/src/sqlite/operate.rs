@@ -2,18 +2,19 @@
 
 use std::time::Duration;
 
-use sqlx::Row as _;
 use sqlx::sqlite::SqlitePool;
 
 use super::accounts::{Changes, Waiting, json};
+use super::aside;
 use super::claim::count;
 use super::failure::Failure;
+use super::rows::Columns;
 use super::settle::{record_attempts, retain, state_of};
 use super::submit::{descend, end_descent};
 use super::writer::Session;
 use crate::error;
 use crate::outcome::ms;
-use crate::{Error, NewTask, State};
+use crate::{Error, NewTask, State, TaskId};
 
 /// How a task is ended by hand.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +39,13 @@ impl ByHand {
     }
 }
 
+/// Which task an operation by hand is about.
+#[derive(Clone, Debug)]
+pub(super) enum Named {
+    Key(String),
+    Id(TaskId),
+}
+
 /// A task as an operation by hand needs it.
 struct Found {
     task: i64,
@@ -50,8 +58,12 @@ struct Found {
     lease: i64,
     host: Option<i64>,
     attempts: i64,
+    alone: i64,
     /// Of a follow-up.
     root: Option<i64>,
+    /// Its row cannot be read, or it was set aside.
+    is_aside: bool,
+    is_unreadable: bool,
 }
 
 impl Found {
@@ -60,27 +72,49 @@ impl Found {
     }
 }
 
-async fn find(session: &mut Session, key: String) -> Result<Found, Failure> {
-    look_up(session, &key).await?.ok_or_else(|| Failure::from(Error::NotFound(key)))
+async fn find(session: &mut Session, named: Named) -> Result<Found, Failure> {
+    let found = look_up(session, &named).await?;
+    found.ok_or_else(|| {
+        Failure::from(match named {
+            Named::Key(key) => Error::NotFound(key),
+            Named::Id(id) => Error::NoSuchId(id),
+        })
+    })
 }
 
-async fn look_up(session: &mut Session, key: &str) -> Result<Option<Found>, Failure> {
-    const FIND: &str =
-        "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts, root FROM task WHERE key = ?1";
-    let Some(row) = sqlx::query(FIND).bind(key.to_owned()).fetch_optional(session.db()).await? else { return Ok(None) };
-    Ok(Some(Found {
-        task: row.try_get(0)?,
-        key: row.try_get(1)?,
-        task_type: row.try_get(2)?,
-        state: state_of(row.try_get(3)?)?,
-        user: row.try_get(4)?,
-        max_running: row.try_get(5)?,
-        run_at: row.try_get(6)?,
-        lease: row.try_get(7)?,
-        host: row.try_get(8)?,
-        attempts: row.try_get(9)?,
-        root: row.try_get(10)?,
-    }))
+async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, Failure> {
+    const FIND: &str = "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts, alone, root,
+            (SELECT code FROM failure WHERE failure.task = task.id), max_attempts, releases, lost, lost_alone, depth
+        FROM task WHERE id = ?1";
+    const BY_KEY: &str = "SELECT id FROM task WHERE key = ?1";
+    let id = match named {
+        Named::Id(id) => Some(id.0),
+        Named::Key(key) => sqlx::query_scalar(BY_KEY).bind(key.clone()).fetch_optional(session.db()).await?,
+    };
+    let Some(row) = sqlx::query(FIND).bind(id).fetch_optional(session.db()).await? else { return Ok(None) };
+    let mut columns = Columns::of(&row);
+    let code = columns.maybe_text(12, "code");
+    for (at, name) in [(9, "attempts"), (13, "max_attempts"), (14, "releases"), (15, "lost"), (16, "lost_alone"), (17, "depth")] {
+        columns.maybe_count(at, name);
+    }
+    let state = state_of(&columns.text(3, "state"))?;
+    let found = Found {
+        task: columns.whole(0, "number"),
+        key: columns.text(1, "key"),
+        task_type: columns.text(2, "type"),
+        state,
+        user: columns.text(4, "user"),
+        max_running: columns.maybe_count(5, "max_running").map(i64::from),
+        run_at: columns.whole(6, "run_at"),
+        lease: columns.whole(7, "lease"),
+        host: columns.maybe_whole(8, "host"),
+        attempts: columns.whole(9, "attempts"),
+        alone: columns.whole(10, "alone"),
+        root: columns.maybe_whole(11, "root"),
+        is_aside: state == State::Failed && matches!(code.as_deref(), Some(aside::CODE | aside::DAMAGED)),
+        is_unreadable: false,
+    };
+    Ok(Some(Found { is_unreadable: columns.problem().is_some(), ..found }))
 }
 
 /// Take a waiting task from where it waits.
@@ -100,15 +134,20 @@ async fn unqueue(session: &mut Session, found: &Found, changes: &mut Changes) ->
 }
 
 /// End a waiting or running task. A running attempt loses its lease.
-pub(super) async fn end(session: &mut Session, key: String, by: ByHand, retention: Duration) -> Result<(), Failure> {
+pub(super) async fn end(session: &mut Session, named: Named, by: ByHand, retention: Duration) -> Result<(), Failure> {
     const END: &str = "UPDATE task SET state = ?2, until = NULL, event = ?3, finished_at = ?4, retained_until = ?5 WHERE id = ?1";
-    let found = find(session, key).await?;
+    let found = find(session, named.clone()).await?;
+    // Nobody can name it but by its number, and nobody will want it back.
+    if found.is_unreadable || (found.is_aside && matches!(named, Named::Id(_))) {
+        return remove_unread(session, found.task).await;
+    }
     let mut changes = Changes::default();
     match found.state {
         State::Waiting => unqueue(session, &found, &mut changes).await?,
         State::Running => {
             changes.stopped(&found.user);
-            let record = (found.task, found.lease, found.attempts + 1, found.host, None, by.event(), None, None);
+            let attempt = found.attempts.saturating_add(1);
+            let record = (found.task, found.lease, attempt, found.host, None, by.event(), None, None, found.alone);
             record_attempts(session, &[record]).await?;
         }
         state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
@@ -125,16 +164,35 @@ pub(super) async fn end(session: &mut Session, key: String, by: ByHand, retentio
     changes.write(session).await
 }
 
+/// Why a task that cannot be read is not run again.
+const UNREADABLE: &str = "its row cannot be read; `laelaps show --id` says why, and `laelaps cancel --id` removes it";
+
+/// Remove a task whose row cannot be read, whatever its state. A running attempt loses its lease.
+async fn remove_unread(session: &mut Session, task: i64) -> Result<(), Failure> {
+    const ENDED: &str = "UPDATE tally SET tasks = max(tasks - 1, 0)
+        WHERE what = 'ended' AND name = (SELECT state FROM task WHERE id = ?1 AND finished_at IS NOT NULL)";
+    const NONE_ENDED: &str = "DELETE FROM tally WHERE what = 'ended' AND tasks = 0";
+    const REMOVE: &str = "DELETE FROM task WHERE id = ?1";
+    aside::leave_queue(session, task).await?;
+    sqlx::query(ENDED).bind(task).execute(session.db()).await?;
+    sqlx::query(NONE_ENDED).execute(session.db()).await?;
+    sqlx::query(REMOVE).bind(task).execute(session.db()).await?;
+    remove_beside(session, &[task]).await
+}
+
 const DUE: &str = "UPDATE task SET run_at = ?2 WHERE id = ?1";
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
-pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Failure> {
+pub(super) async fn retry(session: &mut Session, named: Named) -> Result<(), Failure> {
     const REVIVE: &str =
-        "UPDATE task SET state = 'waiting', run_at = ?2, attempts = 0, releases = 0, lost = 0, lost_alone = 0, alone = 0,
-        finished_at = NULL, retained_until = NULL WHERE id = ?1";
+        "UPDATE task SET state = 'waiting', run_at = ?2, attempts = 0, releases = 0, lost = 0, lost_alone = 0, lost_at = NULL,
+        alone = 0, finished_at = NULL, retained_until = NULL WHERE id = ?1";
     const FORGET: &str = "DELETE FROM failure WHERE task = ?1";
     const ALONE: &str = "SELECT alone FROM task WHERE id = ?1";
-    let found = find(session, key).await?;
+    let found = find(session, named).await?;
+    if found.is_unreadable {
+        return Err(refused(found, UNREADABLE));
+    }
     let mut changes = Changes::default();
     let now = session.now;
     // What is ready already keeps its place in the order.
@@ -164,7 +222,10 @@ pub(super) async fn retry(session: &mut Session, key: String) -> Result<(), Fail
 
 /// Make a held task due now. Answers whether there was one.
 pub(super) async fn release_held(session: &mut Session, key: String) -> Result<bool, Failure> {
-    let Some(found) = look_up(session, &key).await?.filter(Found::is_held) else { return Ok(false) };
+    let Some(found) = look_up(session, &Named::Key(key)).await?.filter(Found::is_held) else { return Ok(false) };
+    if found.is_unreadable {
+        return Err(refused(found, UNREADABLE));
+    }
     let mut changes = Changes::default();
     let now = session.now;
     unqueue(session, &found, &mut changes).await?;
@@ -178,7 +239,10 @@ pub(super) async fn release_held(session: &mut Session, key: String) -> Result<b
 /// Remove a held task. Answers whether there was one.
 pub(super) async fn drop_held(session: &mut Session, key: String) -> Result<bool, Failure> {
     const DROP: &str = "DELETE FROM task WHERE id = ?1";
-    let Some(found) = look_up(session, &key).await?.filter(Found::is_held) else { return Ok(false) };
+    let Some(found) = look_up(session, &Named::Key(key)).await?.filter(Found::is_held) else { return Ok(false) };
+    if found.is_unreadable {
+        return remove_unread(session, found.task).await.map(|()| true);
+    }
     let mut changes = Changes::default();
     unqueue(session, &found, &mut changes).await?;
     sqlx::query(DROP).bind(found.task).execute(session.db()).await?;
@@ -199,7 +263,7 @@ pub(super) async fn has_garbage(readers: &SqlitePool) -> Result<bool, sqlx::Erro
     sqlx::query_scalar(LOOK).fetch_one(readers).await
 }
 
-pub(super) const OVER: &str = "SELECT id, tasks FROM retention WHERE until <= ?1 ORDER BY until LIMIT ?2";
+pub(super) const OVER: &str = "SELECT id, CAST(tasks AS BLOB) FROM retention WHERE until <= ?1 ORDER BY until LIMIT ?2";
 
 pub(super) const REMOVE: &str = "DELETE FROM task WHERE id IN (SELECT value FROM json_each(?1))
         AND state IN ('finished', 'failed', 'cancelled') AND retained_until <= ?2 RETURNING id, state";
@@ -210,11 +274,14 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
     const OUT: &str = "DELETE FROM retention WHERE id IN (SELECT value FROM json_each(?1))";
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
     let now = session.now;
-    let groups: Vec<(i64, String)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
+    let groups: Vec<(i64, Vec<u8>)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
     let mut tasks: Vec<i64> = Vec::new();
     let mut done = Vec::new();
     for (id, group) in groups {
-        let mut group: Vec<i64> = serde_json::from_str(&group).map_err(|error| sqlx::Error::Decode(error.into()))?;
+        let mut group: Vec<i64> = serde_json::from_slice(&group).unwrap_or_else(|error| {
+            tracing::error!(row = id, %error, "a row of the table retention cannot be read; it is removed, and its tasks are kept");
+            Vec::new()
+        });
         let room = limit - tasks.len();
         if group.len() <= room {
             done.push(id);
@@ -229,15 +296,22 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
         }
     }
     sqlx::query(OUT).bind(json(done)).execute(session.db()).await?;
-    let rows: Vec<(i64, String)> = sqlx::query_as(REMOVE).bind(json(&tasks)).bind(now).fetch_all(session.db()).await?;
-    let removed: Vec<i64> = rows.iter().map(|(task, _)| *task).collect();
     let mut changes = Changes::default();
+    let removed = remove_over(session, &tasks, &mut changes).await?;
+    changes.write(session).await?;
+    Ok(removed.len() as u64)
+}
+
+/// Remove those of the tasks whose retention has ended. Answers which.
+pub(super) async fn remove_over(session: &mut Session, tasks: &[i64], changes: &mut Changes) -> Result<Vec<i64>, Failure> {
+    let now = session.now;
+    let rows: Vec<(i64, String)> = sqlx::query_as(REMOVE).bind(json(tasks)).bind(now).fetch_all(session.db()).await?;
+    let removed: Vec<i64> = rows.iter().map(|(task, _)| *task).collect();
     for (_, state) in &rows {
         changes.removed(state_of(state)?, 1);
     }
     remove_beside(session, &removed).await?;
-    changes.write(session).await?;
-    Ok(removed.len() as u64)
+    Ok(removed)
 }
 
 async fn remove_beside(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {

@@ -5,6 +5,7 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::accounts::json;
 use super::failure;
+use super::rows::{Columns, lossy};
 use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
@@ -17,7 +18,7 @@ macro_rules! task_columns {
         "task.id, task.key, task.type, task.state, task.user, task.max_running, task.attempts, task.max_attempts, task.lost,
         task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
         (SELECT digest FROM plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
-        progress.done, progress.total, progress.note"
+        progress.done, progress.total, progress.note, task.releases, task.lost_alone, task.depth"
     };
 }
 
@@ -28,60 +29,98 @@ macro_rules! beside {
     };
 }
 
-fn task(row: &SqliteRow) -> Result<Task, sqlx::Error> {
-    let user: String = row.try_get(4)?;
-    let state = failure::state(row.try_get(3)?)?;
-    let running = state == State::Running;
-    let done: Option<i64> = row.try_get(18)?;
-    let total: Option<i64> = row.try_get(19)?;
-    let note: Option<String> = row.try_get(20)?;
-    Ok(Task {
-        id: TaskId(row.try_get(0)?),
-        key: row.try_get(1)?,
-        task_type: row.try_get(2)?,
+fn task(row: &SqliteRow) -> Task {
+    let mut columns = Columns::of(row);
+    let mut task = from_columns(&mut columns);
+    task.unreadable = columns.problem();
+    task
+}
+
+fn from_columns(columns: &mut Columns<'_>) -> Task {
+    let word = columns.text(3, "state");
+    // What is in no state known is nothing that still has to be done.
+    let state = failure::state(&word).unwrap_or_else(|error| {
+        columns.complain(error.to_string());
+        State::Failed
+    });
+    let done = columns.maybe_whole(18, "progress");
+    let total = columns.maybe_whole(19, "progress");
+    let note = columns.maybe_text(20, "progress note");
+    for (at, name) in [(21, "releases"), (22, "lost_alone"), (23, "depth")] {
+        columns.maybe_count(at, name);
+    }
+    Task {
+        id: TaskId(columns.whole(0, "number")),
+        key: columns.text(1, "key"),
+        task_type: columns.text(2, "type"),
         state,
-        user: Some(user).filter(|user| !user.is_empty()),
-        max_running: row.try_get(5)?,
-        attempts: row.try_get(6)?,
-        max_attempts: row.try_get(7)?,
-        lost: row.try_get(8)?,
-        created_at: Timestamp(row.try_get(9)?),
-        run_at: Timestamp(row.try_get(10)?),
-        until: row.try_get::<Option<i64>, _>(11)?.map(Timestamp),
-        host: row.try_get::<Option<i64>, _>(12)?.filter(|_| running).map(HostId),
+        user: Some(columns.text(4, "user")).filter(|user| !user.is_empty()),
+        max_running: columns.maybe_count(5, "max_running"),
+        attempts: columns.count(6, "attempts"),
+        max_attempts: columns.maybe_count(7, "max_attempts"),
+        lost: columns.count(8, "lost"),
+        created_at: Timestamp(columns.whole(9, "created_at")),
+        run_at: Timestamp(columns.whole(10, "run_at")),
+        until: columns.maybe_whole(11, "until").map(Timestamp),
+        host: columns.maybe_whole(12, "host").filter(|_| state == State::Running).map(HostId),
         progress: done.map(|done| Progress {
             done: done.unsigned_abs(),
             total: total.map(i64::unsigned_abs),
             note: note.unwrap_or_default(),
         }),
-        finished_at: row.try_get::<Option<i64>, _>(13)?.map(Timestamp),
-        retained_until: row.try_get::<Option<i64>, _>(14)?.map(Timestamp),
-        plugin_digest: row.try_get(15)?,
-        error_code: row.try_get(16)?,
-        error_message: row.try_get(17)?,
+        finished_at: columns.maybe_whole(13, "finished_at").map(Timestamp),
+        retained_until: columns.maybe_whole(14, "retained_until").map(Timestamp),
+        plugin_digest: columns.maybe_text(15, "plugin digest"),
+        error_code: columns.maybe_text(16, "failure's code"),
+        error_message: columns.maybe_text(17, "failure's message"),
+        unreadable: None,
         data: None,
         output: None,
-    })
+    }
 }
 
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
-fn task_with_data(row: &SqliteRow) -> Result<Task, sqlx::Error> {
-    let stored: Option<Vec<u8>> = row.try_get(21)?;
-    let stored = stored.unwrap_or_default();
-    let plain = data::readable(stored);
-    Ok(Task { data: Some(plain), output: row.try_get(22)?, ..task(row)? })
+fn task_with_data(row: &SqliteRow) -> Task {
+    let mut columns = Columns::of(row);
+    let mut task = from_columns(&mut columns);
+    if let bytes @ 17_825_793.. = columns.whole(26, "data's size") {
+        columns.complain(format!("the data has {bytes} bytes, more than can be stored"));
+    }
+    let kind = columns.type_name(24);
+    if !matches!(kind.as_str(), "TEXT" | "BLOB" | "NULL") {
+        columns.complain(format!("the data is {kind}, not text"));
+    }
+    task.data = Some(data::readable(columns.bytes(24).unwrap_or_default()));
+    task.output = columns.bytes(25);
+    task.unreadable = columns.problem();
+    task
+}
+
+/// Data that nobody could have submitted is not read.
+macro_rules! data_and_output {
+    () => {
+        ", CASE WHEN octet_length(task_data.data) <= 17825792 THEN task_data.data END, output.output, octet_length(task_data.data)"
+    };
+}
+
+macro_rules! data_beside {
+    () => {
+        " LEFT JOIN task_data ON task_data.task = task.id LEFT JOIN output ON output.task = task.id"
+    };
 }
 
 pub(super) async fn get(readers: &SqlitePool, key: &str) -> Result<Option<Task>, sqlx::Error> {
-    const GET: &str = concat!(
-        "SELECT ",
-        task_columns!(),
-        ", task_data.data, output.output FROM task ",
-        beside!(),
-        " LEFT JOIN task_data ON task_data.task = task.id LEFT JOIN output ON output.task = task.id WHERE task.key = ?1"
-    );
+    const GET: &str =
+        concat!("SELECT ", task_columns!(), data_and_output!(), " FROM task ", beside!(), data_beside!(), " WHERE task.key = ?1");
     let row = sqlx::query(GET).bind(key.to_owned()).fetch_optional(readers).await?;
-    row.map(|row| task_with_data(&row)).transpose()
+    Ok(row.map(|row| task_with_data(&row)))
+}
+
+pub(super) async fn get_by_id(readers: &SqlitePool, id: TaskId) -> Result<Option<Task>, sqlx::Error> {
+    const GET: &str =
+        concat!("SELECT ", task_columns!(), data_and_output!(), " FROM task ", beside!(), data_beside!(), " WHERE task.id = ?1");
+    let row = sqlx::query(GET).bind(id.0).fetch_optional(readers).await?;
+    Ok(row.map(|row| task_with_data(&row)))
 }
 
 pub(super) async fn attempts(readers: &SqlitePool, key: &str) -> Result<Vec<AttemptRecord>, sqlx::Error> {
@@ -93,31 +132,28 @@ pub(super) async fn attempts(readers: &SqlitePool, key: &str) -> Result<Vec<Atte
             UNION ALL
             SELECT attempts, lease, host, plugin, finished_at, event, NULL, NULL FROM task WHERE key = ?1 AND event = 'finish') AS past
         LEFT JOIN host ON host.id = past.host LEFT JOIN plugin_version ON plugin_version.id = past.plugin
-        ORDER BY past.lease";
-    let rows = sqlx::query(ATTEMPTS).bind(key.to_owned()).fetch_all(readers).await?;
+        ORDER BY past.lease DESC LIMIT ?2";
+    let kept = i64::try_from(AttemptRecord::KEPT).unwrap_or(i64::MAX);
+    let rows = sqlx::query(ATTEMPTS).bind(key.to_owned()).bind(kept).fetch_all(readers).await?;
     let record = |row: &SqliteRow| {
-        let name: Option<String> = row.try_get(2)?;
-        let process_id: Option<i64> = row.try_get(3)?;
-        let host = match (name, process_id, row.try_get::<Option<i64>, _>(9)?) {
+        let mut columns = Columns::of(row);
+        let host = match (columns.maybe_text(2, "host"), columns.maybe_whole(3, "process"), columns.maybe_whole(9, "host")) {
             (Some(name), Some(process_id), _) => format!("{name}, process {process_id}"),
             (_, _, Some(id)) => format!("host {id}, no longer known"),
             _ => "unknown".to_owned(),
         };
-        Ok(AttemptRecord {
-            attempt: row.try_get(0)?,
-            lease: Lease(row.try_get(1)?),
+        AttemptRecord {
+            attempt: columns.count(0, "attempt"),
+            lease: Lease(columns.whole(1, "lease")),
             host,
-            plugin_digest: row.try_get(4)?,
-            ended_at: Timestamp(row.try_get(5)?),
-            event: row.try_get(6)?,
-            error_code: row.try_get(7)?,
-            error_message: row.try_get(8)?,
-        })
+            plugin_digest: columns.maybe_text(4, "digest"),
+            ended_at: Timestamp(columns.whole(5, "ended_at")),
+            event: columns.text(6, "event"),
+            error_code: columns.maybe_text(7, "code"),
+            error_message: columns.maybe_text(8, "message"),
+        }
     };
-    let mut records: Vec<AttemptRecord> = rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
-    let surplus = records.len().saturating_sub(AttemptRecord::KEPT);
-    records.drain(..surplus);
-    Ok(records)
+    Ok(rows.iter().rev().map(record).collect())
 }
 
 macro_rules! list_of {
@@ -137,6 +173,11 @@ macro_rules! list_of {
 const SCAN: &str = list_of!("task", "AND ?5 IS NULL AND ?6 IS NULL");
 /// By the index of keys; any blob is greater than any text.
 const BY_KEY: &str = list_of!("task INDEXED BY task_key", "AND task.key >= ?5 AND task.key < coalesce(?6, x'')");
+/// Those next in line, as far as they are among so many tasks: the rest of a queue waits together, as a rule.
+const NEAR: &str = list_of!(
+    "(SELECT id FROM task WHERE id > ?1 ORDER BY id LIMIT 20000) AS near CROSS JOIN task ON task.id = near.id",
+    "AND ?5 IS NULL AND ?6 IS NULL"
+);
 /// Few among many finished ones: from the places where they stand.
 const FEW: &str = list_of!(
     "(SELECT task AS id FROM ready WHERE task > ?1 AND ?4 LIKE '%waiting%'
@@ -160,11 +201,15 @@ pub(super) async fn list(readers: &SqlitePool, filter: &Filter) -> Result<Page, 
     const WITH_DATA: &str = concat!(
         "SELECT ",
         task_columns!(),
-        ", task_data.data, output.output FROM json_each(?1) AS page CROSS JOIN task ON task.id = page.value ",
+        data_and_output!(),
+        " FROM json_each(?1) AS page CROSS JOIN task ON task.id = page.value ",
         beside!(),
-        " LEFT JOIN task_data ON task_data.task = task.id LEFT JOIN output ON output.task = task.id ORDER BY task.id"
+        data_beside!(),
+        " ORDER BY task.id"
     );
-    const BYTES: &str = "SELECT page.value, coalesce(task_data.bytes, 0) + coalesce(octet_length(output.output), 0)
+    const BYTES: &str = "SELECT page.value,
+            max(min(max(coalesce(task_data.bytes, 0), 0), 16777216), min(coalesce(octet_length(task_data.data), 0), 17825792))
+                + coalesce(octet_length(output.output), 0)
         FROM json_each(?1) AS page LEFT JOIN task_data ON task_data.task = page.value LEFT JOIN output ON output.task = page.value
         ORDER BY page.value";
     let limit = filter.limit.clamp(1, PAGE_MAX);
@@ -187,7 +232,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &Filter) -> Result<Page, 
     let sql = if filter.with_data { WITH_DATA } else { PLAIN };
     let read = if filter.with_data { task_with_data } else { task };
     let rows = sqlx::query(sql).bind(json(&ids)).fetch_all(&mut *reading).await?;
-    let tasks: Vec<Task> = rows.iter().map(read).collect::<Result<_, _>>()?;
+    let tasks: Vec<Task> = rows.iter().map(read).collect();
     let next = tasks.last().map(|task| task.id).filter(|_| more);
     Ok(Page { tasks, next })
 }
@@ -201,8 +246,25 @@ async fn matching(filter: &Filter, limit: u32, reading: &mut sqlx::sqlite::Sqlit
         (None, Some(_)) if !filter.states.contains(&State::Finished) => FEW,
         _ => SCAN,
     };
+    if sql == FEW {
+        let near = rows_of(NEAR, filter, limit, states.clone(), prefix, reading).await?;
+        if near.len() > limit as usize {
+            return Ok(near);
+        }
+    }
+    rows_of(sql, filter, limit, states, prefix, reading).await
+}
+
+async fn rows_of(
+    sql: &'static str,
+    filter: &Filter,
+    limit: u32,
+    states: Option<String>,
+    prefix: Option<&str>,
+    reading: &mut sqlx::sqlite::SqliteConnection,
+) -> Result<Vec<i64>, sqlx::Error> {
     let rows = sqlx::query(sql)
-        .bind(filter.after.map_or(0, |after| after.0))
+        .bind(filter.after.map_or(i64::MIN, |after| after.0))
         .bind(filter.task_type.clone())
         .bind(filter.user.clone())
         .bind(states)
@@ -211,7 +273,10 @@ async fn matching(filter: &Filter, limit: u32, reading: &mut sqlx::sqlite::Sqlit
         .bind(i64::from(limit) + 1)
         .fetch_all(reading)
         .await?;
-    rows.iter().map(|row| row.try_get(0)).collect()
+    let mut tasks = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
+    // One that stands in two places is one task.
+    tasks.dedup();
+    Ok(tasks)
 }
 
 /// The least text that is greater than all that start with `prefix`; None if there is none.
@@ -227,13 +292,18 @@ fn successor(prefix: &str) -> Option<String> {
     None
 }
 
-pub(super) const HELD: &str = "SELECT task.key FROM scheduled CROSS JOIN task ON task.id = scheduled.task
+pub(super) const HELD: &str = "SELECT CAST(task.key AS BLOB) FROM scheduled CROSS JOIN task ON task.id = scheduled.task
     WHERE scheduled.run_at = ?1 AND task.key >= ?2 AND task.key < coalesce(?3, x'') ORDER BY task.key LIMIT ?4";
 
 /// The keys of held tasks with this prefix.
 pub(super) async fn held(readers: &SqlitePool, prefix: &str) -> Result<Vec<String>, sqlx::Error> {
-    let query = sqlx::query_scalar(HELD).bind(NewTask::HELD_AT.0).bind(prefix.to_owned()).bind(successor(prefix)).bind(PAGE_MAX);
-    query.fetch_all(readers).await
+    let query = sqlx::query_scalar::<_, Vec<u8>>(HELD)
+        .bind(NewTask::HELD_AT.0)
+        .bind(prefix.to_owned())
+        .bind(successor(prefix))
+        .bind(PAGE_MAX);
+    let rows = query.fetch_all(readers).await?;
+    Ok(rows.iter().map(|key| lossy(key)).collect())
 }
 
 pub(super) const UNSETTLED: &str = "SELECT EXISTS (SELECT 1 FROM task INDEXED BY task_key
@@ -245,32 +315,34 @@ pub(super) async fn has_unsettled(readers: &SqlitePool, prefix: &str) -> Result<
 }
 
 pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
-    const COUNTS: &str = "SELECT (SELECT coalesce(sum(ready), 0) FROM account) + (SELECT count(*) FROM suspect),
+    const COUNTS: &str = "SELECT (SELECT CAST(total(ready) AS INTEGER) FROM account), (SELECT count(*) FROM suspect),
         (SELECT count(*) FROM scheduled WHERE run_at > clock.now), (SELECT count(*) FROM scheduled WHERE run_at <= clock.now),
-        (SELECT coalesce(sum(running), 0) FROM account),
+        (SELECT CAST(total(running) AS INTEGER) FROM account),
         (SELECT min(head_at) FROM account), (SELECT min(run_at) FROM suspect), (SELECT min(run_at) FROM scheduled), clock.now
         FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) AS clock";
-    const ENDED: &str = "SELECT name, tasks FROM tally WHERE what = 'ended'";
-    const TYPES: &str = "SELECT name, tasks FROM tally WHERE what = 'type' ORDER BY tasks DESC, name LIMIT 100";
+    const ENDED: &str = "SELECT CAST(name AS BLOB), tasks FROM tally WHERE what = 'ended'";
+    const TYPES: &str = "SELECT CAST(name AS BLOB), tasks FROM tally WHERE what = 'type' ORDER BY tasks DESC, name LIMIT 100";
     let mut reading = readers.begin().await?;
     let counts = sqlx::query(COUNTS).fetch_one(&mut *reading).await?;
-    let ended: Vec<(String, i64)> = sqlx::query_as(ENDED).fetch_all(&mut *reading).await?;
-    let types: Vec<(String, i64)> = sqlx::query_as(TYPES).fetch_all(&mut *reading).await?;
+    let ended: Vec<(Vec<u8>, i64)> = sqlx::query_as(ENDED).fetch_all(&mut *reading).await?;
+    let types: Vec<(Vec<u8>, i64)> = sqlx::query_as(TYPES).fetch_all(&mut *reading).await?;
     let number = |place: usize| counts.try_get::<i64, _>(place).map(i64::unsigned_abs);
-    let of = |state: State| ended.iter().find(|(name, _)| name == state.as_str()).map_or(0, |(_, tasks)| tasks.unsigned_abs());
-    let now = Timestamp(counts.try_get(7)?);
+    let of = |state: State| {
+        ended.iter().find(|(name, _)| name == state.as_str().as_bytes()).map_or(0, |(_, tasks)| tasks.unsigned_abs())
+    };
+    let now = Timestamp(counts.try_get(8)?);
     // What has become due and was not moved over yet may be claimed just the same.
-    let heads = [4, 5, 6].into_iter().map(|place| counts.try_get::<Option<i64>, _>(place)).collect::<Result<Vec<_>, _>>()?;
+    let heads = [5, 6, 7].into_iter().map(|place| counts.try_get::<Option<i64>, _>(place)).collect::<Result<Vec<_>, _>>()?;
     let oldest = heads.into_iter().flatten().min().map(Timestamp).filter(|moment| *moment <= now);
     Ok(Stats {
-        ready: number(0)? + number(2)?,
-        scheduled: number(1)?,
-        running: number(3)?,
+        ready: number(0)?.saturating_add(number(1)?).saturating_add(number(3)?),
+        scheduled: number(2)?,
+        running: number(4)?,
         finished: of(State::Finished),
         failed: of(State::Failed),
         cancelled: of(State::Cancelled),
         oldest_ready_ms: oldest.map(|moment| u64::try_from(now.since(moment).as_millis()).unwrap_or(u64::MAX)),
-        types: types.into_iter().map(|(name, tasks)| (name, tasks.unsigned_abs())).collect(),
+        types: types.into_iter().map(|(name, tasks)| (lossy(&name), tasks.unsigned_abs())).collect(),
     })
 }
 

@@ -2,8 +2,12 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
+use sqlx::Row as _;
+
 use super::accounts::{Changes, Waiting, json};
+use super::aside;
 use super::failure::{self, Failure};
+use super::rows::Columns;
 use super::submit::{end_descent, store_all};
 use super::writer::Session;
 use crate::batch::Batch;
@@ -12,6 +16,8 @@ use crate::{AttemptRecord, LeaseAnswer, LeaseRef, Result, Settlement, State};
 
 /// Ended tasks that share a row of `retention`.
 const ENDED_TOGETHER: usize = 500;
+/// Outputs of one statement, unless one alone is larger.
+const OUTPUT_BYTES_MAX: usize = 32 << 20;
 /// Settlements whose follow-ups keep their bounds.
 pub(super) struct Group {
     asked: Vec<LeaseRef>,
@@ -21,9 +27,9 @@ pub(super) struct Group {
 }
 
 /// What is needed of a task's row before it is settled: number, lease, type, user, most running of its user, when it could run,
-/// attempts, host, root of a follow-up.
+/// attempts, host, whether it runs alone, root of a follow-up.
 #[derive(serde::Deserialize)]
-struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, Option<i64>);
+struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, i64, Option<i64>);
 
 impl Group {
     /// Check the follow-ups.
@@ -88,7 +94,7 @@ async fn plugin_ids(session: &mut Session, digests: BTreeSet<&str>) -> Result<Ha
 /// The fence. Leases are asked for as an object, task to lease, and answered in one text: rows and their columns have their price.
 pub(super) const HELD: &str =
     "SELECT json_group_array(json_array(task.id, task.lease, task.type, task.user, task.max_running, task.run_at,
-            task.attempts, task.host, task.root))
+            task.attempts, task.host, task.alone, task.root))
         FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
         WHERE task.lease = s.value AND task.state = 'running' AND (task.until > ?2 OR ?3)";
 
@@ -96,10 +102,34 @@ pub(super) const HELD: &str =
 async fn held(session: &mut Session, entries: &[Entry], ended_too: bool) -> Result<HashMap<LeaseRef, Settled>, Failure> {
     let leases = by_task(entries.iter());
     let now = session.now;
-    let rows: String = sqlx::query_scalar(HELD).bind(leases).bind(now).bind(ended_too).fetch_one(session.db()).await?;
-    let rows: Vec<Settled> = serde_json::from_str(&rows).map_err(|error| sqlx::Error::Decode(error.into()))?;
+    let query = sqlx::query(HELD).bind(leases.clone()).bind(now).bind(ended_too);
+    let mut rows = query.fetch_one(session.db()).await?.try_get_unchecked::<Vec<u8>, _>(0)?;
+    if std::str::from_utf8(&rows).is_err() {
+        // Somebody has written what is no text into a running task's row.
+        let unreadable = unreadable(session, leases.clone()).await?;
+        aside::set_aside(session, &unreadable).await?;
+        let query = sqlx::query(HELD).bind(leases).bind(now).bind(ended_too);
+        rows = query.fetch_one(session.db()).await?.try_get_unchecked(0)?;
+    }
+    let rows: Vec<Settled> = serde_json::from_slice(&rows).map_err(|error| sqlx::Error::Decode(error.into()))?;
     let by_lease = |row: Settled| (LeaseRef { task: crate::TaskId(row.0), lease: crate::Lease(row.1) }, row);
     Ok(rows.into_iter().map(by_lease).collect())
+}
+
+/// Those of the asked, an object of task to lease, that have a type or a user that is no text.
+async fn unreadable(session: &mut Session, leases: String) -> Result<Vec<i64>, Failure> {
+    const NAMES: &str =
+        "SELECT task.id, task.type, task.user FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
+        WHERE task.lease = s.value AND task.state = 'running'";
+    let mut unreadable = Vec::new();
+    for row in sqlx::query(NAMES).bind(leases).fetch_all(session.db()).await? {
+        let mut columns = Columns::of(&row);
+        columns.text(1, "type");
+        columns.text(2, "user");
+        let task = columns.whole(0, "number");
+        unreadable.extend(columns.problem().map(|_| task));
+    }
+    Ok(unreadable)
 }
 
 /// An object that names each task's lease.
@@ -120,7 +150,8 @@ pub(super) const SETTLE: &str = "UPDATE task SET
             finished_at = CASE s.state WHEN 'waiting' THEN NULL ELSE ?2 END,
             retained_until = CASE s.state WHEN 'waiting' THEN NULL ELSE ?2 + s.after_ms END,
             releases = coalesce(s.releases, task.releases), lost = coalesce(s.lost, task.lost),
-            lost_alone = coalesce(s.lost_alone, task.lost_alone), alone = coalesce(s.alone, task.alone)
+            lost_alone = coalesce(s.lost_alone, task.lost_alone), alone = coalesce(s.alone, task.alone),
+            lost_at = CASE WHEN coalesce(s.lost, task.lost) > 0 THEN coalesce(task.lost_at, ?2) END
         FROM (SELECT value ->> 0 AS id, value ->> 1 AS lease, value ->> 2 AS state, value ->> 3 AS event, value ->> 4 AS counted,
                 value ->> 5 AS after_ms, value ->> 6 AS plugin, value ->> 7 AS releases, value ->> 8 AS lost,
                 value ->> 9 AS lost_alone, value ->> 10 AS alone
@@ -172,7 +203,7 @@ async fn place(
     let mut ended = Vec::with_capacity(kept.len());
     let mut descendants = Vec::new();
     for entry in kept {
-        let Some(Settled(task, _, task_type, user, max_running, run_at, _, _, root)) = settled.get(&entry.lease_ref) else {
+        let Some(Settled(task, _, task_type, user, max_running, run_at, .., root)) = settled.get(&entry.lease_ref) else {
             continue;
         };
         changes.stopped(user);
@@ -215,46 +246,63 @@ async fn write_beside(
     settled: &HashMap<LeaseRef, Settled>,
     plugins: &HashMap<String, i64>,
 ) -> Result<(), Failure> {
-    // If all outputs are empty, so is the parameter, and SQLite takes an empty one for NULL.
-    const OUTPUT: &str = "INSERT INTO output (task, output)
-        SELECT value ->> 0, coalesce(substr(?2, value ->> 1, value ->> 2), x'') FROM json_each(?1) WHERE true
-        ON CONFLICT (task) DO UPDATE SET output = excluded.output";
     const FAILURE: &str = "INSERT INTO failure (task, code, message)
         SELECT value ->> 0, value ->> 1, value ->> 2 FROM json_each(?1) WHERE true
         ON CONFLICT (task) DO UPDATE SET code = excluded.code, message = excluded.message";
-    let mut bytes = Vec::new();
     let mut outputs = Vec::new();
     let mut failures = Vec::new();
     let mut records = Vec::new();
     for entry in kept {
         let LeaseRef { task, lease } = entry.lease_ref;
         if let Some(output) = &entry.output {
-            outputs.push((task, bytes.len() + 1, output.len()));
-            bytes.extend_from_slice(output);
+            outputs.push((task.0, output.as_slice()));
         }
         if entry.error_code.is_some() || entry.error_message.is_some() {
             failures.push((task, &entry.error_code, &entry.error_message));
         }
         if entry.row.state != State::Finished
-            && let Some(Settled(.., attempts, host, _)) = settled.get(&entry.lease_ref)
+            && let Some(Settled(.., attempts, host, alone, _)) = settled.get(&entry.lease_ref)
         {
-            let attempt = attempts + 1;
+            let attempt = attempts.saturating_add(1);
             let plugin = entry.plugin_digest.as_ref().and_then(|digest| plugins.get(digest)).copied();
             let (code, message) = (entry.error_code.as_deref(), entry.error_message.as_deref());
-            records.push((task.0, lease.0, attempt, *host, plugin, entry.row.event, code, message));
+            records.push((task.0, lease.0, attempt, *host, plugin, entry.row.event, code, message, *alone));
         }
     }
-    if !outputs.is_empty() {
-        sqlx::query(OUTPUT).bind(json(outputs)).bind(bytes).execute(session.db()).await?;
-    }
+    write_outputs(session, &outputs).await?;
     if !failures.is_empty() {
         sqlx::query(FAILURE).bind(json(failures)).execute(session.db()).await?;
     }
     record_attempts(session, &records).await
 }
 
-/// An attempt that is over: task, lease, number, host, plugin version, event, code and words of a failure.
-pub(super) type Record<'a> = (i64, i64, i64, Option<i64>, Option<i64>, &'a str, Option<&'a str>, Option<&'a str>);
+/// Write outputs, by task: so many in one statement that its parameter stays far below what SQLite takes.
+async fn write_outputs(session: &mut Session, mut outputs: &[(i64, &[u8])]) -> Result<(), Failure> {
+    // If all outputs are empty, so is the parameter, and SQLite takes an empty one for NULL.
+    const OUTPUT: &str = "INSERT INTO output (task, output)
+        SELECT value ->> 0, coalesce(substr(?2, value ->> 1, value ->> 2), x'') FROM json_each(?1) WHERE true
+        ON CONFLICT (task) DO UPDATE SET output = excluded.output";
+    while !outputs.is_empty() {
+        let mut sum = 0;
+        let fitting = outputs.iter().take_while(|(_, output)| {
+            sum += output.len();
+            sum <= OUTPUT_BYTES_MAX
+        });
+        let (together, rest) = outputs.split_at(fitting.count().max(1));
+        let mut bytes = Vec::with_capacity(together.iter().map(|(_, output)| output.len()).sum());
+        let mut parts = Vec::with_capacity(together.len());
+        for (task, output) in together {
+            parts.push((task, bytes.len() + 1, output.len()));
+            bytes.extend_from_slice(output);
+        }
+        sqlx::query(OUTPUT).bind(json(parts)).bind(bytes).execute(session.db()).await?;
+        outputs = rest;
+    }
+    Ok(())
+}
+
+/// An attempt that is over: task, lease, number, host, plugin version, event, code and words of a failure, whether it ran alone.
+pub(super) type Record<'a> = (i64, i64, i64, Option<i64>, Option<i64>, &'a str, Option<&'a str>, Option<&'a str>, i64);
 
 pub(super) const TRIM_ATTEMPTS: &str = "DELETE FROM attempt WHERE task IN (SELECT value ->> 0 FROM json_each(?1))
         AND lease <= (SELECT newer.lease FROM attempt AS newer WHERE newer.task = attempt.task
@@ -262,9 +310,9 @@ pub(super) const TRIM_ATTEMPTS: &str = "DELETE FROM attempt WHERE task IN (SELEC
 
 /// Keep the records of attempts, of each task the newest few.
 pub(super) async fn record_attempts(session: &mut Session, records: &[Record<'_>]) -> Result<(), Failure> {
-    const RECORD: &str = "INSERT INTO attempt (task, lease, attempt, host, plugin, ended_at, event, code, message)
-        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7
-        FROM json_each(?1)";
+    const RECORD: &str = "INSERT INTO attempt (task, lease, attempt, host, plugin, ended_at, event, code, message, alone)
+        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7, value ->> 8
+        FROM json_each(?1) WHERE true ON CONFLICT (task, lease) DO NOTHING";
     if records.is_empty() {
         return Ok(());
     }

@@ -6,6 +6,7 @@ use sqlx::Row as _;
 
 use super::accounts::{Changes, Waiting, json};
 use super::failure::Failure;
+use super::operate;
 use super::writer::Session;
 use crate::batch::{self, Batch, Row};
 use crate::{Compression, Submitted};
@@ -56,17 +57,24 @@ async fn store_chunk(
     const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at, root, depth)
         SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7 FROM json_each(?1)
         WHERE true ON CONFLICT (key) DO NOTHING RETURNING id, key";
-    const DATA: &str = "INSERT INTO task_data (task, bytes, data)
+    // Somebody may have written there before the task was.
+    const DATA: &str = "INSERT OR REPLACE INTO task_data (task, bytes, data)
         SELECT value ->> 0, value ->> 1,
             CASE value ->> 4 WHEN 0 THEN CAST(substr(?2, value ->> 2, value ->> 3) AS TEXT) ELSE substr(?2, value ->> 2, value ->> 3) END
         FROM json_each(?1)";
     let now = session.now;
     let run_at = |row: &Row| row.run_at.map_or(now, |moment| moment.max(now));
-    let rows = json(chunk.iter().map(|row| {
-        let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
-        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth)
-    }));
-    let stored = sqlx::query(TASK).bind(rows).bind(now).fetch_all(session.db()).await?;
+    let rows = |those: &mut dyn Iterator<Item = &Row>| {
+        json(those.map(|row| {
+            let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
+            (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth)
+        }))
+    };
+    let mut stored = sqlx::query(TASK).bind(rows(&mut chunk.iter())).bind(now).fetch_all(session.db()).await?;
+    if stored.len() < chunk.len() && free_keys(session, chunk, changes).await? {
+        // What has a number already is met again as a key that exists.
+        stored.extend(sqlx::query(TASK).bind(rows(&mut chunk.iter())).bind(now).fetch_all(session.db()).await?);
+    }
     let mut ids = HashMap::with_capacity(stored.len());
     for row in stored {
         ids.insert(row.try_get::<String, _>(1)?, row.try_get::<i64, _>(0)?);
@@ -98,6 +106,16 @@ async fn store_chunk(
         changes.enqueue(session, &waiting).await?;
     }
     descend(session, &descendants).await
+}
+
+/// Remove tasks of these keys whose retention has ended: their keys are free, whether or not clean-up has come to them. Answers whether there
+/// were any.
+async fn free_keys(session: &mut Session, chunk: &[Row], changes: &mut Changes) -> Result<bool, Failure> {
+    const OVER: &str = "SELECT id FROM task WHERE key IN (SELECT value FROM json_each(?1)) AND retained_until <= ?2";
+    let now = session.now;
+    let keys = json(chunk.iter().map(|row| &row.key));
+    let over: Vec<i64> = sqlx::query_scalar(OVER).bind(keys).bind(now).fetch_all(session.db()).await?;
+    Ok(!over.is_empty() && !operate::remove_over(session, &over, changes).await?.is_empty())
 }
 
 /// Note follow-ups that have not ended, each with its root.

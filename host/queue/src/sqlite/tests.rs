@@ -23,11 +23,11 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
 /// Statements whose cost may grow with their batch, and with nothing else; with what their plan has to contain.
 const LOOKED_UP: [(&str, &str, &str); 23] = [
     ("due", claim::DUE, "SEARCH scheduled USING PRIMARY KEY (run_at=? AND task=?)"),
-    ("suspect", claim::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
-    ("oldest", claim::OLDEST, "SCAN ready USING COVERING INDEX ready_in_time"),
-    ("open accounts", claim::OPEN_ACCOUNTS, "SCAN account USING INDEX account_by_weight"),
-    ("candidates of one", claim::CANDIDATES_OF_ONE, "SEARCH ready USING PRIMARY KEY (user=? AND (run_at,task)>(?,?))"),
-    ("candidates of several", claim::CANDIDATES_OF_SEVERAL, "SEARCH later USING PRIMARY KEY (user=? AND (run_at,task)>(?,?))"),
+    ("suspect", choose::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN"),
+    ("oldest", choose::OLDEST, "SCAN ready USING COVERING INDEX ready_in_time"),
+    ("open accounts", choose::OPEN_ACCOUNTS, "SCAN account USING INDEX account_by_weight"),
+    ("candidates of one", choose::CANDIDATES_OF_ONE, "SEARCH ready USING PRIMARY KEY (user=? AND (run_at,task)>(?,?))"),
+    ("candidates of several", choose::CANDIDATES_OF_SEVERAL, "SEARCH later USING PRIMARY KEY (user=? AND (run_at,task)>(?,?))"),
     ("take from ready", claim::TAKE_FROM_READY, "SEARCH ready USING PRIMARY KEY (user=? AND run_at=? AND task=?)"),
     ("take from suspect", claim::TAKE_FROM_SUSPECT, "SEARCH suspect USING PRIMARY KEY (run_at=? AND task=?)"),
     ("leave accounts", accounts::LEAVE_ACCOUNTS, "SEARCH account USING PRIMARY KEY (user=?)"),
@@ -73,7 +73,15 @@ async fn an_idle_queue_writes_nothing() {
     let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let size = || std::fs::metadata(folder.path().join("queue.db-wal")).unwrap().len();
     let before = size();
-    let claim = Claim { host, limit: 10, alive_time: Duration::from_secs(60), alone: true, ignore_users: false, accepts: None };
+    let claim = Claim {
+        host,
+        limit: 10,
+        alive_time: Duration::from_secs(60),
+        alone: true,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+    };
     for _ in 0..20 {
         assert!(sqlite.claim(&claim).await.unwrap().tasks.is_empty());
         assert!(sqlite.reclaim(&Policy::default()).await.unwrap().tasks.is_empty());
@@ -106,7 +114,15 @@ async fn a_full_disk_is_named_loses_nothing_and_passes() {
         sqlite.submit(&[task(stored)]).await.map_err(|error| error.to_string())
     });
     assert!(both.0.is_ok() && both.1.unwrap().is_some() && both.2.is_err());
-    let claim = Claim { host, limit: 1, alive_time: Duration::from_secs(60), alone: false, ignore_users: false, accepts: None };
+    let claim = Claim {
+        host,
+        limit: 1,
+        alive_time: Duration::from_secs(60),
+        alone: false,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+    };
     let claimed = sqlite.claim(&claim).await.unwrap().tasks.remove(0);
     let event = Event::Finish { output: None, retention: Some(Duration::ZERO) };
     let settlement =
@@ -169,7 +185,15 @@ async fn a_producer_that_speaks_sql_submits_like_any_other() {
         INSERT INTO submit (key, type, run_at) VALUES ('e', 'later', 32503680000000), ('f', 'past', -1);";
     sqlx::raw_sql(submit).execute(&mut producer).await.unwrap();
     assert_eq!(sqlite.submit(&[NewTask::new("a", "third", "{}")]).await.unwrap(), [Submitted::AlreadyExists]);
-    let claim = Claim { host, limit: 10, alive_time: Duration::from_secs(60), alone: false, ignore_users: false, accepts: None };
+    let claim = Claim {
+        host,
+        limit: 10,
+        alive_time: Duration::from_secs(60),
+        alone: false,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+    };
     let mut claimed = sqlite.claim(&claim).await.unwrap().tasks;
     claimed.sort_by(|one, other| one.key.cmp(&other.key));
     let seen: Vec<(&str, &str, &[u8])> =
@@ -199,6 +223,19 @@ async fn a_producer_that_speaks_sql_is_told_what_is_wrong() {
         ("('a', 't', '[]', NULL, NULL, NULL, NULL)", "data: "),
         ("('a', 't', 'oops', NULL, NULL, NULL, NULL)", "data: "),
         ("('a', 't', x'7b7d', NULL, NULL, NULL, NULL)", "data: "),
+        ("(CAST(x'6d2dfc' AS TEXT), 't', '{}', NULL, NULL, NULL, NULL)", "key: not UTF-8"),
+        ("('a', CAST(x'61eda080' AS TEXT), '{}', NULL, NULL, NULL, NULL)", "type: not UTF-8"),
+        ("('a', 't', '{}', CAST(x'c080' AS TEXT), NULL, NULL, NULL)", "user: not UTF-8"),
+        ("('a', 't', '{}', CAST(x'e697' AS TEXT), NULL, NULL, NULL)", "user: not UTF-8"),
+        ("('a', 't', '{}' || char(0), NULL, NULL, NULL, NULL)", "data: a JSON object"),
+        ("('a', 't', '{}' || char(0) || 'x', NULL, NULL, NULL, NULL)", "data: a JSON object"),
+        ("('a', 't', CAST(x'efbbbf7b7d' AS TEXT), NULL, NULL, NULL, NULL)", "data: a JSON object"),
+        ("('a', 't', '{\"a\":1.}', NULL, NULL, NULL, NULL)", "data: a JSON object"),
+        ("('a', 't', CAST(x'7b2261223a22fc227d' AS TEXT), NULL, NULL, NULL, NULL)", "data: not UTF-8"),
+        ("('a', 't', CAST(x'7b2261223a22b0227d' AS TEXT), NULL, NULL, NULL, NULL)", "data: not UTF-8"),
+        ("('a', 't', CAST(x'7b2261223a22eda080227d' AS TEXT), NULL, NULL, NULL, NULL)", "data: not UTF-8"),
+        ("('a', 't', '{\"\\udfff\":1}', NULL, NULL, NULL, NULL)", "data: half a pair"),
+        ("('a', 't', '{\"a\":[\"\\ud83d x\\ude00\"]}', NULL, NULL, NULL, NULL)", "data: half a pair"),
         ("('a', 't', '{}', NULL, -1, NULL, NULL)", "max_running: "),
         ("('a', 't', '{}', NULL, NULL, 0, NULL)", "max_attempts: "),
         ("('a', 't', '{}', NULL, NULL, NULL, 1.5)", "run_at: "),
@@ -210,5 +247,258 @@ async fn a_producer_that_speaks_sql_is_told_what_is_wrong() {
         assert!(message.starts_with(expected), "{row}: {message}");
     }
     assert_eq!(sqlite.stats().await.unwrap().types, []);
+    // What only looks like one of these.
+    let names = ["ключ", "日本", "\u{fffd}", "\u{fffe}\u{ffff}", "\u{10ffff}", "\u{d7ff}\u{e000}", "°£"];
+    for (number, name) in names.into_iter().enumerate() {
+        let data = format!(r#"{{"{name}":"{name}","a":"\ud83d\ude00\\ud800","°":"£"}}"#);
+        crate::data::check(data.as_bytes()).unwrap();
+        let insert = "INSERT INTO submit (key, type, user, data) VALUES (?1 || ?4, ?2, ?2, ?3)";
+        let inserted = sqlx::query(insert).bind(name).bind(name).bind(data.clone()).bind(number.to_string());
+        inserted.execute(&mut producer).await.expect(name);
+        let stored = sqlite.get(&format!("{name}{number}")).await.unwrap().expect(name);
+        assert_eq!((stored.task_type.as_str(), stored.data), (name, Some(data.into_bytes())));
+    }
+    sqlite.close().await;
+}
+
+/// A moment that no test waits out.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+async fn host(sqlite: &Sqlite) -> HostId {
+    sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap()
+}
+
+fn asking(host: HostId, limit: u32) -> Claim {
+    let alive_time = Duration::from_secs(3_600);
+    Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None }
+}
+
+fn finished(task: &crate::ClaimedTask) -> Settlement {
+    let event = Event::Finish { output: None, retention: None };
+    Settlement::of(task.lease_ref, event, crate::Attempt::of(task), &Policy::default(), 0.0, None, Vec::new())
+}
+
+fn of_user(key: &str, max_running: Option<u32>) -> NewTask {
+    NewTask { user: Some("u".to_owned()), max_running, ..NewTask::new(key, "type", "{}") }
+}
+
+#[tokio::test]
+async fn what_another_process_submits_wakes_a_host_and_what_the_host_writes_does_not() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = Arc::new(opened(&folder, |options| options).await);
+    let host = host(&sqlite).await;
+    let other = opened(&folder, |options| options).await;
+    let mut producer = options(&folder.path().join("queue.db")).connect().await.unwrap();
+    for round in 0..3 {
+        // A hint that is left over from before.
+        let _ = tokio::time::timeout(Duration::ZERO, sqlite.wakeup()).await;
+        let hints = Arc::clone(&sqlite);
+        let waiter = tokio::spawn(async move { hints.wakeup().await });
+        // Nobody polls: without the hint this would wait for ever.
+        match round {
+            0 => drop(other.submit(&[NewTask::new("a", "type", "{}")]).await.unwrap()),
+            1 => drop(sqlx::raw_sql("INSERT INTO submit (key, type) VALUES ('b', 'type')").execute(&mut producer).await.unwrap()),
+            _ => drop(other.submit(&[NewTask { run_at: Some(NewTask::RUN_AT_MAX), ..NewTask::new("c", "type", "{}") }]).await),
+        }
+        tokio::time::timeout(PATIENCE, waiter).await.expect("woken by what the other wrote").unwrap();
+        let seen = sqlite.seen.changes();
+        for _ in 0..20 {
+            let claimed = sqlite.claim(&asking(host, 9)).await.unwrap().tasks;
+            sqlite.settle(&claimed.iter().map(finished).collect::<Vec<_>>()).await.unwrap();
+            sqlite.note_plugins(host, &[fastrand::u64(..).to_string()]).await.unwrap();
+        }
+        sqlite.writer.looker().look().await.unwrap();
+        assert_eq!(sqlite.seen.changes(), seen, "its own writes are nobody else's");
+    }
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn the_end_of_a_limited_users_task_wakes_who_claims() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = Arc::new(opened(&folder, |options| options).await);
+    let host = host(&sqlite).await;
+    sqlite.submit(&[of_user("a", Some(1)), of_user("b", Some(1)), of_user("c", Some(1))]).await.unwrap();
+    for ended_by_hand in [false, true] {
+        // The hints of what came before.
+        let _ = tokio::time::timeout(Duration::ZERO, sqlite.wakeup()).await;
+        let claimed = sqlite.claim(&asking(host, 9)).await.unwrap().tasks;
+        assert_eq!(claimed.len(), 1);
+        let hints = Arc::clone(&sqlite);
+        let waiter = tokio::spawn(async move { hints.wakeup().await });
+        if ended_by_hand {
+            sqlite.cancel(&claimed[0].key, Duration::ZERO).await.unwrap();
+        } else {
+            sqlite.settle(&[finished(&claimed[0])]).await.unwrap();
+        }
+        tokio::time::timeout(PATIENCE, waiter).await.expect("woken by the end").unwrap();
+    }
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn a_claim_holds_back_no_more_tasks_of_limited_users_than_it_may() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    let host = host(&sqlite).await;
+    let mut tasks: Vec<NewTask> = (0..10).map(|number| of_user(&format!("limited{number}"), Some(9))).collect();
+    tasks.extend((0..4).map(|number| NewTask::new(format!("free{number}"), "type", "{}")));
+    // Of a user, but without a limit; and behind it one with.
+    tasks.push(NewTask { user: Some("v".to_owned()), ..NewTask::new("mixed0", "type", "{}") });
+    tasks.push(NewTask { user: Some("v".to_owned()), max_running: Some(5), ..NewTask::new("mixed1", "type", "{}") });
+    sqlite.submit(&tasks).await.unwrap();
+    for (limited, of_limited, of_others) in [(Some(0), 0, 5), (Some(2), 2, 0), (Some(50), 6, 0), (None, 2, 0)] {
+        let claimed = sqlite.claim(&Claim { limited, ..asking(host, 6) }).await.unwrap().tasks;
+        let has_limit = claimed.iter().filter(|task| task.max_running.is_some() && task.user.is_some()).count();
+        assert_eq!((has_limit, claimed.len() - has_limit), (of_limited, of_others), "{limited:?}");
+    }
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_replaced_or_deleted_under_a_host_ends_it() {
+    for is_replaced in [true, false] {
+        let folder = TempDir::new().unwrap();
+        let sqlite = opened(&folder, |options| options).await;
+        let host = host(&sqlite).await;
+        sqlite.submit(&[NewTask::new("a", "type", "{}"), NewTask::new("b", "type", "{}")]).await.unwrap();
+        let claimed = sqlite.claim(&asking(host, 1)).await.unwrap().tasks;
+        for name in ["queue.db", "queue.db-wal", "queue.db-shm"] {
+            std::fs::remove_file(folder.path().join(name)).unwrap();
+        }
+        if is_replaced {
+            opened(&folder, |options| options).await.close().await;
+        }
+        let settled = sqlite.settle(&[finished(&claimed[0])]).await.unwrap_err();
+        assert!(matches!(settled, Error::File { .. }) && !settled.is_retryable(), "{settled:?}");
+        assert!(settled.to_string().contains("queue.db: was deleted or replaced while it was open"), "{settled}");
+        // A host that is told so ends; what registers again is told why.
+        assert!(matches!(sqlite.claim(&asking(host, 1)).await, Err(Error::UnknownHost(unknown)) if unknown == host));
+        let description = HostDescription { name: "tester".to_owned(), process_id: 1, identity: None };
+        assert!(matches!(sqlite.register_host(&description).await, Err(Error::File { .. })));
+        sqlite.close().await;
+        assert_eq!(folder.path().join("queue.db").exists(), is_replaced, "nothing is made anew by who has the old one");
+    }
+}
+
+#[tokio::test]
+async fn updates_are_made_together_and_each_is_answered_for_itself() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    let host = host(&sqlite).await;
+    let tasks: Vec<NewTask> = (0..4).map(|number| NewTask::new(number.to_string(), "type", "{}")).collect();
+    sqlite.submit(&tasks).await.unwrap();
+    let claimed = sqlite.claim(&asking(host, 9)).await.unwrap().tasks;
+    sqlite.cancel("1", Duration::from_secs(60)).await.unwrap();
+    let update = |task: usize, members: &str| Update { lease_ref: claimed[task].lease_ref, members: members.as_bytes().to_vec() };
+    let updates = [
+        update(0, r#"{"a":1}"#),
+        update(1, r#"{"a":1}"#),
+        update(2, "[]"),
+        update(0, r#"{"a":2,"b":3}"#),
+        update(3, r#"{"c":4}"#),
+    ];
+    let transactions = sqlite.seen.looks();
+    let answers = sqlite.update_many(&updates).await.unwrap();
+    assert_eq!(sqlite.seen.looks() - transactions, 2, "one for each of the two updates of one task");
+    let [Ok(LeaseAnswer::Held), Ok(LeaseAnswer::Lost), Err(refused), Ok(LeaseAnswer::Held), Ok(LeaseAnswer::Held)] =
+        answers.as_slice()
+    else {
+        panic!("{answers:?}")
+    };
+    assert!(matches!(refused, Error::InvalidTask { key, .. } if key == "2"));
+    let data = async |key: &str| String::from_utf8(sqlite.get(key).await.unwrap().unwrap().data.unwrap()).unwrap();
+    assert_eq!((data("0").await.as_str(), data("1").await.as_str()), (r#"{"a":2,"b":3}"#, "{}"));
+    assert_eq!((data("2").await.as_str(), data("3").await.as_str()), ("{}", r#"{"c":4}"#));
+    // More than a round holds.
+    let many: Vec<Update> = (0..600).map(|number| update(3, &format!(r#"{{"n":{number}}}"#))).collect();
+    assert!(sqlite.update_many(&many[..20]).await.unwrap().iter().all(|answer| matches!(answer, Ok(LeaseAnswer::Held))));
+    assert_eq!(data("3").await, r#"{"c":4,"n":19}"#);
+    assert!(sqlite.update_many(&[]).await.unwrap().is_empty());
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn a_page_of_waiting_tasks_costs_the_same_however_many_follow() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    // A thousand steps of SQLite's machine count as one.
+    let steps = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&steps);
+    let pool = SqlitePoolOptions::new().max_connections(1).after_connect(move |connection, _| {
+        let counted = Arc::clone(&counted);
+        Box::pin(async move {
+            connection.lock_handle().await?.set_progress_handler(1_000, move || {
+                counted.fetch_add(1, Ordering::SeqCst);
+                true
+            });
+            Ok(())
+        })
+    });
+    let pool = pool.connect_with(options(&folder.path().join("queue.db"))).await.unwrap();
+    let mut costs = Vec::new();
+    for batch in 0..5 {
+        let tasks: Vec<NewTask> = (0..10_000).map(|number| NewTask::new(format!("{batch}-{number}"), "type", "{}")).collect();
+        sqlite.submit(&tasks).await.unwrap();
+        let filter = Filter { states: vec![crate::State::Waiting], limit: 10, ..Filter::default() };
+        let before = steps.load(Ordering::SeqCst);
+        assert_eq!(read::list(&pool, &filter).await.unwrap().tasks.len(), 10);
+        costs.push(steps.load(Ordering::SeqCst) - before);
+    }
+    // The first 20,000 are looked at; what comes behind them is not.
+    assert!(costs[4] < costs[1] + costs[1] / 4 + 2, "{costs:?} thousand steps");
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn a_task_that_must_run_alone_drains_one_host_and_only_if_it_may_run() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    let (one, two) = (host(&sqlite).await, host(&sqlite).await);
+    sqlite.submit(&[of_user("suspect", Some(1)), of_user("other", Some(1))]).await.unwrap();
+    // It was lost twice.
+    let mut meddler = options(&folder.path().join("queue.db")).connect().await.unwrap();
+    let lost = "DELETE FROM ready WHERE task = 1; UPDATE task SET lost = 2, lost_at = 1, alone = 1 WHERE id = 1;
+        INSERT INTO suspect (run_at, task) SELECT run_at, id FROM task WHERE id = 1;
+        UPDATE account SET ready = 1, head_task = 2, head_at = (SELECT run_at FROM task WHERE id = 2);";
+    sqlx::raw_sql(lost).execute(&mut meddler).await.unwrap();
+    let claimed = sqlite.claim(&asking(one, 9)).await.unwrap();
+    assert_eq!(
+        (claimed.tasks.len(), claimed.alone_waiting),
+        (1, false),
+        "its user has one running, so nobody ends anything for it"
+    );
+    assert!(!sqlite.claim(&asking(two, 9)).await.unwrap().alone_waiting);
+    sqlite.settle(&[finished(&claimed.tasks[0])]).await.unwrap();
+    for _ in 0..2 {
+        assert!(sqlite.claim(&asking(two, 9)).await.unwrap().alone_waiting);
+        assert!(!sqlite.claim(&asking(one, 9)).await.unwrap().alone_waiting, "one host is enough");
+    }
+    // With that host gone, it is another's turn.
+    sqlite.unregister_host(two).await.unwrap();
+    assert!(sqlite.claim(&asking(one, 9)).await.unwrap().alone_waiting);
+    let alone = sqlite.claim(&Claim { alone: true, ..asking(one, 1) }).await.unwrap();
+    assert_eq!((alone.tasks.len(), alone.alone_waiting), (1, false));
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn a_group_with_more_output_than_one_statement_takes_is_stored_whole() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    let host = host(&sqlite).await;
+    let tasks: Vec<NewTask> = (0..5).map(|number| NewTask::new(number.to_string(), "type", "{}")).collect();
+    sqlite.submit(&tasks).await.unwrap();
+    let claimed = sqlite.claim(&asking(host, 9)).await.unwrap().tasks;
+    let output = |place: usize| if place == 2 { Vec::new() } else { vec![u8::try_from(place).unwrap(); 16 << 20] };
+    let settled = claimed.iter().enumerate().map(|(place, task)| {
+        let event = Event::Finish { output: Some(output(place)), retention: None };
+        Settlement::of(task.lease_ref, event, crate::Attempt::of(task), &Policy::default(), 0.0, None, Vec::new())
+    });
+    sqlite.settle(&settled.collect::<Vec<_>>()).await.unwrap();
+    for (place, task) in claimed.iter().enumerate() {
+        assert!(sqlite.get(&task.key).await.unwrap().unwrap().output == Some(output(place)), "{place}");
+    }
     sqlite.close().await;
 }

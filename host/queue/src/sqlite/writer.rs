@@ -5,17 +5,20 @@
 //! its own changes only. Nobody is answered before the commit. An operation whose caller has gone runs wholly, or, if it was not begun yet,
 //! not at all. If the transaction as a whole fails, every operation of it is told so, and none has changed anything.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{ConnectOptions, Connection, Row as _};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::failure::{self, Failure};
+use super::neighbours::Seen;
 use crate::{Error, Result};
 
 /// Operations that wait for the writer; a caller beyond that waits with its operation in hand.
@@ -28,8 +31,11 @@ const LOCK_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// The database's clock.
 pub(super) const NOW: &str = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
 
-/// Take the database's lock, then the time.
-const BEGIN: &str = "BEGIN IMMEDIATE; SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
+/// Take the database's lock, then the time, and see whether others have written.
+const BEGIN: &str = "BEGIN IMMEDIATE; SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER); PRAGMA data_version";
+
+/// Changes when another connection has committed.
+const VERSION: &str = "PRAGMA data_version";
 
 /// The future of an operation.
 pub(super) type Work<'s, T> = Pin<Box<dyn Future<Output = Result<T, Failure>> + Send + 's>>;
@@ -44,9 +50,20 @@ pub(super) struct Session {
     pub(super) now: i64,
     /// Set by an operation after which a claim may find something.
     pub(super) wake: bool,
+    /// Tells whether others have committed since; None: not asked yet.
+    version: Option<i64>,
 }
 
 impl Session {
+    pub(super) fn new(connection: SqliteConnection) -> Self {
+        Self { connection, now: 0, wake: false, version: None }
+    }
+
+    /// Remember the version. Answers whether it is another than before.
+    fn has_changed(&mut self, version: i64) -> bool {
+        self.version.replace(version).is_some_and(|before| before != version)
+    }
+
     /// Where statements run.
     pub(super) fn db(&mut self) -> &mut SqliteConnection {
         &mut self.connection
@@ -64,6 +81,51 @@ pub(super) struct Access {
     pub(super) path: Arc<PathBuf>,
     pub(super) patience: Duration,
     pub(super) wakeup: Arc<Notify>,
+    pub(super) file: Arc<Original>,
+    pub(super) seen: Arc<Seen>,
+}
+
+/// The file as it was opened. Somebody may delete or replace it meanwhile: then this process has one that nobody else finds.
+#[derive(Debug)]
+pub(super) struct Original {
+    path: PathBuf,
+    /// Device and number of the file.
+    identity: Option<(u64, u64)>,
+    is_gone: AtomicBool,
+}
+
+impl Original {
+    pub(super) fn at(path: &Path) -> Self {
+        Self { path: path.to_owned(), identity: Self::identity(path).ok(), is_gone: AtomicBool::new(false) }
+    }
+
+    fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
+        std::fs::metadata(path).map(|file| (file.dev(), file.ino()))
+    }
+
+    /// Whether it was found deleted or replaced. It stays so.
+    pub(super) fn is_gone(&self) -> bool {
+        self.is_gone.load(Ordering::SeqCst)
+    }
+
+    /// Look whether it is still there. Said once.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is not.
+    fn check(&self) -> Result<()> {
+        const GONE: &str = "was deleted or replaced while it was open; what is written to the old file would be lost";
+        let gone = match Self::identity(&self.path) {
+            Ok(now) => self.identity.is_some_and(|opened| opened != now),
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        };
+        if !gone && !self.is_gone() {
+            return Ok(());
+        }
+        if !self.is_gone.swap(true, Ordering::SeqCst) {
+            tracing::error!(path = %self.path.display(), "the database {GONE}: this process writes nothing more, and has to be started again");
+        }
+        Err(Error::File { path: self.path.clone(), problem: GONE.to_owned(), source: None })
+    }
 }
 
 /// The way to the writer.
@@ -95,7 +157,25 @@ impl<T> Drop for Receiving<T> {
 
 enum Message {
     Job(Box<dyn Job>),
+    /// See whether others have written, and say when that is done.
+    Look(oneshot::Sender<()>),
     Close,
+}
+
+/// Who asks the writer to see whether others have written.
+#[derive(Clone, Debug)]
+pub(super) struct Looker(mpsc::Sender<Message>);
+
+impl Looker {
+    /// Have it looked.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] if the writer has ended.
+    pub(super) async fn look(&self) -> Result<()> {
+        let (done, looked) = oneshot::channel();
+        self.0.send(Message::Look(done)).await.map_err(|_| Error::Closed)?;
+        looked.await.map_err(|_| Error::Closed)
+    }
 }
 
 impl Writer {
@@ -103,7 +183,7 @@ impl Writer {
     pub(super) fn start(connection: SqliteConnection, access: Access) -> Self {
         let (jobs, receiver) = mpsc::channel(WAITING_MAX);
         let path = Arc::clone(&access.path);
-        let actor = Actor { session: Some(Session { connection, now: 0, wake: false }), access };
+        let actor = Actor { session: Some(Session::new(connection)), access };
         Self { jobs, actor: tokio::sync::Mutex::new(Some(tokio::spawn(actor.run(receiver)))), path }
     }
 
@@ -151,6 +231,10 @@ impl Writer {
             room.send(Message::Job(job));
         }
         Ok(())
+    }
+
+    pub(super) fn looker(&self) -> Looker {
+        Looker(self.jobs.clone())
     }
 
     /// Finish what is waiting, then end.
@@ -248,6 +332,7 @@ struct Actor {
 impl Actor {
     async fn run(mut self, mut receiver: mpsc::Receiver<Message>) {
         let mut messages = Vec::with_capacity(GROUP_MAX);
+        let mut looking: Vec<oneshot::Sender<()>> = Vec::new();
         let mut open = true;
         while open && receiver.recv_many(&mut messages, GROUP_MAX).await > 0 {
             let mut group: Vec<Box<dyn Job>> = Vec::with_capacity(messages.len());
@@ -255,11 +340,18 @@ impl Actor {
                 match message {
                     Message::Job(job) if open && !job.is_abandoned() => group.push(job),
                     Message::Job(_) => {}
+                    Message::Look(done) => looking.push(done),
                     Message::Close => open = false,
                 }
             }
             if !group.is_empty() {
                 self.commit(group).await;
+            } else if !looking.is_empty() {
+                self.look().await;
+            }
+            for done in looking.drain(..) {
+                // Who has gone does not want to know.
+                let _ = done.send(());
             }
         }
         if let Some(session) = self.session.take()
@@ -333,8 +425,18 @@ impl Actor {
         Ok(kept)
     }
 
+    /// See whether others have written. What cannot be seen now is seen when the next transaction begins.
+    async fn look(&mut self) {
+        if let Some(session) = self.session.as_mut()
+            && let Ok(version) = sqlx::query_scalar(VERSION).fetch_one(&mut session.connection).await
+        {
+            self.access.seen.looked(session.has_changed(version));
+        }
+    }
+
     /// Get the database's lock, with patience, and take the time.
     async fn begin(&mut self) -> Result<(), Failure> {
+        self.access.file.check()?;
         let started = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
@@ -355,9 +457,12 @@ impl Actor {
     async fn try_begin(&mut self) -> Result<(), sqlx::Error> {
         let session = match &mut self.session {
             Some(session) => session,
-            none => none.insert(Session { connection: self.access.options.connect().await?, now: 0, wake: false }),
+            none => none.insert(Session::new(self.access.options.connect().await?)),
         };
-        session.now = sqlx::query_scalar(BEGIN).fetch_one(&mut session.connection).await?;
+        let rows = sqlx::query(BEGIN).fetch_all(&mut session.connection).await?;
+        let [now, version] = rows.as_slice() else { return Err(sqlx::Error::RowNotFound) };
+        session.now = now.try_get(0)?;
+        self.access.seen.looked(session.has_changed(version.try_get(0)?));
         Ok(())
     }
 }

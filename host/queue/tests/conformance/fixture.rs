@@ -64,7 +64,7 @@ impl Fixture {
     }
 
     async fn over(database: Database, folder: TempDir, url: String) -> Self {
-        let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), ..Policy::default() };
+        let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), suspicion: Duration::ZERO, ..Policy::default() };
         let config = Config { policy, patience: PATIENCE_MAX, connections: patient(), ..Config::new(url) };
         let queue = Queue::open(&config).await.expect("the database can be opened");
         Self { database, folder, config, queue }
@@ -131,7 +131,7 @@ impl Fixture {
     }
 
     pub(crate) async fn claim_for(&self, host: HostId, limit: u32, alive_time: Duration) -> Vec<ClaimedTask> {
-        let claim = Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None };
+        let claim = Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None };
         self.backend().claim(&claim).await.expect("a registered host can claim").tasks
     }
 
@@ -201,7 +201,9 @@ impl Fixture {
     /// Everything that follows from something else is what it should be.
     pub(crate) async fn audit(&self) {
         match self.database {
-            Database::Sqlite => sqlite::audit(&self.config).await,
+            Database::Sqlite => {
+                assert_eq!(self.backend().audit().await.expect("the tables can be compared"), [] as [&str; 0]);
+            }
             Database::Postgres => postgres::audit(&self.config).await,
             Database::MariaDb => mariadb::audit(&self.config).await,
         }
@@ -243,7 +245,7 @@ pub(crate) fn task_of(user: &str, key: &str, max_running: Option<u32>) -> NewTas
 
 /// What follows an event, by the policy of the fixture.
 pub(crate) fn settled(task: &ClaimedTask, event: Event) -> Settlement {
-    let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), ..Policy::default() };
+    let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), suspicion: Duration::ZERO, ..Policy::default() };
     Settlement::of(task.lease_ref, event, Attempt::of(task), &policy, 0.5, None, Vec::new())
 }
 

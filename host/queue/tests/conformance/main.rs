@@ -5,28 +5,40 @@
 mod fixture;
 
 mod behind;
+mod chaos;
 mod contention;
 mod descent;
+mod documents;
 mod encryption;
 mod ends;
 mod errors;
+mod explorer;
 mod fair;
 mod files;
 mod handed_on;
 mod held;
 mod hosts;
 mod leases;
+mod limited;
 mod lists;
 mod losses;
 mod lost;
 mod mariadb;
+mod numbers;
+mod open_mariadb;
 mod orders;
 mod postgres;
+mod postgres_store;
 mod program;
+mod rows_mariadb;
+mod rows_postgres;
+mod rows_sqlite;
 mod schema;
 mod shares;
 mod storm;
 mod submits;
+mod suspicion;
+mod suspicion_postgres;
 
 /// One test for each database out of each promise.
 macro_rules! promises {

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use laelaps_queue::{
-    Config, Error, Event, FailureKind, Filter, Kind, LeaseAnswer, NewTask, PerfectQueue, Queue, Settlement, State,
+    Config, Error, Event, FailureKind, Filter, Kind, LeaseAnswer, NewTask, PerfectQueue, Queue, Settlement, State, Submitted,
 };
 use laelaps_test_databases::{PATIENCE, eventually};
 
-use crate::fixture::{Site, finish, keys, settled, table, task, task_of};
+use crate::fixture::{Site, finish, keys, settled, table, task, task_of, with_follow_ups};
 
 const DELETE_OFFSET: i64 = 1_000_000_000;
 
@@ -198,4 +198,27 @@ async fn lists_are_in_the_order_of_times_and_filter() {
     assert_eq!(listed(Filter { states: vec![State::Failed], ..Filter::default() }).await, [claimed[0].key.clone()]);
     assert_eq!(listed(Filter { states: vec![State::Failed, State::Finished], ..Filter::default() }).await.len(), 2);
     assert_eq!(listed(Filter { states: vec![State::Waiting], ..Filter::default() }).await.len(), 23);
+}
+
+#[tokio::test]
+async fn a_key_is_free_as_soon_as_its_retention_is_over() {
+    for side_table in [true, false] {
+        let site = Site::with(table(side_table)).await;
+        let host = site.host().await;
+        site.submit(&[task("a"), task("b"), task("next")]).await;
+        let over = Event::Finish { output: None, retention: Some(Duration::ZERO) };
+        let tasks = site.claim(host, 3).await;
+        for task in tasks.iter().filter(|task| task.key != "b") {
+            assert_eq!(site.settle(task, over.clone()).await, LeaseAnswer::Held);
+        }
+        // No clean-up has taken place since.
+        assert_eq!(site.queue.submit(task("a")).await.unwrap(), Submitted::Created);
+        assert_eq!(site.queue.submit(task("a")).await.unwrap(), Submitted::AlreadyExists);
+        let parent = tasks.iter().find(|task| task.key == "b").unwrap();
+        let settlement = with_follow_ups(vec![task("next"), task("a")], settled(parent, over));
+        assert_eq!(site.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
+        let mut claimed: Vec<String> = site.claim(host, 9).await.into_iter().map(|task| task.key).collect();
+        claimed.sort();
+        assert_eq!(claimed, ["a", "next"]);
+    }
 }

@@ -51,7 +51,12 @@ impl Site {
 
     /// A database without tables, on whichever server.
     pub(crate) async fn on(url: String, table: PerfectQueue) -> Self {
-        let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), retry_wait: Duration::ZERO, ..Policy::default() };
+        let policy = Policy {
+            backoff: Backoff::Fixed(Duration::ZERO),
+            retry_wait: Duration::ZERO,
+            suspicion: Duration::ZERO,
+            ..Policy::default()
+        };
         // Time limits that no busy machine reaches.
         let connections = Connections { connect_timeout: PATIENCE, statement_timeout: PATIENCE_MAX, ..Connections::default() };
         let kind = Kind::PerfectQueue(table);
@@ -158,7 +163,7 @@ impl Site {
 }
 
 pub(crate) fn asking(host: HostId, limit: u32) -> Claim {
-    Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts: None }
+    Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None }
 }
 
 pub(crate) fn task(key: &str) -> NewTask {
@@ -170,7 +175,12 @@ pub(crate) fn task_of(user: &str, key: &str, max_running: Option<u32>) -> NewTas
 }
 
 pub(crate) fn settled(task: &ClaimedTask, event: Event) -> Settlement {
-    let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), retry_wait: Duration::ZERO, ..Policy::default() };
+    let policy = Policy {
+        backoff: Backoff::Fixed(Duration::ZERO),
+        retry_wait: Duration::ZERO,
+        suspicion: Duration::ZERO,
+        ..Policy::default()
+    };
     Settlement::of(task.lease_ref, event, Attempt::of(task), &policy, 0.5, None, Vec::new())
 }
 

@@ -5,6 +5,7 @@
 mod fixture;
 mod ruby;
 
+mod charsets;
 mod claims;
 mod data;
 mod descent;
@@ -12,7 +13,11 @@ mod ends;
 mod fences;
 mod hold;
 mod hosts;
+mod limited;
 mod lock;
+mod losses;
+mod neighbours;
 mod order;
 mod schema;
 mod storm;
+mod unreadable;

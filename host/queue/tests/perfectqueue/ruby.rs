@@ -34,6 +34,7 @@ impl Ruby {
             sql.replace("{t}", &format!("`{table}`"))
                 .replace("{s}", &format!("`{table}_laelaps`"))
                 .replace("{h}", &format!("`{table}_laelaps_hosts`"))
+                .replace("{d}", &format!("`{table}_laelaps_death`"))
                 .replace("{lock}", &table),
         )
     }
@@ -42,6 +43,12 @@ impl Ruby {
     pub(crate) async fn run(&mut self, sql: &str) -> u64 {
         let sql = self.sql(sql);
         sqlx::query(sql).execute(&mut self.connection).await.expect("the statement is right").rows_affected()
+    }
+
+    /// Any statements, also those that cannot be prepared.
+    pub(crate) async fn run_raw(&mut self, sql: &str) {
+        let sql = self.sql(sql);
+        sqlx::raw_sql(sql).execute(&mut self.connection).await.expect("the statements are right");
     }
 
     /// A statement that may fail.

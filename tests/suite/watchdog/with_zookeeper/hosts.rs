@@ -101,11 +101,12 @@ async fn have_begun(site: &Site, times: usize) {
     .await;
 }
 
-/// Waits until all are finished: each counted once, and lost as often as its key says it was.
+/// Waits until all are finished: each counted once, and lost as often as its key says it was, or less where its host has come back by now.
 async fn all_finish(queue: &Queue, count: usize, lost: impl Fn(&Task) -> u32) {
     wait_for_finished(queue, count, LONG).await;
     for task in held_tasks(queue).await {
-        assert_eq!((task.state, task.attempts, task.lost), (State::Finished, 1, lost(&task)), "{}", task.key);
+        assert_eq!((task.state, task.attempts), (State::Finished, 1), "{}", task.key);
+        assert!(task.lost <= lost(&task), "{} was lost {} times", task.key, task.lost);
     }
 }
 

@@ -296,6 +296,6 @@ fn in_words(event: &Event) -> String {
         Event::Malformed { message } => format!("the handler breaks the contract: {}", printable(message)),
         Event::Stopped => "the attempt was stopped".to_owned(),
         Event::Unrouted { message } => message.clone(),
-        Event::Lost => "the attempt was lost".to_owned(),
+        Event::Lost | Event::Overdue => "the attempt was lost".to_owned(),
     }
 }

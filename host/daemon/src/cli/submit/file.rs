@@ -18,6 +18,9 @@ const GROUP_BYTES: usize = 4 << 20;
 /// The most bytes of a line: a task's data, and room for the rest of it.
 const LINE_BYTES_MAX: usize = NewTask::DATA_BYTES_MAX + (64 << 10);
 
+/// What programs on Windows begin a file of UTF-8 with. It is no part of the first line.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// Bad lines that are told one by one.
 const TOLD_MAX: u64 = 20;
 
@@ -182,6 +185,9 @@ impl Lines {
         }
         self.number += 1;
         self.bar.inc(read as u64);
+        if self.number == 1 && self.buffer.starts_with(BYTE_ORDER_MARK) {
+            self.buffer.drain(..BYTE_ORDER_MARK.len());
+        }
         if read > LINE_BYTES_MAX && self.buffer.last() != Some(&b'\n') {
             let rest = self.reader.skip_until(b'\n')?;
             self.bar.inc(rest as u64);

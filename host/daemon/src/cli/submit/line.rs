@@ -50,21 +50,36 @@ pub(super) fn parse(line: &[u8], defaults: &Options) -> Result<NewTask, String> 
     }
 }
 
-/// A moment from a number of seconds since 1970, or a time as ISO 8601 writes it, with its offset.
+/// A moment from a number of seconds since 1970, or a time as ISO 8601 writes it, with its offset. A date is its beginning in UTC.
 pub(super) fn moment_from_text(text: &str) -> Result<Timestamp, String> {
     if let Ok(seconds) = text.parse::<f64>() {
         return moment_from_seconds(seconds).ok_or_else(|| out_of_range(text));
     }
-    match text.parse::<jiff::Timestamp>() {
-        Ok(moment) => Ok(Timestamp(moment.as_millisecond())),
-        Err(_) => Err("expected seconds since 1970, or a time with its offset such as 2026-12-24T18:00:00Z".to_owned()),
+    match text.parse::<jiff::Timestamp>().map(|moment| moment.as_millisecond()).ok().or_else(|| milliseconds_from_text(text)) {
+        Some(moment) if moment <= NewTask::RUN_AT_MAX.0 => Ok(Timestamp(moment)),
+        Some(_) => Err(out_of_range(text)),
+        None => Err("expected seconds since 1970, a time with its offset such as 2026-12-24T18:00:00Z, or a date".to_owned()),
     }
 }
 
+/// What a [`jiff::Timestamp`] leaves out: the last 26 hours of the year 9999, in which whoever means "never" likes to be; and dates.
+fn milliseconds_from_text(text: &str) -> Option<i64> {
+    let pieces = jiff::fmt::temporal::Pieces::parse(text).ok().filter(|pieces| pieces.time_zone_annotation().is_none())?;
+    let offset = match pieces.to_numeric_offset() {
+        Some(offset) => offset.seconds(),
+        None if pieces.time().is_none() => 0,
+        // A time of day without an offset could be anybody's.
+        None => return None,
+    };
+    let moment = pieces.date().to_datetime(pieces.time().unwrap_or(jiff::civil::Time::midnight()));
+    let since_1970 = moment.duration_since(jiff::civil::date(1970, 1, 1).to_datetime(jiff::civil::Time::midnight()));
+    i64::try_from(since_1970.as_millis()).ok()?.checked_sub(i64::from(offset) * 1_000)
+}
+
 fn moment_from_seconds(seconds: f64) -> Option<Timestamp> {
-    // jiff knows the years -9999 to 9999; what it refuses is no moment at which a task could run.
-    let duration = jiff::SignedDuration::try_from_secs_f64(seconds).ok()?;
-    jiff::Timestamp::from_duration(duration).ok().map(|moment| Timestamp(moment.as_millisecond()))
+    // A moment that has passed means now, however long ago it was. Only what is too large to be a number is no moment.
+    let milliseconds = jiff::SignedDuration::try_from_secs_f64((seconds * 1_000.0).round()).ok()?.as_secs();
+    Some(Timestamp(milliseconds)).filter(|moment| *moment <= NewTask::RUN_AT_MAX)
 }
 
 fn out_of_range(text: &str) -> String {
@@ -129,6 +144,32 @@ mod tests {
         assert_eq!(task.max_attempts, Some(5));
         assert_eq!(task.compression, Compression::None);
         assert_eq!(task.run_at, Some(Timestamp(1_700_000_000_500)));
+    }
+
+    #[test]
+    fn a_task_may_wait_until_the_very_end_of_the_year_9999() {
+        let end = NewTask::RUN_AT_MAX;
+        let start_of_last_day = Timestamp(end.0 - 86_399_999);
+        for (text, expected) in [
+            ("9999-12-31T23:59:59.999Z", end),
+            ("9999-12-31T23:59:59.999+00:00", end),
+            ("9999-12-31T22:59:59.999-01:00", end),
+            ("9999-12-31", start_of_last_day),
+            ("9999-12-31T00:00:00Z", start_of_last_day),
+            ("253402300799.999", end),
+            ("2023-11-14T22:13:20Z", Timestamp(1_700_000_000_000)),
+            ("2023-11-15T00:13:20+02:00", Timestamp(1_700_000_000_000)),
+            ("1970-01-01", Timestamp(0)),
+        ] {
+            assert_eq!(moment_from_text(text), Ok(expected), "{text}");
+            let line = format!(r#"{{"key":"k","type":"t","data":{{}},"run_at":"{text}"}}"#);
+            assert_eq!(task(&line).expect("valid").run_at, Some(expected), "{line}");
+        }
+        for text in
+            ["9999-12-31T23:59:59.999-00:01", "253402300800", "1e300", "inf", "nan", "2026-12-24T18:00:00", "tomorrow", ""]
+        {
+            assert!(moment_from_text(text).is_err(), "{text}");
+        }
     }
 
     #[test]

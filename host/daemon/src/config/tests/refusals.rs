@@ -44,6 +44,22 @@ fn all_mistakes_are_told_at_once_in_the_order_of_their_lines() {
 }
 
 #[test]
+fn how_long_a_task_is_suspected_is_the_sections_to_say() {
+    let found = problems(&with("suspicion_time: soon"));
+    assert!(
+        found[0].starts_with("4: development.suspicion_time: found \"soon\", expected a length of time from 0 ms to 10 years"),
+        "{found:?}"
+    );
+    let found = problems(&with("suspicion_time: 11 years"));
+    assert!(found[0].starts_with("4: development.suspicion_time: found \"11 years\", expected"), "{found:?}");
+    refused(
+        "routes:\n- {type: a, plugin: p, suspicion_time: 1h}",
+        "5: development.routes[1].suspicion_time: belongs to the section: a host that finds a task lost does not ask for its route | \
+            move it beside `routes`; it counts for all of them",
+    );
+}
+
+#[test]
 fn the_place_of_a_merged_key_is_where_it_stands() {
     let text = "base: &base\n  type: rdb\n  processors: 0\ndevelopment:\n  <<: *base\n  url: sqlite:q\n";
     refused_file(text, "3: development.processors: found 0, expected a whole number from 1 to 1,024");

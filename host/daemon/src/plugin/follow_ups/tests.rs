@@ -9,7 +9,7 @@ const CLAIMED_AT: Timestamp = Timestamp(1_700_000_000_000);
 
 fn parent() -> Parent {
     Parent {
-        plugin: "thumbs".to_owned(),
+        plugin: "thumbs".into(),
         key: "upload-7".to_owned(),
         user: Some("rex".to_owned()),
         max_running: Some(2),

@@ -56,6 +56,11 @@ impl Table {
         assert_eq!(query.execute(&mut self.connection).await.unwrap().rows_affected(), numbers.len() as u64);
     }
 
+    /// The tasks are nobody's.
+    pub(super) async fn leave_users(&mut self) {
+        sqlx::query("UPDATE tasks SET resource = NULL, max_running = NULL").execute(&mut self.connection).await.unwrap();
+    }
+
     /// How many rows PerfectQueue's query for the fair order finds.
     pub(super) async fn rubys_fair_choice(&mut self, limit: i64) -> usize {
         sqlx::query(CHOOSE_FAIR).bind(limit).fetch_all(&mut self.connection).await.unwrap().len()

@@ -18,7 +18,7 @@ const SETTINGS: &str = "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEV
 
 /// A claim is looked at for the first time after this.
 const FIRST_LOOK_MS: i64 = 10_000;
-const LEASES_OF_CLAIM: i64 = 1_024;
+const LEASES_OF_CLAIM: i64 = 1 << 20;
 
 struct Statements {
     begin: String,
@@ -111,7 +111,7 @@ async fn claim(
     let entered = sqlx::query(statements.enter.clone()).bind(host).bind(now + FIRST_LOOK_MS).bind(&tasks);
     let entered = entered.execute(&mut *connection).await.unwrap().last_insert_id();
     let first = i64::try_from(entered).unwrap() * LEASES_OF_CLAIM;
-    let lease = sqlx::query(statements.lease.clone()).bind(&tasks).bind(first).bind(host).bind(now + ALIVE_MS);
+    let lease = sqlx::query(statements.lease.clone()).bind(json(&places)).bind(first).bind(host).bind(now + ALIVE_MS).bind(false);
     lease.execute(&mut *connection).await.unwrap();
     let rows = sqlx::query(statements.leased.clone()).bind(&tasks).bind(first).fetch_all(&mut *connection).await.unwrap();
     let mut leases = Vec::with_capacity(rows.len());

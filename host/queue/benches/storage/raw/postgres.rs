@@ -11,7 +11,7 @@ const CLAIM: &[&str] = &[include_str!("../../../src/postgres/claim.rs")];
 const SETTLE: &[&str] = &[include_str!("../../../src/postgres/settle.rs")];
 static CLAIMS: AtomicI64 = AtomicI64::new(1);
 /// Of a claimed row: number, lease, key, type, when it became ready, data.
-const COLUMNS: [usize; 6] = [6, 7, 8, 9, 18, 20];
+const COLUMNS: [usize; 6] = [8, 9, 10, 11, 20, 26];
 
 pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
     let mut connection = connect(&url).await;

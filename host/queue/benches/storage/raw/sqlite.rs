@@ -9,6 +9,7 @@ use crate::home::sqlite;
 use crate::statements::statement;
 
 const CLAIM: &str = include_str!("../../../src/sqlite/claim.rs");
+const CHOOSE: &str = include_str!("../../../src/sqlite/choose.rs");
 const SETTLE: &str = include_str!("../../../src/sqlite/settle.rs");
 const ACCOUNTS: &str = include_str!("../../../src/sqlite/accounts.rs");
 const WRITER: &str = include_str!("../../../src/sqlite/writer.rs");
@@ -38,8 +39,8 @@ impl Statements {
         Self {
             begin: one(WRITER, "BEGIN"),
             look: one(CLAIM, "LOOK"),
-            open_accounts: one(CLAIM, "OPEN_ACCOUNTS"),
-            candidates: one(CLAIM, "CANDIDATES_OF_ONE"),
+            open_accounts: one(CHOOSE, "OPEN_ACCOUNTS"),
+            candidates: one(CHOOSE, "CANDIDATES_OF_ONE"),
             sum: one(CLAIM, "SUM"),
             take: together(CLAIM, &["TAKE_FROM_READY", "TAKE_FROM_SUSPECT", "COUNT_UP", "TAKE", "TAKEN"]),
             held: one(SETTLE, "HELD"),
@@ -90,7 +91,7 @@ async fn claim(connection: &mut SqliteConnection, statements: &Statements, host:
     sqlx::query(statements.sum.clone()).bind(json!(tasks).to_string()).fetch_one(&mut *connection).await.unwrap();
     let count = i64::try_from(tasks.len()).unwrap();
     let take = json!({
-        "tasks": tasks, "first_lease": lease + 1, "lease": lease + count, "pick": pick + count, "host": host, "until": now + ALIVE_MS,
+        "tasks": tasks, "first_lease": lease + 1, "lease": lease + count, "pick": pick + count, "host": host, "until": now + ALIVE_MS, "alone": 0,
     });
     let rows = sqlx::query(statements.take.clone()).bind(take.to_string()).fetch_all(&mut *connection).await.unwrap();
     let mut leases = Vec::with_capacity(rows.len());

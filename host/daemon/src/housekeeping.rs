@@ -1,0 +1,91 @@
+//! What a host does beside its own tasks for as long as it serves: taking back what was lost, removing what is old, telling what it serves.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use laelaps_queue::{Backend, HostId, Policy};
+use tokio::sync::Notify;
+
+use crate::leases::Leases;
+use crate::log::chain;
+use crate::plugin;
+use crate::versions::Versions;
+
+/// Between two looks for dead hosts, ended leases, and plugin versions under quarantine.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Looks in a row that this host may leave to others, because it has not heard about its own leases.
+const PASSED_OVER_MAX: u32 = 10;
+/// Tasks whose retention has ended are removed after `cleanup_interval` fruitful claims, and at the latest after this time.
+const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
+/// Tasks removed in one transaction.
+const CLEAN_UP_BATCH: u32 = 1_000;
+
+/// Take back the tasks of dead hosts and ended leases, and learn what is under quarantine.
+pub(crate) async fn look_after(backend: Arc<dyn Backend>, policy: Policy, leases: Leases, versions: Versions) {
+    let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut reclaim_fails, mut quarantine_fails) = (false, false);
+    let mut passed_over = 0;
+    loop {
+        ticks.tick().await;
+        // After a sleep its own leases come first: what it still holds is no loss.
+        let waits = leases.is_behind() && passed_over < PASSED_OVER_MAX;
+        passed_over = if waits { passed_over + 1 } else { 0 };
+        if !waits {
+            match backend.reclaim(&policy).await {
+                Ok(reclaimed) => {
+                    reclaim_fails = false;
+                    crate::reports::reclaimed(&reclaimed);
+                    if !reclaimed.tasks.is_empty() {
+                        ticks.reset_immediately();
+                    }
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut reclaim_fails, true) {
+                        tracing::warn!(error = chain(&error), "cannot look for lost tasks; trying again");
+                    }
+                }
+            }
+        }
+        match versions.look_for_quarantine().await {
+            Ok(()) => quarantine_fails = false,
+            Err(error) => {
+                if !std::mem::replace(&mut quarantine_fails, true) {
+                    tracing::warn!(error = chain(&error), "cannot ask which plugin versions are under quarantine; trying again");
+                }
+            }
+        }
+    }
+}
+
+/// Remove tasks whose retention has ended.
+pub(crate) async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
+    let mut ticks = tokio::time::interval(CLEAN_UP_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = due.notified() => {}
+        }
+        match backend.clean_up(CLEAN_UP_BATCH).await {
+            Ok(removed) if removed >= u64::from(CLEAN_UP_BATCH) => ticks.reset_immediately(),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(error = chain(&error), "cannot remove old tasks; trying again"),
+        }
+    }
+}
+
+/// Keep the host's row naming the plugin versions it serves.
+pub(crate) async fn note_plugins(backend: Arc<dyn Backend>, store: Arc<plugin::Store>, host: HostId) {
+    let mut changes = store.changes();
+    loop {
+        let digests: Vec<String> =
+            store.list().iter().filter_map(|status| status.digest.map(|digest| digest.to_string())).collect();
+        if let Err(error) = backend.note_plugins(host, &digests).await {
+            tracing::debug!(error = chain(&error), "cannot note the plugin versions of this host");
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! What has to hold between the tables at any moment between two transactions: each table against each other, in one moment of the database.
+
+use std::time::Duration;
+
+use super::failure::Failure;
+use super::session::Session;
+
+/// How long all of it may take.
+pub(super) const TIME_MAX: Duration = Duration::from_secs(1_800);
+/// The most findings.
+const FINDINGS_MAX: usize = 1_000;
+
+/// Tables are read as a whole here, not a row at a time.
+const SETTINGS: &str = "SET LOCAL statement_timeout = 0; SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = on;
+    SET LOCAL enable_hashjoin = on; SET LOCAL enable_mergejoin = on";
+
+/// Compare all tables; answers what contradicts, in words, each with its row's number.
+pub(super) async fn audit(session: &mut Session) -> Result<Vec<String>, Failure> {
+    session.begin_reading().await?;
+    sqlx::raw_sql(SETTINGS).execute(session.db()?).await?;
+    let mut findings = Vec::new();
+    for (rule, sql) in RULES {
+        let most = FINDINGS_MAX - findings.len();
+        if most == 0 {
+            break;
+        }
+        let broken: Vec<Option<String>> =
+            sqlx::query_scalar(sql).bind(i64::try_from(most).unwrap_or(i64::MAX)).fetch_all(session.db()?).await?;
+        findings.extend(broken.into_iter().map(|row| format!("{}: {rule}", row.unwrap_or_default())));
+    }
+    session.commit().await?;
+    Ok(findings)
+}
+
+/// Each statement names what breaks its rule, at most $1.
+const RULES: [(&str, &str); 22] = [
+    (
+        "a waiting task waits in exactly one place, any other in none",
+        "SELECT 'task ' || id FROM laelaps.task LEFT JOIN (SELECT task, count(*) AS places FROM (SELECT task FROM laelaps.ready
+                UNION ALL SELECT task FROM laelaps.scheduled UNION ALL SELECT task FROM laelaps.suspect) AS waits GROUP BY task) AS waits
+            ON waits.task = task.id WHERE (state = 'waiting')::int <> coalesce(places, 0) LIMIT $1",
+    ),
+    (
+        "a place names a task as it is",
+        "SELECT 'ready ' || ready.task FROM laelaps.ready LEFT JOIN laelaps.task ON task.id = ready.task WHERE (task.user_name = ready.user_name
+                AND task.run_at = ready.run_at AND task.max_running IS NOT DISTINCT FROM ready.max_running AND task.bytes = ready.bytes
+                AND NOT task.alone) IS NOT TRUE
+            UNION ALL SELECT 'scheduled ' || scheduled.task FROM laelaps.scheduled LEFT JOIN laelaps.task ON task.id = scheduled.task
+                WHERE (task.run_at = scheduled.run_at) IS NOT TRUE
+            UNION ALL SELECT 'suspect ' || suspect.task FROM laelaps.suspect LEFT JOIN laelaps.task ON task.id = suspect.task
+                WHERE (task.run_at = suspect.run_at AND task.alone) IS NOT TRUE LIMIT $1",
+    ),
+    (
+        "an account and its changes count what runs",
+        "SELECT 'user ' || user_name FROM (SELECT user_name, running AS more FROM laelaps.account
+                UNION ALL SELECT user_name, -stopped FROM laelaps.account_change
+                UNION ALL SELECT user_name, -1 FROM laelaps.task WHERE state = 'running' AND user_name <> '') AS counted
+            GROUP BY user_name HAVING sum(more) <> 0 LIMIT $1",
+    ),
+    (
+        "an account knows its oldest ready task, unless a change has still to be entered",
+        "SELECT 'user ' || user_name FROM (SELECT user_name FROM laelaps.account
+                UNION SELECT user_name FROM laelaps.ready WHERE user_name <> '') AS users
+            LEFT JOIN laelaps.account USING (user_name) LEFT JOIN (SELECT DISTINCT ON (user_name) user_name, run_at, task, max_running
+                FROM laelaps.ready WHERE user_name <> '' ORDER BY user_name, run_at, task) AS oldest USING (user_name)
+            WHERE (head_at, head_task, head_max) IS DISTINCT FROM (oldest.run_at, oldest.task, oldest.max_running)
+                AND user_name NOT IN (SELECT user_name FROM laelaps.account_change WHERE task IS NOT NULL) LIMIT $1",
+    ),
+    (
+        "an idle user has no account",
+        "SELECT 'user ' || user_name FROM laelaps.account WHERE running = 0 AND head_task IS NULL
+            AND user_name NOT IN (SELECT user_name FROM laelaps.account_change) LIMIT $1",
+    ),
+    (
+        "nobody has no account",
+        "SELECT 'an account' FROM laelaps.account WHERE user_name = ''
+            UNION ALL SELECT 'account_change ' || id FROM laelaps.account_change WHERE user_name = '' LIMIT $1",
+    ),
+    (
+        "tasks are counted by type",
+        "SELECT 'type ' || type FROM (SELECT type, live, scheduled, finished, failed, cancelled FROM laelaps.tally
+                UNION ALL SELECT type, -(finished_at IS NULL)::int, 0, -(state = 'finished')::int, -(state = 'failed')::int,
+                    -(state = 'cancelled')::int FROM laelaps.task
+                UNION ALL SELECT type, 0, -1, 0, 0, 0 FROM laelaps.scheduled JOIN laelaps.task ON task.id = scheduled.task) AS both_sides
+            GROUP BY type HAVING sum(live) <> 0 OR sum(scheduled) <> 0 OR sum(finished) <> 0 OR sum(failed) <> 0 OR sum(cancelled) <> 0 LIMIT $1",
+    ),
+    (
+        "every ended task will be removed",
+        "SELECT 'task ' || id FROM laelaps.task WHERE retained_until IS NOT NULL
+            AND (id, retained_until) NOT IN (SELECT unnest(tasks), until FROM laelaps.retention) LIMIT $1",
+    ),
+    (
+        "a running task is in a claim of its host that is looked at when its lease ends",
+        "SELECT 'task ' || task.id FROM laelaps.task LEFT JOIN (SELECT unnest(tasks) AS task, host, check_at FROM laelaps.claim) AS claimed
+                ON claimed.task = task.id AND claimed.host = task.host AND claimed.check_at <= task.until
+            WHERE state = 'running' AND claimed.task IS NULL LIMIT $1",
+    ),
+    (
+        "nothing stands beside a task that is gone",
+        "SELECT DISTINCT name || ' ' || task FROM (SELECT 'task_data' AS name, task FROM laelaps.task_data
+            UNION ALL SELECT 'output', task FROM laelaps.output UNION ALL SELECT 'failure', task FROM laelaps.failure
+            UNION ALL SELECT 'progress', task FROM laelaps.progress UNION ALL SELECT 'attempt', task FROM laelaps.attempt
+            UNION ALL SELECT 'cancelled', task FROM laelaps.cancelled UNION ALL SELECT 'descendant', task FROM laelaps.descendant) AS beside
+            WHERE task NOT IN (SELECT id FROM laelaps.task) LIMIT $1",
+    ),
+    (
+        "data stands in one place",
+        "SELECT 'task ' || id FROM laelaps.task JOIN laelaps.task_data ON task_data.task = task.id WHERE task.data IS NOT NULL LIMIT $1",
+    ),
+    (
+        "a task has data",
+        "SELECT 'task ' || id FROM laelaps.task LEFT JOIN laelaps.task_data ON task_data.task = task.id
+            WHERE task.data IS NULL AND task_data.task IS NULL AND state IN ('waiting', 'running') LIMIT $1",
+    ),
+    (
+        "small data stands in the task",
+        "SELECT 'task ' || task FROM laelaps.task_data WHERE octet_length(data) <= 256 LIMIT $1",
+    ),
+    (
+        "a failed task tells why",
+        "SELECT 'task ' || id FROM laelaps.task WHERE state = 'failed' AND id NOT IN (SELECT task FROM laelaps.failure) LIMIT $1",
+    ),
+    (
+        "cancelled tasks are listed, and no others",
+        "SELECT 'task ' || id FROM laelaps.task LEFT JOIN laelaps.cancelled ON cancelled.task = task.id
+            WHERE (state = 'cancelled') <> (cancelled.task IS NOT NULL) LIMIT $1",
+    ),
+    (
+        "no lease is newer than the last one given out",
+        "SELECT 'task ' || id FROM laelaps.task, laelaps.lease_number WHERE task.lease >> 20 > lease_number.last_value LIMIT $1",
+    ),
+    (
+        "no lease was given out twice",
+        "SELECT 'task ' || min(id) FROM laelaps.task WHERE lease > 0 GROUP BY lease HAVING count(*) > 1 LIMIT $1",
+    ),
+    (
+        "a follow-up counts for its root until it ends, and nothing else does",
+        "SELECT 'task ' || id FROM laelaps.task LEFT JOIN laelaps.descendant ON descendant.task = id
+            WHERE CASE WHEN state IN ('waiting', 'running') THEN task.root END IS DISTINCT FROM descendant.root LIMIT $1",
+    ),
+    (
+        "a first loss has a moment while there are losses",
+        "SELECT 'task ' || id FROM laelaps.task WHERE (coalesce(lost, 0) > 0) <> (lost_at IS NOT NULL) LIMIT $1",
+    ),
+    (
+        "a task runs alone only after losses",
+        "SELECT 'task ' || id FROM laelaps.task WHERE state = 'waiting' AND alone AND coalesce(lost, 0) < 2 LIMIT $1",
+    ),
+    (
+        "a host that runs something is here",
+        "SELECT 'host ' || host FROM laelaps.host_running WHERE host NOT IN (SELECT id FROM laelaps.host WHERE ended_at IS NULL) LIMIT $1",
+    ),
+    (
+        "numbers are within their ranges",
+        "SELECT 'task ' || id FROM laelaps.task WHERE attempts < 0 OR bytes NOT BETWEEN 0 AND 16777216 OR lost < 0 OR lost_alone < 0
+            OR releases < 0 OR depth < 0 OR max_running NOT BETWEEN 0 AND 4294967295 OR max_attempts NOT BETWEEN 1 AND 4294967295
+            OR octet_length(key) NOT BETWEEN 1 AND 255 OR octet_length(type) NOT BETWEEN 1 AND 255 OR octet_length(user_name) > 255 LIMIT $1",
+    ),
+];

@@ -1,0 +1,347 @@
+//! Whether a history can be true of a queue that keeps its promises. Everything here is sure: what may or may not have happened proves nothing.
+//!
+//! Two operations have an order only if one was answered before the other was asked. An operation without an answer may have happened at any
+//! moment after it was asked, or never.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use laelaps_queue::State;
+
+use super::history::{Answer, Asked, End, Held, Left, Moment, Operation, Taken};
+
+/// More than these are not told.
+const FINDINGS_MAX: usize = 50;
+
+/// What is known of one claim of a task.
+struct Claim<'h> {
+    taken: &'h Taken,
+    host: i64,
+    begun: Moment,
+    ended: Moment,
+    /// The lease lasts at least until then, in milliseconds.
+    until: i64,
+    /// The last write under it that was accepted was asked for then.
+    surely_until: Option<Moment>,
+}
+
+/// A write under a lease.
+struct Write {
+    held: Held,
+    begun: Moment,
+    ended: Option<Moment>,
+    /// None if it is not known.
+    accepted: Option<bool>,
+    /// None if it does not end the attempt.
+    end: Option<End>,
+}
+
+impl Write {
+    fn may_have_been(&self) -> bool {
+        self.accepted != Some(false)
+    }
+}
+
+/// What somebody did to a task by hand, unless it was refused.
+struct ByHand<'h> {
+    asked: &'h Asked,
+    begun: Moment,
+    /// None if it is not known to have happened.
+    ended: Option<Moment>,
+}
+
+/// A history in the order of its tasks.
+#[derive(Default)]
+struct Stories<'h> {
+    claims: BTreeMap<i64, Vec<Claim<'h>>>,
+    writes: HashMap<i64, Vec<Write>>,
+    by_hand: HashMap<&'h str, Vec<ByHand<'h>>>,
+    deaths: HashMap<i64, Moment>,
+    /// Keys that are there for sure.
+    stored: HashSet<&'h str>,
+    /// Keys of which a submit was told that they were new.
+    created: HashSet<&'h str>,
+    /// Keys that may be there.
+    asked: HashSet<&'h str>,
+    findings: Vec<String>,
+}
+
+/// What cannot be true of it, in words; empty if all of it can. `left` is what the queue holds once nothing waits or runs any more; nothing may
+/// have been cleaned up.
+pub(super) fn check(history: &[Operation], left: &[Left]) -> Vec<String> {
+    let mut stories = Stories::default();
+    for operation in history {
+        stories.add(operation);
+    }
+    stories.sort();
+    stories.leases_grow();
+    stories.no_stale_write_was_accepted();
+    stories.users_kept_their_limits();
+    stories.every_run_is_explained();
+    stories.everything_came_to_its_end(left);
+    stories.findings.truncate(FINDINGS_MAX);
+    stories.findings
+}
+
+impl<'h> Stories<'h> {
+    fn find(&mut self, finding: String) {
+        if self.findings.len() < FINDINGS_MAX {
+            self.findings.push(finding);
+        }
+    }
+
+    fn add(&mut self, operation: &'h Operation) {
+        let Operation { begun, ended, asked, answer } = operation;
+        let (begun, ended) = (*begun, ended.filter(|_| *answer != Answer::Unknown));
+        match (asked, answer) {
+            (_, Answer::Refused) => {}
+            (Asked::Submit(keys), answer) => self.submitted(keys, answer),
+            (Asked::Claim(host), Answer::Claimed(tasks)) => {
+                for taken in tasks {
+                    let claim = Claim {
+                        taken,
+                        host: *host,
+                        begun,
+                        ended: ended.unwrap_or(Moment::MAX),
+                        until: taken.until,
+                        surely_until: None,
+                    };
+                    self.claims.entry(taken.held.task).or_default().push(claim);
+                }
+            }
+            (Asked::Claim(_), _) => {}
+            (Asked::Renew(leases, until), answer) => {
+                for (place, held) in leases.iter().enumerate() {
+                    let accepted = accepted(answer, place);
+                    self.write(Write { held: *held, begun, ended, accepted, end: None });
+                    if accepted == Some(true) {
+                        self.lasts(*held, *until);
+                    }
+                }
+            }
+            (Asked::Settle(settled), answer) => {
+                for (place, (held, end, follow_ups)) in settled.iter().enumerate() {
+                    let accepted = accepted(answer, place);
+                    self.write(Write { held: *held, begun, ended, accepted, end: Some(*end) });
+                    self.asked.extend(follow_ups.iter().map(String::as_str));
+                    if accepted == Some(true) {
+                        self.stored.extend(follow_ups.iter().map(String::as_str));
+                    }
+                }
+            }
+            (Asked::Update(held), answer) => {
+                self.write(Write { held: *held, begun, ended, accepted: accepted(answer, 0), end: None });
+            }
+            (Asked::Cancel(key) | Asked::ForceFinish(key) | Asked::Retry(key) | Asked::Damage(key), _) => {
+                self.by_hand.entry(key).or_default().push(ByHand { asked, begun, ended });
+            }
+            (Asked::Die(host), _) => self.deaths.extend(host.map(|host| (host, begun))),
+        }
+    }
+
+    fn submitted(&mut self, keys: &'h [String], answer: &'h Answer) {
+        self.asked.extend(keys.iter().map(String::as_str));
+        let Answer::Submitted(created) = answer else { return };
+        for (key, created) in keys.iter().zip(created) {
+            self.stored.insert(key);
+            if *created && !self.created.insert(key) {
+                self.find(format!("task {key:?} was new twice"));
+            }
+        }
+    }
+
+    fn write(&mut self, write: Write) {
+        self.writes.entry(write.held.task).or_default().push(write);
+    }
+
+    /// Operations come in the order in which they were asked, so the claim is there already.
+    fn lasts(&mut self, held: Held, until: i64) {
+        let claims = self.claims.get_mut(&held.task).into_iter().flatten();
+        for claim in claims.filter(|claim| claim.taken.held == held) {
+            claim.until = claim.until.max(until);
+        }
+    }
+
+    fn sort(&mut self) {
+        for (task, claims) in &mut self.claims {
+            claims.sort_by_key(|claim| claim.taken.held.lease);
+            let accepted = self.writes.get(task).into_iter().flatten().filter(|write| write.accepted == Some(true));
+            for write in accepted {
+                for claim in claims.iter_mut().filter(|claim| claim.taken.held == write.held) {
+                    claim.surely_until = claim.surely_until.max(Some(write.begun));
+                }
+            }
+        }
+    }
+
+    /// A claim that was asked for after another one was answered has greater numbers, and no number is given out twice.
+    fn leases_grow(&mut self) {
+        let mut claims: Vec<&Claim<'h>> = self.claims.values().flatten().collect();
+        claims.sort_by_key(|claim| claim.begun);
+        let mut by_end: Vec<&Claim<'h>> = claims.clone();
+        by_end.sort_by_key(|claim| claim.ended);
+        let mut found = Vec::new();
+        let mut given: HashMap<i64, &Claim<'h>> = HashMap::with_capacity(claims.len());
+        let (mut answered, mut greatest) = (by_end.into_iter().peekable(), None);
+        for claim in claims {
+            while let Some(earlier) = answered.next_if(|earlier| earlier.ended < claim.begun) {
+                greatest = greatest.max(Some(earlier.taken.held.lease));
+            }
+            let held = claim.taken.held;
+            if let Some(other) = given.insert(held.lease, claim) {
+                found.push(format!("lease {} was given out twice: {:?} and {:?}", held.lease, other.taken, claim.taken));
+            } else if greatest >= Some(held.lease) {
+                found.push(format!("lease {} was given out after lease {greatest:?}: {:?}", held.lease, claim.taken));
+            }
+        }
+        found.into_iter().for_each(|finding| self.find(finding));
+    }
+
+    /// A write under a lease that had ended changes nothing and is told so.
+    fn no_stale_write_was_accepted(&mut self) {
+        let mut found = Vec::new();
+        for (task, writes) in &self.writes {
+            let claims = self.claims.get(task).map_or(&[][..], Vec::as_slice);
+            let mut settled: HashMap<i64, &Write> = HashMap::new();
+            for write in writes.iter().filter(|write| write.accepted == Some(true)) {
+                let Held { lease, .. } = write.held;
+                if let Some(later) = claims.iter().find(|claim| claim.taken.held.lease > lease && claim.ended < write.begun) {
+                    found.push(format!(
+                        "a write under lease {lease} of task {task} was accepted after the claim {:?}",
+                        later.taken
+                    ));
+                }
+                if let Some(ended) = self.ended_by_hand(claims, write) {
+                    found.push(format!("a write under lease {lease} of task {task} was accepted after {:?}", ended.asked));
+                }
+                // The same end once more is told as the first one, where an answer was lost on the way: nobody can tell the two apart.
+                let earlier = write.end.as_ref().and_then(|_| settled.insert(lease, write));
+                if earlier.is_some_and(|earlier| earlier.end != write.end) {
+                    found.push(format!("lease {lease} of task {task} was settled twice"));
+                }
+            }
+            for write in writes.iter().filter(|write| write.accepted == Some(true) && write.end.is_none()) {
+                let end = settled.get(&write.held.lease).and_then(|settled| settled.ended);
+                if end.is_some_and(|end| end < write.begun) {
+                    found.push(format!(
+                        "a write under lease {} of task {task} was accepted after it was settled",
+                        write.held.lease
+                    ));
+                }
+            }
+        }
+        found.into_iter().for_each(|finding| self.find(finding));
+    }
+
+    /// What ended the task by hand after this lease was given out and before this was written.
+    fn ended_by_hand(&self, claims: &[Claim<'h>], write: &Write) -> Option<&ByHand<'h>> {
+        let claim = claims.iter().find(|claim| claim.taken.held == write.held)?;
+        let by_hand = self.by_hand.get(claim.taken.key.as_str())?;
+        let between = |done: &&ByHand<'h>| claim.ended < done.begun && done.ended.is_some_and(|ended| ended < write.begun);
+        by_hand.iter().filter(|done| matches!(done.asked, Asked::Cancel(_) | Asked::ForceFinish(_))).find(between)
+    }
+
+    /// A task runs for sure from the answer to its claim until the last accepted write under that lease is asked for.
+    fn users_kept_their_limits(&mut self) {
+        let mut edges: HashMap<&str, Vec<(Moment, i64)>> = HashMap::new();
+        let mut limits: HashMap<&str, i64> = HashMap::new();
+        for claim in self.claims.values().flatten() {
+            let (Some(user), Some(limit)) = (claim.taken.user.as_deref(), claim.taken.max_running) else { continue };
+            let limit = i64::from(limit.max(1));
+            limits.entry(user).and_modify(|most| *most = limit.max(*most)).or_insert(limit);
+            if let Some(until) = claim.surely_until.filter(|until| *until > claim.ended) {
+                edges.entry(user).or_default().extend([(claim.ended, 1), (until, -1)]);
+            }
+        }
+        let mut found = Vec::new();
+        for (user, mut edges) in edges {
+            edges.sort_unstable();
+            let mut running = 0;
+            for (at, change) in edges {
+                running += change;
+                if running > limits[user] {
+                    found.push(format!("{running} tasks of user {user:?} ran at {at}, and {} may", limits[user]));
+                    break;
+                }
+            }
+        }
+        found.into_iter().for_each(|finding| self.find(finding));
+    }
+
+    /// A task is handed out again only if it was to wait again, or its lease had ended, or its host was dead.
+    fn every_run_is_explained(&mut self) {
+        let mut found = Vec::new();
+        for (task, claims) in &self.claims {
+            let writes = self.writes.get(task).map_or(&[][..], Vec::as_slice);
+            for (claim, next) in claims.iter().zip(claims.iter().skip(1)) {
+                let key = claim.taken.key.as_str();
+                let by_hand = self.by_hand.get(key).map_or(&[][..], Vec::as_slice);
+                let ends = || writes.iter().filter(|write| write.held == claim.taken.held && write.may_have_been());
+                let revived = by_hand.iter().any(|done| matches!(done.asked, Asked::Retry(_)) && done.begun < next.ended);
+                if ends().any(|write| write.end == Some(End::Finish) && write.accepted == Some(true)) {
+                    found.push(format!(
+                        "task {key:?} was finished under {:?} and then handed out as {:?}",
+                        claim.taken, next.taken
+                    ));
+                    continue;
+                }
+                let waits = ends().any(|write| write.end == Some(End::Again)) || revived;
+                let over = u64::try_from(claim.until).is_ok_and(|until| until.saturating_mul(1_000) <= next.ended);
+                let dead = self.deaths.get(&claim.host).is_some_and(|death| *death < next.ended);
+                if !(waits || over || dead) {
+                    found.push(format!("task {key:?} was handed out as {:?} while it ran as {:?}", next.taken, claim.taken));
+                }
+            }
+        }
+        found.into_iter().for_each(|finding| self.find(finding));
+    }
+
+    fn everything_came_to_its_end(&mut self, left: &[Left]) {
+        let mut there: HashMap<&str, &Left> = HashMap::with_capacity(left.len());
+        for one in left {
+            if there.insert(&one.key, one).is_some() {
+                self.find(format!("key {:?} is there twice", one.key));
+            }
+            if !one.state.is_terminal() {
+                self.find(format!("task {:?} is {} and comes to no end", one.key, one.state.as_str()));
+            } else if let Some(wrong) = self.wrong_end(one) {
+                self.find(wrong);
+            }
+        }
+        let mut missing: Vec<&str> = self.stored.iter().filter(|key| !there.contains_key(**key)).copied().collect();
+        missing.sort_unstable();
+        missing.into_iter().for_each(|key| self.find(format!("task {key:?} was stored and is gone")));
+        let unheard = left.iter().filter(|one| !self.asked.contains(one.key.as_str()));
+        let unheard: Vec<String> = unheard.map(|one| format!("nobody submitted task {:?}", one.key)).collect();
+        unheard.into_iter().for_each(|finding| self.find(finding));
+    }
+
+    /// Whether a task's state does not follow from what was done to it.
+    fn wrong_end(&self, left: &Left) -> Option<String> {
+        let writes = self.writes.get(&left.task).map_or(&[][..], Vec::as_slice);
+        let by_hand = self.by_hand.get(left.key.as_str()).map_or(&[][..], Vec::as_slice);
+        let settled = |end: End| writes.iter().any(move |write| write.end == Some(end) && write.may_have_been());
+        let was_finished = writes.iter().any(|write| write.end == Some(End::Finish) && write.accepted == Some(true));
+        let cancelled = || by_hand.iter().any(|done| matches!(done.asked, Asked::Cancel(_)));
+        let forced = || by_hand.iter().any(|done| matches!(done.asked, Asked::ForceFinish(_)));
+        let damaged = || by_hand.iter().any(|done| matches!(done.asked, Asked::Damage(_)));
+        let is_right = match left.state {
+            State::Finished => settled(End::Finish) || forced(),
+            State::Cancelled => cancelled(),
+            // A task that was lost too often fails as well, and so does one that nobody can read.
+            State::Failed => settled(End::Reject) || self.claims.contains_key(&left.task) || damaged(),
+            State::Waiting | State::Running => true,
+        };
+        if was_finished && left.state != State::Finished {
+            return Some(format!("task {:?} was finished, and is {}", left.key, left.state.as_str()));
+        }
+        (!is_right).then(|| format!("nobody made task {:?} {}", left.key, left.state.as_str()))
+    }
+}
+
+/// What was answered for one of several; None if it is not known.
+fn accepted(answer: &Answer, place: usize) -> Option<bool> {
+    match answer {
+        Answer::Held(answers) => answers.get(place).copied(),
+        _ => None,
+    }
+}

@@ -1,0 +1,385 @@
+//! Rows that others have written on a MariaDB server and that cannot be read, or contradict each other: they stop nobody, and are found, shown and
+//! removed by their numbers.
+
+use std::time::Duration;
+
+use laelaps_queue::{Claim, Error, Event, Filter, HostId, NewTask, PluginVersion, Quarantine, State, TaskId};
+use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
+
+use crate::fixture::{Database, Fixture, LONG, PATIENCE, finish, keys, settled, task, task_of};
+
+async fn beside(fixture: &Fixture) -> MySqlConnection {
+    MySqlConnection::connect(&fixture.config.url).await.unwrap()
+}
+
+async fn run(fixture: &Fixture, sql: &str) {
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut beside(fixture).await).await.unwrap();
+}
+
+async fn number(fixture: &Fixture, sql: &'static str) -> i64 {
+    sqlx::query_scalar(sql).fetch_one(&mut beside(fixture).await).await.unwrap()
+}
+
+/// Claim until nothing is left, by users, by age and alone; answers the keys.
+async fn drain(fixture: &Fixture, host: HostId) -> Vec<String> {
+    let mut keys = Vec::new();
+    for round in 0..20 {
+        let claim = Claim {
+            host,
+            limit: 7,
+            alive_time: LONG,
+            alone: round % 3 == 2,
+            ignore_users: round % 3 == 1,
+            accepts: None,
+            limited: None,
+        };
+        let claimed = tokio::time::timeout(PATIENCE, fixture.backend().claim(&claim)).await.expect("a claim ends").unwrap().tasks;
+        let ends: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
+        fixture.backend().settle(&ends).await.unwrap();
+        keys.extend(claimed.into_iter().map(|task| task.key));
+    }
+    keys.sort();
+    keys
+}
+
+/// Nothing that looks at many tasks is stopped by one.
+async fn all_can_be_read(fixture: &Fixture) {
+    let filter = Filter { limit: 1_000, with_data: true, ..Filter::default() };
+    fixture.queue.list(&filter).await.unwrap();
+    let states = vec![State::Waiting, State::Running, State::Failed];
+    fixture.queue.list(&Filter { states, ..filter }).await.unwrap();
+    fixture.queue.stats().await.unwrap();
+    fixture.backend().hosts().await.unwrap();
+    fixture.backend().audit().await.unwrap();
+    fixture.backend().reclaim(&fixture.config.policy).await.unwrap();
+    fixture.backend().clean_up(100).await.unwrap();
+}
+
+/// As somebody could have written them into the tables.
+const UNREADABLE: &str =
+    "UPDATE laelaps_task SET `key` = x'6d2dfc' WHERE `key` = 'key'; UPDATE laelaps_task SET type = x'74ff' WHERE `key` = 'type';
+    UPDATE laelaps_task SET user = x'75ff' WHERE `key` = 'user'; UPDATE laelaps_ready_of_user SET user = x'75ff' WHERE user = 'u';
+    UPDATE laelaps_account_change SET user = x'75ff' WHERE user = 'u';
+    UPDATE laelaps_tally SET name = x'74ff', tasks = 1 WHERE id = (SELECT * FROM (SELECT MIN(id) FROM laelaps_tally) AS first);
+    INSERT INTO laelaps_tally (what, name, tasks) VALUES ('type', 'type', 4)";
+
+#[tokio::test]
+async fn a_task_whose_names_cannot_be_read_is_set_aside_with_its_number_and_stops_nobody() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture
+        .submit(&[task("key"), task("type"), task_of("u", "user", Some(1)), task("good"), task_of("w", "other", Some(1))])
+        .await;
+    let id = |key: &'static str| {
+        let fixture = &fixture;
+        async move { fixture.get(key).await.id }
+    };
+    let ids = [id("key").await, id("type").await, id("user").await];
+    run(&fixture, UNREADABLE).await;
+    all_can_be_read(&fixture).await;
+    let findings = fixture.backend().audit().await.unwrap();
+    for id in ids {
+        assert!(findings.iter().any(|finding| finding == &format!("names are text in UTF-8: task {}", id.0)), "{findings:?}");
+    }
+    assert_eq!(drain(&fixture, host).await, ["good", "other"]);
+    for id in ids {
+        let aside = fixture.backend().get_by_id(id).await.unwrap().unwrap();
+        assert_eq!((aside.state, aside.error_code.as_deref()), (State::Failed, Some("unreadable")), "{aside:?}");
+        assert!(aside.unreadable.is_some_and(|problem| problem.contains("is not text in UTF-8 from byte")));
+        assert!(aside.error_message.is_some_and(|words| words.contains(&format!("laelaps cancel --id {}", id.0))));
+    }
+    all_can_be_read(&fixture).await;
+    assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
+    let removed_at_once = ids[0];
+    fixture.backend().cancel_by_id(removed_at_once, LONG).await.unwrap();
+    assert!(fixture.backend().get_by_id(removed_at_once).await.unwrap().is_none());
+    // Put right by hand, it may run again.
+    run(&fixture, "UPDATE laelaps_task SET type = 'type' WHERE `key` = 'type'").await;
+    fixture.backend().retry_by_id(ids[1]).await.unwrap();
+    fixture.backend().cancel_by_id(ids[2], LONG).await.unwrap();
+    assert_eq!(drain(&fixture, host).await, ["type"]);
+    assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
+    let nowhere = TaskId(999);
+    assert!(matches!(fixture.backend().cancel_by_id(nowhere, LONG).await, Err(Error::NoSuchId(id)) if id == nowhere));
+    assert!(matches!(fixture.backend().retry_by_id(nowhere).await, Err(Error::NoSuchId(id)) if id == nowhere));
+    assert!(fixture.backend().get_by_id(nowhere).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn tasks_are_named_by_their_numbers_as_by_their_keys() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit_some("a", 2).await;
+    let (first, second) = (fixture.get("a0").await.id, fixture.get("a1").await.id);
+    assert_eq!(fixture.backend().get_by_id(first).await.unwrap().unwrap().key, "a0");
+    fixture.backend().cancel_by_id(first, LONG).await.unwrap();
+    assert!(matches!(fixture.backend().cancel_by_id(first, LONG).await, Err(Error::AlreadyEnded { .. })));
+    fixture.backend().retry_by_id(first).await.unwrap();
+    let claimed = fixture.claim(host, 2).await;
+    assert_eq!(claimed.len(), 2);
+    fixture.backend().cancel_by_id(second, LONG).await.unwrap();
+    assert_eq!(fixture.state("a1").await, State::Cancelled);
+    fixture.audit().await;
+}
+
+/// Rows of places that their tasks do not know, each of its kind. What is named good can run in spite of them.
+const CONTRADICTIONS: [&str; 9] = [
+    // Of no task, of one that has ended, and twice.
+    "INSERT INTO laelaps_ready VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect VALUES (1, 987656)",
+    "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'ended'",
+    "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'ended'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'good'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    "INSERT INTO laelaps_scheduled SELECT run_at, id FROM laelaps_task WHERE `key` = 'good'",
+    "INSERT INTO laelaps_scheduled SELECT 5, id FROM laelaps_task WHERE `key` IN ('good', 'ended')",
+    // Elsewhere than its row says.
+    "UPDATE laelaps_ready SET run_at = 7 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
+    "UPDATE laelaps_ready_of_user SET run_at = 7 WHERE user = 'u'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'held'",
+];
+
+#[tokio::test]
+async fn places_that_contradict_their_tasks_are_put_right_and_stop_nobody() {
+    for contradiction in CONTRADICTIONS {
+        let fixture = Fixture::new(Database::MariaDb).await;
+        let host = fixture.host().await;
+        fixture.submit(&[task("ended"), task("held").on_hold()]).await;
+        let claimed = fixture.claim(host, 1).await;
+        fixture.backend().settle(&[settled(&claimed[0], finish())]).await.unwrap();
+        fixture.submit(&[task("good"), task_of("u", "mine", Some(1)), task_of("u", "next", Some(1))]).await;
+        run(&fixture, contradiction).await;
+        assert_ne!(fixture.backend().audit().await.unwrap(), [] as [&str; 0], "{contradiction}");
+        all_can_be_read(&fixture).await;
+        assert_eq!(drain(&fixture, host).await, ["good", "mine", "next"], "{contradiction}");
+        let held = fixture.get("held").await;
+        assert!(held.is_held(), "{contradiction}");
+        fixture.audit().await;
+    }
+}
+
+/// A user of whom an orphan was left: its tasks go on to run, one after the other.
+#[tokio::test]
+async fn an_orphan_does_not_use_up_its_users_limit() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task_of("u", "gone", Some(1))]).await;
+    fixture.queue.cancel("gone").await.unwrap();
+    fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1))]).await;
+    // As a move of what was due left it, against a cancellation.
+    run(&fixture, "INSERT INTO laelaps_ready_of_user SELECT user, run_at, id, 1 FROM laelaps_task WHERE `key` = 'gone'").await;
+    for key in ["a", "b"] {
+        let mut claimed = fixture.claim(host, 9).await;
+        if claimed.is_empty() {
+            claimed = fixture.claim(host, 9).await;
+        }
+        assert_eq!(keys(&claimed), [key]);
+        assert!(fixture.claim(host, 9).await.is_empty());
+        fixture.backend().settle(&[settled(&claimed[0], finish())]).await.unwrap();
+    }
+    fixture.audit().await;
+}
+
+#[tokio::test]
+async fn lists_of_tasks_that_are_damaged_are_made_anew() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit_some("a", 3).await;
+    let claimed = fixture.claim_for(host, 3, Duration::from_millis(20)).await;
+    fixture.passes(claimed[0].until).await;
+    run(&fixture, "UPDATE laelaps_claim SET tasks = '[oops', look_at = 1").await;
+    fixture.backend().hosts().await.unwrap();
+    assert_eq!(fixture.backend().reclaim(&fixture.config.policy).await.unwrap().tasks.len(), 3);
+    let claimed = fixture.claim(host, 3).await;
+    let at_once = Event::Finish { output: None, retention: Some(Duration::ZERO) };
+    fixture.backend().settle(&claimed.iter().map(|task| settled(task, at_once.clone())).collect::<Vec<_>>()).await.unwrap();
+    run(&fixture, "UPDATE laelaps_retention SET tasks = 'null'").await;
+    assert_eq!(fixture.backend().clean_up(100).await.unwrap(), 3);
+    fixture.audit().await;
+}
+
+/// With the server's own checks switched off.
+#[tokio::test]
+async fn a_row_that_breaks_the_tables_checks_stops_nobody() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit_some("a", 3).await;
+    run(&fixture, "SET check_constraint_checks = 0; UPDATE laelaps_task SET finished_at = 5, until = 7 WHERE `key` = 'a1'").await;
+    all_can_be_read(&fixture).await;
+    assert_eq!(drain(&fixture, host).await, ["a0", "a1", "a2"]);
+    fixture.audit().await;
+}
+
+#[tokio::test]
+async fn numbers_at_the_end_of_their_range_stop_nobody() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a"), task("b")]).await;
+    run(&fixture, "UPDATE laelaps_task SET attempts = 4294967295, releases = 4294967295, lost = 4294967295, lost_alone = 4294967295, lost_at = 1").await;
+    let claimed = fixture.claim(host, 2).await;
+    assert_eq!(claimed.len(), 2);
+    let group = [settled(&claimed[0], finish()), settled(&claimed[1], Event::Retry { delay: None })];
+    fixture.backend().settle(&group).await.unwrap();
+    all_can_be_read(&fixture).await;
+    assert_eq!(drain(&fixture, host).await, ["b"]);
+    fixture.audit().await;
+}
+
+/// Accounts that count wrongly are put right from the tasks and leases.
+#[tokio::test]
+async fn an_account_that_counts_wrongly_is_put_right() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1)), task_of("v", "c", Some(2))]).await;
+    let running = fixture.claim(host, 1).await;
+    run(&fixture, "INSERT INTO laelaps_account_change (user, running) VALUES ('u', 3), ('v', -1), ('x', 2)").await;
+    fixture.backend().clean_up(100).await.unwrap();
+    fixture.backend().settle(&[settled(&running[0], finish())]).await.unwrap();
+    assert_eq!(drain(&fixture, host).await.len(), 2);
+    fixture.audit().await;
+}
+
+#[tokio::test]
+async fn a_host_that_returns_is_excused_for_what_it_lost() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a"), task_of("u", "b", Some(1))]).await;
+    let mut leases = Vec::new();
+    for _ in 0..2 {
+        let claimed = fixture.claim_for(host, 2, Duration::from_millis(20)).await;
+        assert_eq!(claimed.len(), 2);
+        leases.extend(claimed.iter().map(|task| task.lease_ref));
+        fixture.passes(claimed[1].until).await;
+        assert_eq!(fixture.backend().reclaim(&fixture.config.policy).await.unwrap().tasks.len(), 2);
+    }
+    assert!(fixture.claim(host, 9).await.is_empty(), "each has to run alone");
+    assert_ne!(number(&fixture, "SELECT MIN(lost_at) FROM laelaps_task").await, 0);
+    let stranger = fixture.host().await;
+    assert_eq!(fixture.backend().excuse(stranger, &leases).await.unwrap(), 0, "they were not its");
+    assert_eq!(fixture.backend().excuse(host, &leases[2..]).await.unwrap(), 2);
+    assert_eq!(fixture.backend().excuse(host, &leases[2..]).await.unwrap(), 0, "once");
+    fixture.audit().await;
+    let together = fixture.claim(host, 9).await;
+    assert_eq!((together.len(), together[0].lost, together[0].alone), (2, 1, false));
+    fixture.backend().settle(&together.iter().map(|task| settled(task, Event::Stopped)).collect::<Vec<_>>()).await.unwrap();
+    assert_eq!(fixture.backend().excuse(host, &leases).await.unwrap(), 2);
+    assert_eq!((fixture.get("a").await.lost, number(&fixture, "SELECT MAX(lost_at) FROM laelaps_task").await), (0, 0));
+    let events: Vec<String> = fixture.queue.attempts("a").await.unwrap().into_iter().map(|record| record.event).collect();
+    assert_eq!(events, ["excused", "excused", "stop"]);
+    fixture.audit().await;
+}
+
+#[tokio::test]
+async fn three_hosts_that_die_with_one_plugin_version_alone_put_it_under_quarantine() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let version = |name: &str| PluginVersion { name: name.to_owned(), digest: format!("digest of {name}") };
+    let (bad, good) = (version("bad"), version("good"));
+    fixture.submit_some("a", 20).await;
+    let die = async |number: usize, runs: &[PluginVersion]| {
+        let identity = format!("s{number}");
+        let host = fixture.host_as(&identity).await;
+        fixture.backend().note_running(host, std::slice::from_ref(&good)).await.unwrap();
+        fixture.backend().note_running(host, runs).await.unwrap();
+        assert_eq!(fixture.claim(host, 1).await.len(), 1);
+        fixture.backend().hand_on(&[identity], &fixture.config.policy).await.unwrap();
+        host
+    };
+    for number in 0..2 {
+        die(number, std::slice::from_ref(&bad)).await;
+    }
+    // In company, without any, and one that leaves in good order count for nothing.
+    die(2, &[bad.clone(), good.clone()]).await;
+    die(3, &[]).await;
+    let leaves = fixture.host().await;
+    fixture.backend().note_running(leaves, std::slice::from_ref(&bad)).await.unwrap();
+    fixture.claim(leaves, 1).await;
+    fixture.backend().unregister_host(leaves).await.unwrap();
+    fixture.backend().reclaim(&fixture.config.policy).await.unwrap();
+    assert_eq!(fixture.backend().quarantined().await.unwrap(), []);
+    let last = die(4, std::slice::from_ref(&bad)).await;
+    let guilty = fixture.backend().quarantined().await.unwrap();
+    assert_eq!(guilty.iter().map(|one| (&one.version, one.deaths)).collect::<Vec<_>>(), [(&bad, Quarantine::DEATHS)]);
+    // It was there all the time.
+    fixture.backend().excuse(last, &[]).await.unwrap();
+    assert_eq!(fixture.backend().quarantined().await.unwrap(), []);
+    die(5, std::slice::from_ref(&bad)).await;
+    assert!(fixture.backend().release_plugin(&bad.digest).await.unwrap());
+    assert!(!fixture.backend().release_plugin(&bad.digest).await.unwrap());
+    assert_eq!(fixture.backend().quarantined().await.unwrap(), []);
+    let unknown = HostId(999);
+    let refused = fixture.backend().note_running(unknown, &[]).await;
+    assert!(matches!(refused, Err(Error::UnknownHost(host)) if host == unknown));
+}
+
+/// Documents, and whether they are JSON objects.
+const DOCUMENTS: [(&str, bool); 41] = [
+    ("{}", true),
+    (" \t\n\r{ } ", true),
+    (r#"{"a":1}"#, true),
+    (r#"{"a":1.}"#, false),
+    (r#"{"a":.5}"#, false),
+    (r#"{"a":01}"#, false),
+    (r#"{"a":-0}"#, true),
+    (r#"{"a":-}"#, false),
+    (r#"{"a":+1}"#, false),
+    (r#"{"a":1e5,"b":1E+5,"c":1.25e-300,"d":123456789012345678901234567890}"#, true),
+    (r#"{"a":1e}"#, false),
+    (r#"{"a":1e400}"#, true),
+    (r#"{"a":0x10}"#, false),
+    (r#"{"a":NaN}"#, false),
+    (r#"{"a":true,"b":false,"c":null}"#, true),
+    (r#"{"a":TRUE}"#, false),
+    (r#"{"a":nul}"#, false),
+    (r#"{"a":truefalse}"#, false),
+    (r#"{"a":1 2}"#, false),
+    (r#"{"a":"b" "c"}"#, false),
+    (r#"{"a" 1}"#, false),
+    (r#"{"a":1,}"#, false),
+    (r#"{,"a":1}"#, false),
+    (r#"{"a":[1,]}"#, false),
+    (r#"{"a":[,1]}"#, false),
+    (r#"{"a":[1,[2,{"b":[]}],"c"]}"#, true),
+    (r#"{"a":[1}"#, false),
+    (r#"{"a":1]"#, false),
+    (r#"{"a":1,"a":2}"#, true),
+    (r#"{1:2}"#, false),
+    (r#"{a:2}"#, false),
+    (r#"{'a':2}"#, false),
+    (r#"{"\u0061\n\"\\\/\b\f\r\t":"ä€😀"}"#, true),
+    (r#"{"a":"\u12"}"#, false),
+    (r#"{"a":"\x"}"#, false),
+    ("{\"a\":\"tab\there\"}", false),
+    ("{}{}", false),
+    ("[]", false),
+    ("1", false),
+    ("", false),
+    ("\u{feff}{}", false),
+];
+
+#[tokio::test]
+async fn json_means_the_same_by_sql_as_by_the_crate() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let mut producer = beside(&fixture).await;
+    let deep = |depth: usize| format!(r#"{{"a":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
+    let more = [(deep(100), true), (deep(900), true), (format!("{}x", deep(100)), false)];
+    let documents = DOCUMENTS.map(|(document, good)| (document.to_owned(), good));
+    for (number, (document, good)) in documents.into_iter().chain(more).enumerate() {
+        let call =
+            sqlx::query("CALL laelaps_submit(?, 'type', ?, NULL, NULL, NULL, NULL)").bind(format!("sql{number}")).bind(&document);
+        assert_eq!(call.execute(&mut producer).await.is_ok(), good, "by SQL: {document}");
+        if document.is_empty() {
+            continue;
+        }
+        let submitted = fixture.queue.submit(NewTask::new(format!("crate{number}"), "type", document.clone())).await;
+        assert_eq!(submitted.is_ok(), good, "by the crate: {document}");
+    }
+    let pairs = [
+        (r#"{"a":"\ud83d\uDE00\uDBFF\udfff\\ud800"}"#, true),
+        (r#"{"a":"\ud83d\ud83d\ude00"}"#, false),
+        (r#"{"\uDFFF":1}"#, false),
+    ];
+    for (number, (document, good)) in pairs.into_iter().enumerate() {
+        let call =
+            sqlx::query("CALL laelaps_submit(?, 'type', ?, NULL, NULL, NULL, NULL)").bind(format!("half{number}")).bind(document);
+        assert_eq!(call.execute(&mut producer).await.is_ok(), good, "by SQL: {document}");
+    }
+    fixture.audit().await;
+}

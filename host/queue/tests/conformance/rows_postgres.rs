@@ -1,0 +1,216 @@
+//! Rows on PostgreSQL that no operation of ours leaves: none of them stops anybody but its own task.
+
+use laelaps_queue::{Claim, Event, Filter, HostId, LeaseAnswer, NewTask, State, Task};
+
+use crate::fixture::{Database, Fixture, LONG, finish, keys, settled, task, task_of};
+
+async fn fixture() -> Fixture {
+    Fixture::new(Database::Postgres).await
+}
+
+fn asking(host: HostId, ignore_users: bool) -> Claim {
+    Claim { host, limit: 50, alive_time: LONG, alone: false, ignore_users, accepts: None, limited: None }
+}
+
+/// Claim all there is, and finish it; answers the keys.
+async fn worked_off(fixture: &Fixture, host: HostId) -> Vec<String> {
+    let mut done = Vec::new();
+    loop {
+        let tasks = fixture.backend().claim(&asking(host, false)).await.unwrap().tasks;
+        if tasks.is_empty() {
+            done.sort_unstable();
+            return done;
+        }
+        let group: Vec<_> = tasks.iter().map(|task| settled(task, finish())).collect();
+        let answers = fixture.backend().settle(&group).await.unwrap();
+        assert!(answers.iter().all(|answer| *answer == LeaseAnswer::Held), "{answers:?}");
+        done.extend(keys(&tasks).into_iter().map(str::to_owned));
+    }
+}
+
+async fn by_key(fixture: &Fixture) -> Vec<Task> {
+    let filter = Filter { limit: 100, with_data: true, ..Filter::default() };
+    let mut tasks = fixture.queue.list(&filter).await.unwrap().tasks;
+    tasks.sort_by(|one, other| one.key.cmp(&other.key));
+    tasks
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_cannot_be_read_is_set_aside_and_stops_nobody() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    const BROKEN: [&str; 8] = ["1 attempts", "2 running", "3 most", "4 bytes", "5 type", "6 user", "7 lost", "8 releases"];
+    let users = |key: &&str| task_of("u", key, Some(9));
+    let mut tasks: Vec<NewTask> = BROKEN.iter().map(users).collect();
+    tasks.extend([task("good"), task_of("u", "good too", Some(9)), task("0 nobody's")]);
+    fixture.submit(&tasks).await;
+    fixture
+        .meddle(
+            "UPDATE task SET attempts = -1 WHERE key = '1 attempts'; UPDATE task SET max_running = -5 WHERE key = '2 running';
+            UPDATE task SET max_attempts = 0 WHERE key = '3 most'; UPDATE task SET bytes = -7 WHERE key = '4 bytes';
+            UPDATE task SET type = '' WHERE key = '5 type'; UPDATE task SET user_name = E'u\\u0007' WHERE key = '6 user';
+            UPDATE task SET lost = -3 WHERE key = '7 lost'; UPDATE task SET releases = -1 WHERE key = '8 releases';
+            UPDATE task SET max_attempts = 99999999999, key = E'0\\n' WHERE key = '0 nobody''s';
+            UPDATE ready SET user_name = E'u\\u0007' WHERE task = (SELECT id FROM task WHERE key = '6 user')",
+        )
+        .await;
+    // The account of a user that somebody renamed is mended by clean-up.
+    fixture.backend().clean_up(100).await.unwrap();
+    assert_eq!(worked_off(&fixture, host).await, ["good", "good too"]);
+    let listed = by_key(&fixture).await;
+    assert_eq!(listed.len(), 11);
+    for task in listed.iter().filter(|task| !task.key.starts_with("good")) {
+        assert_eq!((task.state, task.error_code.as_deref()), (State::Failed, Some("unreadable")), "{}", task.key);
+        let id = task.id;
+        let words = task.error_message.as_deref().unwrap();
+        assert!(words.contains(&format!("laelaps show --id {}", id.0)) && words.contains("laelaps cancel --id"), "{words}");
+        let shown = fixture.backend().get_by_id(id).await.unwrap().unwrap();
+        assert!(shown.unreadable.is_some(), "{}", task.key);
+        fixture.backend().cancel_by_id(id, LONG).await.unwrap();
+        assert!(fixture.backend().get_by_id(id).await.unwrap().is_none(), "it is gone at once");
+    }
+    fixture.queue.stats().await.unwrap();
+    fixture.backend().clean_up(100).await.unwrap();
+    let accounts: Vec<String> = fixture.backend().audit().await.unwrap();
+    // Of a type and of places that were altered by hand the counts cannot be right.
+    let other: Vec<&String> = accounts.iter().filter(|finding| !finding.contains("counted by type")).collect();
+    assert!(other.is_empty(), "{other:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_that_contradicts_its_task_is_mended_or_cleared_away() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    let names = ["ended", "running", "other user", "twice", "twice later", "wrong time", "nobody's", "orphan of u"];
+    let mut tasks: Vec<NewTask> = names.iter().map(|key| task_of("u", key, Some(1))).collect();
+    tasks.extend([task("plain ended"), task("plain"), task("plain twice")]);
+    fixture.submit(&tasks).await;
+    fixture.queue.cancel("ended").await.unwrap();
+    fixture.queue.cancel("plain ended").await.unwrap();
+    fixture
+        .meddle(
+            "INSERT INTO ready SELECT run_at, id, bytes, max_running, user_name FROM task WHERE key IN ('ended', 'plain ended');
+            INSERT INTO ready SELECT run_at, 0, bytes, max_running, user_name FROM task WHERE key = 'ended';
+            INSERT INTO ready SELECT run_at - 5, -task.id, bytes, max_running, '' FROM task;
+            UPDATE ready SET user_name = 'v' WHERE task = (SELECT id FROM task WHERE key = 'other user');
+            UPDATE ready SET user_name = '' WHERE task = (SELECT id FROM task WHERE key = 'nobody''s');
+            INSERT INTO ready SELECT run_at - 9, id, bytes, max_running, user_name FROM task WHERE key IN ('twice', 'plain twice');
+            INSERT INTO scheduled SELECT run_at, id FROM task WHERE key IN ('twice later', 'plain ended');
+            INSERT INTO scheduled SELECT 5, 12345678;
+            INSERT INTO suspect SELECT run_at, id FROM task WHERE key IN ('plain', 'ended');
+            UPDATE ready SET run_at = run_at - 77 WHERE task = (SELECT id FROM task WHERE key = 'wrong time');
+            INSERT INTO account_change (user_name, run_at, task) SELECT 'v', run_at, id FROM task WHERE key = 'other user'",
+        )
+        .await;
+    fixture.backend().clean_up(100).await.unwrap();
+    let mut done = worked_off(&fixture, host).await;
+    for _ in 0..3 {
+        fixture.backend().clean_up(100).await.unwrap();
+        done.extend(worked_off(&fixture, host).await);
+    }
+    done.sort_unstable();
+    let expected =
+        ["nobody's", "orphan of u", "other user", "plain", "plain twice", "running", "twice", "twice later", "wrong time"];
+    assert_eq!(done, expected);
+    assert!(!fixture.backend().claim(&asking(host, false)).await.unwrap().alone_waiting, "nothing waits to run alone");
+    let findings = fixture.backend().audit().await.unwrap();
+    let other: Vec<&String> = findings.iter().filter(|finding| !finding.contains("counted by type")).collect();
+    assert!(other.is_empty(), "{other:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_ready_twice_of_nobody_holds_up_no_claim_that_does_not_look_at_users() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1)), task("c")]).await;
+    fixture.queue.cancel("a").await.unwrap();
+    fixture.meddle("INSERT INTO ready SELECT run_at, id, bytes, max_running, user_name FROM task WHERE key = 'a'").await;
+    let claimed = fixture.backend().claim(&asking(host, true)).await.unwrap().tasks;
+    assert_eq!(keys(&claimed), ["b", "c"]);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_wrong_places_before_a_task_do_not_hide_it() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a")]).await;
+    fixture.meddle("INSERT INTO ready SELECT run_at - n, 1000000 + n, 7, NULL, '' FROM task, generate_series(1, 500) AS n").await;
+    assert_eq!(keys(&fixture.claim(host, 50).await), ["a"]);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_goes_back_where_a_wrong_place_stands_already_is_settled_all_the_same() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a"), task_of("u", "b", Some(1)), task("c")]).await;
+    let claimed = fixture.claim(host, 9).await;
+    fixture.meddle("INSERT INTO ready SELECT run_at, id, bytes, max_running, user_name FROM task").await;
+    let group: Vec<_> = claimed.iter().map(|task| settled(task, Event::Stopped)).collect();
+    assert_eq!(fixture.backend().settle(&group).await.unwrap(), [LeaseAnswer::Held; 3]);
+    assert_eq!(fixture.claim(host, 9).await.len(), 3);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accounts_that_count_wrong_are_mended_from_the_leases() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    let users = ["few", "many", "right", "unknown", "stale", "idle"];
+    let tasks: Vec<NewTask> =
+        users.iter().flat_map(|user| (0..3).map(move |number| task_of(user, &format!("{user}{number}"), Some(2)))).collect();
+    fixture.submit(&tasks).await;
+    let claimed = fixture.claim(host, 50).await;
+    assert_eq!(claimed.len(), 12);
+    fixture
+        .meddle(
+            "UPDATE account SET running = 0 WHERE user_name = 'few'; UPDATE account SET running = 7 WHERE user_name = 'many';
+            DELETE FROM account WHERE user_name = 'unknown';
+            UPDATE account SET head_at = 1, head_task = 999, head_max = NULL WHERE user_name = 'stale';
+            UPDATE account SET head_at = NULL, head_task = NULL WHERE user_name = 'idle'",
+        )
+        .await;
+    fixture.backend().clean_up(100).await.unwrap();
+    fixture.audit().await;
+    let group: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
+    fixture.backend().settle(&group).await.unwrap();
+    assert_eq!(worked_off(&fixture, host).await, ["few2", "idle2", "many2", "right2", "stale2", "unknown2"]);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counters_at_their_bound_stay_there() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a"), task("b"), task("c"), task("d")]).await;
+    fixture.meddle("UPDATE task SET attempts = 2147483647, lost = NULL").await;
+    let claimed = fixture.claim(host, 9).await;
+    let ends = [finish(), Event::Retry { delay: None }, Event::Stopped];
+    let group: Vec<_> = claimed.iter().zip(ends).map(|(task, event)| settled(task, event)).collect();
+    // What has finished alone is written by a statement of its own.
+    for settlement in group {
+        assert_eq!(fixture.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
+    }
+    fixture.queue.cancel("d").await.unwrap();
+    assert_eq!(fixture.get("a").await.attempts, i32::MAX as u32);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_view_for_people_shows_every_row() {
+    let fixture = fixture().await;
+    fixture.submit(&[task("a"), task("b")]).await;
+    fixture
+        .meddle(
+            "UPDATE task SET data = '\\xff00', created_at = 9000000000000000000, run_at = -9000000000000000000 WHERE key = 'a'",
+        )
+        .await;
+    let mut operator = crate::fixture::postgres::raw(&fixture.config).await;
+    let shown: Vec<(String, String)> =
+        sqlx::query_as("SELECT key, data FROM tasks WHERE created_at IS NULL OR true ORDER BY key")
+            .fetch_all(&mut operator)
+            .await
+            .unwrap();
+    assert_eq!(shown, [("a".to_owned(), "(damaged)".to_owned()), ("b".to_owned(), "{\"n\":1}".to_owned())]);
+}
