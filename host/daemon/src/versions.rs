@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use laelaps_queue::{Backend, HostId, PluginVersion, Quarantine};
 use tokio::sync::Notify;
 
-use crate::plugin::{Admissions, Cancellation, Control, Digest};
+use crate::plugin::{Admissions, Control, Digest};
 
 /// A version that ran no attempt for so long leaves the set, and the set shrinks at most once in this time.
 const SHRINK_AFTER: Duration = Duration::from_secs(1);
@@ -88,7 +88,8 @@ impl Versions {
             );
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(RETRY_MAX);
-            if control.state() > Some(Cancellation::Graceful) {
+            // What has not begun when its host drains goes back, however gently it is to end.
+            if control.state().is_some() {
                 return None;
             }
         }

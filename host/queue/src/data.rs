@@ -57,7 +57,7 @@ fn no_lone_surrogates(json: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The sixteen bits of an escape `\uXXXX` that begins here.
+/// The sixteen bits of an escape, `\u` and four digits, that begins here.
 fn escaped_unit(json: &[u8], at: usize) -> Option<u16> {
     let digits = json.get(at..at + 6)?.strip_prefix(b"\\u")?;
     u16::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()

@@ -115,6 +115,7 @@ CREATE TABLE laelaps.account (
 
 CREATE INDEX account_by_weight ON laelaps.account (weight DESC, head_at, head_task) WHERE open;
 CREATE INDEX account_by_age ON laelaps.account (picked) WHERE open;
+CREATE INDEX account_without_limit ON laelaps.account (weight DESC, head_at, head_task) WHERE open AND head_max IS NULL;
 
 -- What came about for users, to be entered into their accounts before the next choice between them: tasks that run no more, and the oldest
 -- task that became ready. Appended, so that submits and settlements wait for nobody.

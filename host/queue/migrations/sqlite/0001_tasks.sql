@@ -100,6 +100,7 @@ CREATE TABLE account (
 
 CREATE INDEX account_by_weight ON account (weight DESC, head_at, head_task) WHERE open;
 CREATE INDEX account_by_age ON account (picked) WHERE open;
+CREATE INDEX account_without_limit ON account (weight DESC, head_at, head_task) WHERE open AND head_max IS NULL;
 
 -- The last lease number given out, and the number of picks between users so far. Neither ever goes back.
 CREATE TABLE counter (

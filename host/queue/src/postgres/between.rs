@@ -63,12 +63,18 @@ pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> R
     Ok(Got::default())
 }
 
+/// Those of the greatest weight, and those passed over for long. They may all have a limit: where only so many tasks of such users are wanted, also
+/// those of the greatest weight that have none. In one statement, so that all are locked in one order.
+///
 /// The second look at `open` is worded so that no partial index is taken for it: that would hold all open users.
 pub(super) const OPEN_ACCOUNTS: &str = "SELECT user_name, running, picked, head_at, head_task, head_max FROM laelaps.account
     WHERE CASE WHEN open THEN true END AND user_name = ANY(ARRAY(
         SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open ORDER BY weight DESC, head_at, head_task LIMIT $1) AS heaviest
         UNION
-        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND picked < $2 ORDER BY picked LIMIT $3) AS oldest))
+        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND picked < $2 ORDER BY picked LIMIT $3) AS oldest
+        UNION
+        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND head_max IS NULL
+            ORDER BY weight DESC, head_at, head_task LIMIT $4) AS without_limit))
     ORDER BY user_name FOR UPDATE";
 
 pub(super) const CANDIDATES: &str =
@@ -89,6 +95,7 @@ async fn fairly(session: &mut Session, asked: &Asked, from: From) -> Result<(Vec
         .bind(count(limit))
         .bind(last_pick - fair::AGED_AFTER)
         .bind(aged)
+        .bind(if asked.limited < limit { count(limit) } else { 0 })
         .fetch_all(session.db()?)
         .await?;
     let mut table = Table { accounts: rows.iter().map(account).collect::<Result<_, _>>()?, ..Table::default() };

@@ -194,7 +194,7 @@ async fn between_users(
     mut limited: Option<usize>,
     last_pick: i64,
 ) -> Result<Result<Vec<Chosen>, Vec<Vec<u8>>>, Failure> {
-    let mut accounts = match open_accounts(session, limit, last_pick + 1).await? {
+    let mut accounts = match open_accounts(session, limit, limited.is_some(), last_pick + 1).await? {
         Ok(accounts) if accounts.is_empty() => return Ok(Ok(Vec::new())),
         Ok(accounts) => accounts,
         Err(nameless) => return Ok(Err(nameless)),
@@ -255,12 +255,17 @@ pub(super) const OPEN_ACCOUNTS: &str =
             WHERE open ORDER BY weight DESC, head_at, head_task LIMIT ?1)
         UNION
         SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_by_age
-            WHERE open AND picked < ?2 ORDER BY picked LIMIT ?3)";
+            WHERE open AND picked < ?2 ORDER BY picked LIMIT ?3)
+        UNION
+        SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_without_limit
+            WHERE open AND head_max IS NULL ORDER BY weight DESC, head_at, head_task LIMIT ?4)";
 
-/// The users that could be picked: those of the greatest weight, and those passed over for long.
+/// The users that could be picked: those of the greatest weight, and those passed over for long. These may all have a limit: where only so many
+/// tasks of such users are wanted, also those of the greatest weight that have none.
 async fn open_accounts(
     session: &mut Session,
     limit: usize,
+    has_limited: bool,
     first_pick: i64,
 ) -> Result<Result<Vec<Account>, Vec<Vec<u8>>>, Failure> {
     let aged = count(limit) / fair::AGED_EVERY + 1;
@@ -269,6 +274,7 @@ async fn open_accounts(
         .bind(count(limit))
         .bind(last_pick - fair::AGED_AFTER)
         .bind(aged)
+        .bind(if has_limited { count(limit) } else { 0 })
         .fetch_all(session.db())
         .await?;
     let mut accounts = Vec::with_capacity(rows.len());

@@ -136,7 +136,7 @@ fn a_lease_that_is_settled_twice_is_found() {
     book.submit(1);
     let held = book.claim(1, 10);
     book.settle(held, End::Finish, Some(true));
-    book.settle(held, End::Reject, Some(true));
+    book.settle(held, End::Finish, Some(true));
     book.shows("lease 10 of task 1 was settled twice");
 }
 

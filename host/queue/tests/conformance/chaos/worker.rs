@@ -126,7 +126,7 @@ struct Worker {
 /// What a worker does about a task.
 enum Plan {
     Settle(Event, End),
-    /// Settle it twice.
+    /// Finish it, and then say that it failed. The same once more could be taken for a repetition, where an answer is lost on the way.
     Twice,
     /// Nothing: its lease runs out.
     Forget,
@@ -145,10 +145,7 @@ impl Plan {
             10..13 => Self::Twice,
             13..17 => Self::Settle(Event::Release { delay: None }, End::Again),
             17..20 => Self::Settle(Event::Retry { delay: Some(Duration::from_millis(20)) }, End::Again),
-            20..22 => {
-                let (code, message) = ("no".to_owned(), "never".to_owned());
-                Self::Settle(Event::Failure { kind: FailureKind::Reject, code, message }, End::Reject)
-            }
+            20..22 => Self::Settle(reject(), End::Reject),
             _ => Self::Settle(finish(), End::Finish),
         }
     }
@@ -156,6 +153,10 @@ impl Plan {
 
 fn finish() -> Event {
     Event::Finish { output: Some(b"done".to_vec()), retention: None }
+}
+
+fn reject() -> Event {
+    Event::Failure { kind: FailureKind::Reject, code: "no".to_owned(), message: "never".to_owned() }
 }
 
 /// A task with what is to become of it.
@@ -262,7 +263,7 @@ impl Worker {
                     group.push(Ending { task, event, end, follow_ups });
                 }
                 Plan::Twice => {
-                    twice.push(Ending::finished(task.clone()));
+                    twice.push(Ending { task: task.clone(), event: reject(), end: End::Reject, follow_ups: Vec::new() });
                     group.push(Ending { follow_ups, ..Ending::finished(task) });
                 }
                 Plan::TooLate => self.beside(task, ALIVE.mul_f64(0.8 + random.f64() * 0.6), false),

@@ -69,9 +69,7 @@ mod frozen {
             frozen.logged_times("ready", 2, LONG).await;
             let after = place.has_hosts(2).await;
             assert_eq!(before.intersection(&after).count(), 1, "the frozen one has become another: {before:?}, {after:?}");
-            for (was, is) in finished.iter().zip(held_tasks(&queue).await) {
-                assert_eq!((was.attempts, was.finished_at), (is.attempts, is.finished_at), "{}", is.key);
-            }
+            all_are_excused(&queue, &finished).await;
 
             // It works on, under its new name.
             other.stop().await;
@@ -150,9 +148,7 @@ async fn a_blocked_disk() {
     disk.take_until("ready").await;
     let after = place.has_hosts(2).await;
     assert!(before.is_disjoint(&after), "it is another one now: {before:?}, {after:?}");
-    for (was, is) in finished.iter().zip(held_tasks(&queue).await) {
-        assert_eq!((was.attempts, was.finished_at), (is.attempts, is.finished_at), "{}", is.key);
-    }
+    all_are_excused(&queue, &finished).await;
     other.stop().await;
     blocked.signal(Signal::TERM);
     disk.take_until("ended").await;
@@ -234,13 +230,15 @@ mod with_faults {
         have_begun(&place.site, 5).await;
         let before = place.has_hosts(2).await;
         place.site.open_gate("gate");
-        all_finish(&queue, 4, |_| 1).await;
+        // Only its claim loop stands: what it learns of its leases meanwhile it takes back at once.
+        wait_for_finished(&queue, 4, LONG).await;
+        let finished = held_tasks(&queue).await;
         std::fs::write(place.site.path("unblock"), "").unwrap();
         stuck.logged("registering again", LONG).await;
         stuck.logged_times("ready", 2, LONG).await;
         let after = place.has_hosts(2).await;
         assert_eq!(before.intersection(&after).count(), 1, "it is another one now: {before:?}, {after:?}");
-        all_finish(&queue, 4, |_| 1).await;
+        all_are_excused(&queue, &finished).await;
         other.stop().await;
         stuck.stop().await;
     }
