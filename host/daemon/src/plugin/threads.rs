@@ -11,6 +11,10 @@
 //! only if a whole tick brings nobody a turn ([`Relief`]): a thread that is woken for a guest that runs for twenty microseconds costs as much
 //! as the guest.
 //!
+//! A guest that gave up its turn is *busy*: it wants the whole tick again. Guests that begin or were woken go before the busy ones, which have their
+//! turns when nobody else waits, and at the latest after [`TURNS_BEFORE_BUSY`] others. Busy guests get as many threads as there are processors and no
+//! more; those threads do not count when one is woken for somebody else. So a guest that needs a moment waits for no tick, however many compute.
+//!
 //! Timers belong to a small runtime of their own, whose one worker runs no guest. It wakes guests; they run here. File operations have threads
 //! for each plugin (`grants`).
 
@@ -28,6 +32,9 @@ use tokio::runtime::{Builder, Runtime};
 
 /// Files have threads of their own; nothing else that a guest may call blocks.
 const BLOCKING_THREADS_MAX: usize = 1;
+
+/// So many turns of others come before one of a busy guest, if there are so many.
+const TURNS_BEFORE_BUSY: u32 = 8;
 
 /// Ends the threads when dropped, once no guest is left: each goes on until it is done, so a guest that shall end has to be told before.
 pub(super) struct Threads {
@@ -56,15 +63,24 @@ struct Shared {
 }
 
 struct State {
-    /// Guests that have something to do, in the order in which they got it.
+    /// Guests that have something to do, in the order in which they got it, but for the busy ones.
     ready: VecDeque<Arc<Task>>,
+    /// Guests that gave up their turn, in that order.
+    busy: VecDeque<Arc<Task>>,
+    /// Threads that run one of those.
+    running_busy: usize,
+    /// Turns since the last one of a busy guest.
+    turns_before_busy: u32,
+    /// Busy guests that run beyond one for each eager thread, because a whole tick brought nobody a turn.
+    relieved: usize,
     /// Threads there are, lost ones among them.
     threads: usize,
     /// Threads there should be: a stated number, and one for each that is lost.
     wanted: usize,
     /// Threads that wait for a guest.
     idle: usize,
-    /// Threads that are woken as soon as there is a guest for them. One more for each that is lost.
+    /// Threads that are woken as soon as there is a guest for them, those with busy guests not counted; also the most that run busy ones. One more
+    /// for each that is lost.
     eager: usize,
     /// Guests that were taken out of the queue.
     turns: u64,
@@ -106,6 +122,10 @@ impl Threads {
             .build()?;
         let state = State {
             ready: VecDeque::new(),
+            busy: VecDeque::new(),
+            running_busy: 0,
+            turns_before_busy: 0,
+            relieved: 0,
             threads: 0,
             wanted: 0,
             idle: 0,
@@ -150,10 +170,17 @@ impl Drop for Threads {
 impl Relief {
     /// To be called at every tick.
     pub(super) fn look(&mut self) {
-        let state = self.shared.state();
+        let mut state = self.shared.state();
         let nobody_had_a_turn = state.turns == self.turns;
         self.turns = state.turns;
-        let wake = nobody_had_a_turn && !state.ready.is_empty() && state.idle > 0;
+        let wake = nobody_had_a_turn && state.somebody_waits() && state.idle > 0;
+        state.relieved = if wake {
+            state.relieved + 1
+        } else if nobody_had_a_turn {
+            state.relieved
+        } else {
+            0
+        };
         drop(state);
         if wake {
             self.shared.changed.notify_one();
@@ -202,28 +229,37 @@ impl Shared {
     fn work(&self) {
         let services = self.services.as_ref().map(|services| services.handle().clone());
         let _context = services.as_ref().map(tokio::runtime::Handle::enter);
-        while let Some(task) = self.next() {
+        while let Some((task, is_busy)) = self.next() {
             task.run();
+            if is_busy {
+                self.state().running_busy -= 1;
+            }
         }
     }
 
-    /// The next guest for the thread that asks; None if it has to end.
-    fn next(&self) -> Option<Arc<Task>> {
+    /// The next guest for the thread that asks, and whether it is a busy one; None if the thread has to end.
+    fn next(&self) -> Option<(Arc<Task>, bool)> {
         let mut state = self.state();
         loop {
             if state.threads > state.wanted || state.ended && state.alive == 0 {
                 state.threads -= 1;
                 // It may have been the one that was told of a guest.
-                let told = !state.ready.is_empty();
+                let told = state.somebody_waits();
                 drop(state);
                 if told {
                     self.changed.notify_one();
                 }
                 return None;
             }
-            if let Some(task) = state.ready.pop_front() {
+            if let Some(next) = state.take() {
                 state.turns += 1;
-                return Some(task);
+                let wake = !state.ready.is_empty() && state.may_wake();
+                drop(state);
+                // This thread may have been the one that a guest counted on.
+                if next.1 && wake {
+                    self.changed.notify_one();
+                }
+                return Some(next);
             }
             state.idle += 1;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -231,14 +267,20 @@ impl Shared {
         }
     }
 
+    /// A guest begins, or was woken.
     fn push(&self, task: Arc<Task>) {
         let mut state = self.state();
         state.ready.push_back(task);
-        let wake = state.idle > 0 && state.threads - state.idle < state.eager;
+        let wake = state.may_wake();
         drop(state);
         if wake {
             self.changed.notify_one();
         }
+    }
+
+    /// A guest gives up its turn. The thread that it leaves looks for the next at once, so none need be woken.
+    fn push_busy(&self, task: Arc<Task>) {
+        self.state().busy.push_back(task);
     }
 
     /// A guest has come to its end.
@@ -250,6 +292,34 @@ impl Shared {
         if last {
             self.changed.notify_all();
         }
+    }
+}
+
+impl State {
+    fn somebody_waits(&self) -> bool {
+        !self.ready.is_empty() || !self.busy.is_empty()
+    }
+
+    /// Whether a thread is to be woken for a guest that is not busy.
+    fn may_wake(&self) -> bool {
+        self.idle > 0 && self.threads - self.idle - self.running_busy < self.eager
+    }
+
+    /// The guest whose turn it is, and whether it is a busy one.
+    fn take(&mut self) -> Option<(Arc<Task>, bool)> {
+        let busy_may_run = self.running_busy < self.eager + self.relieved;
+        let is_busys_turn = self.ready.is_empty() || self.turns_before_busy >= TURNS_BEFORE_BUSY;
+        if busy_may_run
+            && is_busys_turn
+            && let Some(task) = self.busy.pop_front()
+        {
+            self.running_busy += 1;
+            self.turns_before_busy = 0;
+            return Some((task, true));
+        }
+        let task = self.ready.pop_front()?;
+        self.turns_before_busy = self.turns_before_busy.saturating_add(1);
+        Some((task, false))
     }
 }
 
@@ -270,9 +340,9 @@ impl Task {
             return self.shared.ended_one();
         }
         if self.place.compare_exchange(RUNNING, WAITING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
-            // Behind the others: this is also how a guest gives up its turn.
+            // It was woken while it ran, which is how a guest gives up its turn.
             self.place.store(READY, Ordering::SeqCst);
-            self.shared.clone().push(self);
+            self.shared.clone().push_busy(self);
         }
     }
 
@@ -305,130 +375,4 @@ impl Wake for Task {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicU32};
-    use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-    use std::time::{Duration, Instant};
-
-    use super::*;
-
-    const PATIENCE: Duration = Duration::from_secs(120);
-
-    fn eventually(what: &str, condition: impl Fn() -> bool) {
-        let patience = Instant::now() + PATIENCE;
-        while !condition() {
-            assert!(Instant::now() < patience, "{what} within {PATIENCE:?}");
-            thread::yield_now();
-        }
-    }
-
-    /// A guest that keeps its thread until the answer is used, and says so first.
-    fn block(threads: &Threads) -> SyncSender<()> {
-        let (release, released) = sync_channel::<()>(1);
-        let (begun, begins): (_, Receiver<()>) = sync_channel(1);
-        threads.spawn(async move {
-            begun.send(()).expect("the test listens");
-            let _ = released.recv();
-        });
-        begins.recv_timeout(PATIENCE).expect("it gets a thread");
-        release
-    }
-
-    /// Whether another guest gets a thread.
-    fn serves(threads: &Threads) -> Receiver<()> {
-        let (served, serves) = sync_channel(1);
-        threads.spawn(async move { served.send(()).expect("the test listens") });
-        serves
-    }
-
-    #[test]
-    fn a_lost_thread_is_replaced_and_ends_when_it_comes_back() {
-        let threads = Threads::start(1, 1).expect("threads");
-        let replacements = threads.replacements();
-        for _ in 0..2 {
-            let releases: Vec<_> = (0..4)
-                .map(|_| {
-                    let release = block(&threads);
-                    let waits = serves(&threads);
-                    assert!(waits.try_recv().is_err(), "there is no other thread");
-                    replacements.call();
-                    waits.recv_timeout(PATIENCE).expect("the replacement serves");
-                    release
-                })
-                .collect();
-            assert_eq!(threads.shared.state().threads, 5);
-            for release in releases {
-                replacements.release();
-                release.send(()).expect("it waits");
-            }
-            eventually("one thread is left", || threads.shared.state().threads == 1);
-            serves(&threads).recv_timeout(PATIENCE).expect("it serves");
-        }
-    }
-
-    #[test]
-    fn a_stuck_thread_holds_no_other_guest() {
-        let threads = Threads::start(2, 2).expect("threads");
-        // Some give up their turn all the time, some wait for timers: each was on either thread before.
-        let rounds: Arc<[AtomicU32; 8]> = Arc::default();
-        let over = Arc::new(AtomicBool::new(false));
-        for guest in 0..rounds.len() {
-            let (rounds, over) = (rounds.clone(), over.clone());
-            threads.spawn(async move {
-                while !over.load(Ordering::SeqCst) {
-                    rounds[guest].fetch_add(1, Ordering::SeqCst);
-                    if guest % 2 == 0 {
-                        tokio::task::yield_now().await;
-                    } else {
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
-                }
-            });
-        }
-        for _ in 0..20 {
-            let release = block(&threads);
-            for (guest, before) in rounds.iter().map(|rounds| rounds.load(Ordering::SeqCst)).enumerate() {
-                eventually(&format!("guest {guest} goes on"), || rounds[guest].load(Ordering::SeqCst) > before + 2);
-            }
-            release.send(()).expect("it waits");
-        }
-        over.store(true, Ordering::SeqCst);
-        eventually("they end", || threads.shared.state().alive == 0);
-    }
-
-    #[test]
-    fn a_thread_more_is_woken_when_those_that_are_awake_do_not_get_on() {
-        let threads = Threads::start(4, 2).expect("threads");
-        let mut relief = threads.relief();
-        eventually("all wait", || threads.shared.state().idle == 4);
-        let releases = [block(&threads), block(&threads)];
-        eventually("no other one is awake", || threads.shared.state().idle == 2);
-        let waits = serves(&threads);
-        relief.look();
-        assert!(waits.try_recv().is_err(), "somebody had a turn since the look before");
-        relief.look();
-        waits.recv_timeout(PATIENCE).expect("another thread serves");
-        for release in releases {
-            release.send(()).expect("it waits");
-        }
-    }
-
-    #[test]
-    fn a_guest_that_panics_ends_alone() {
-        let threads = Threads::start(1, 1).expect("threads");
-        threads.spawn(async { panic!("on purpose") });
-        serves(&threads).recv_timeout(PATIENCE).expect("its thread goes on");
-        eventually("it is gone", || threads.shared.state().alive == 0);
-    }
-
-    #[test]
-    fn threads_end_when_their_owner_is_gone_and_their_guests_have_ended() {
-        let threads = Threads::start(3, 3).expect("threads");
-        let shared = threads.shared.clone();
-        let release = block(&threads);
-        drop(threads);
-        assert_eq!(shared.state().threads, 3, "a guest is left");
-        release.send(()).expect("it waits");
-        eventually("no thread is left", || shared.state().threads == 0);
-    }
-}
+mod tests;
