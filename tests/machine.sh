@@ -118,6 +118,15 @@ has_mariadb() {
   command -v mariadbd >/dev/null && command -v mariadb-install-db >/dev/null
 }
 
+# Clocks that tests set.
+need_faketime() {
+  has_faketime || { apt_install libfaketime && has_faketime; }
+}
+
+has_faketime() {
+  ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1
+}
+
 # Certificates for servers that speak encrypted.
 need_openssl() {
   command -v openssl >/dev/null || apt_install openssl

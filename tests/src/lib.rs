@@ -15,6 +15,7 @@ mod patience;
 mod program;
 mod proxy;
 mod queue;
+mod rate;
 mod site;
 
 pub use database::{Database, on};
@@ -26,5 +27,6 @@ pub use patience::{LONG, PATIENCE, eventually, waiting_for};
 pub use program::{Answer, has_faults, laelaps, workspace_file};
 pub use proxy::Proxy;
 pub use queue::{all_tasks, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats};
+pub use rate::rate;
 pub use rustix::process::Signal;
 pub use site::Site;

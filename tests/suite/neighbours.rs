@@ -1,11 +1,10 @@
 //! The host's path of a task beside neighbours: a producer's open transaction, a limit of one, handlers that report all the time.
 
-use std::time::Instant;
+use std::time::Duration;
 
 use laelaps_queue::{NewTask, Queue, State, Timestamp};
 use laelaps_tests::{
-    Database, LONG, PATIENCE, Site, eventually, measured, promised, scaled, submit, task, wait_for_finished, wait_for_state,
-    wait_for_stats,
+    Database, PATIENCE, Site, eventually, measured, promised, scaled, submit, task, wait_for_finished, wait_for_state,
 };
 use serde_json::{Value, json};
 use sqlx::{Connection as _, MySqlConnection, PgConnection, SqliteConnection};
@@ -91,6 +90,30 @@ async fn on_mariadb_a_follow_ups_key_that_a_producer_holds_delays_its_own_task_a
     laelaps_tests::on(Database::MariaDb, Box::pin(a_follow_ups_key_that_a_producer_holds_delays_its_own_task_alone())).await;
 }
 
+/// Tasks a second of a host with these members in its section.
+async fn rate(section: Value, new_task: impl Fn(String) -> NewTask) -> f64 {
+    let site = Site::new().await;
+    site.plug_guest("zoo");
+    site.configure(section);
+    let queue = site.queue().await;
+    let tasks: Vec<_> = (0..scaled(5_000)).map(|number| new_task(format!("task-{number}"))).collect();
+    laelaps_tests::rate(&site, &queue, &tasks, Duration::from_millis(10)).await
+}
+
+/// Holds two rates against each other, in rounds, so that what else the machine does hits both.
+async fn slower(what: &str, promise: f64, mut usual: impl AsyncFnMut() -> f64, mut other: impl AsyncFnMut() -> f64) {
+    let mut ratio = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        let (usual, other) = (usual().await, other().await);
+        measured(&format!("tasks per second as usual and of {what}"), format!("{usual:.0}, {other:.0}"));
+        ratio = ratio.min(usual / other);
+        if ratio <= promise || scaled(2) == 1 {
+            break;
+        }
+    }
+    promised(&format!("{what}, times a usual one"), ratio, promise);
+}
+
 laelaps_tests::on_every_database! {
     async fn tasks_of_a_user_with_a_limit_follow_each_other_without_a_poll() {
         let site = Site::new().await;
@@ -108,77 +131,23 @@ laelaps_tests::on_every_database! {
         wait_for_finished(&queue, tasks.len(), PATIENCE).await;
         host.stop().await;
     }
-}
 
-/// Tasks a second of a host with these members in its section.
-async fn rate(section: Value, new_task: impl Fn(String) -> NewTask) -> f64 {
-    let count = scaled(5_000);
-    let site = Site::new().await;
-    site.plug_guest("zoo");
-    site.configure(section);
-    let queue = site.queue().await;
-    let tasks: Vec<_> = (0..count).map(|number| new_task(format!("task-{number}"))).collect();
-    submit(&queue, &tasks).await;
-    let host = site.start().await;
-    let finished = async |at_least: usize| {
-        wait_for_stats(&queue, "tasks are finished", LONG, |stats| stats.finished >= at_least as u64).await.finished
-    };
-    let already = finished(count / 10).await;
-    let begun = Instant::now();
-    let rate = (finished(count).await - already) as f64 / begun.elapsed().as_secs_f64();
-    host.stop().await;
-    rate
-}
-
-/// Holds two rates against each other, in rounds, so that what else the machine does hits both.
-async fn slower(what: &str, promise: f64, mut usual: impl AsyncFnMut() -> f64, mut other: impl AsyncFnMut() -> f64) {
-    let mut ratio = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        let (usual, other) = (usual().await, other().await);
-        measured(&format!("tasks per second as usual and of {what}"), format!("{usual:.0}, {other:.0}"));
-        ratio = ratio.min(usual / other);
-        if ratio <= promise || scaled(2) == 1 {
-            break;
-        }
+    async fn a_report_of_progress_costs_little() {
+        let section = json!({ "processors": 4, "task_prefetch": 100, "log_level": "warn" });
+        let reporting = async |count: u32| rate(section.clone(), |key| task(key, "heartbeat", json!({ "count": count }))).await;
+        slower("a task with one report of its progress", PROGRESS_PROMISE, async || reporting(0).await, async || reporting(1).await)
+            .await;
     }
-    promised(&format!("{what}, times a usual one"), ratio, promise);
-}
 
-async fn a_report_of_progress_costs_little() {
-    let section = json!({ "processors": 4, "task_prefetch": 100, "log_level": "warn" });
-    let reporting = async |count: u32| rate(section.clone(), |key| task(key, "heartbeat", json!({ "count": count }))).await;
-    slower("a task with one report of its progress", PROGRESS_PROMISE, async || reporting(0).await, async || reporting(1).await)
-        .await;
-}
-
-async fn a_user_with_a_limit_of_one_is_half_as_fast_at_least() {
-    let section = json!({ "processors": 1, "task_prefetch": 0, "log_level": "warn" });
-    let of = async |user: Option<&str>| {
-        let (user, max_running) = (user.map(str::to_owned), user.map(|_| 1));
-        let new_task = |key| NewTask { user: user.clone(), max_running, ..task(key, "silent", json!({})) };
-        rate(section.clone(), new_task).await
-    };
-    slower("a task of a user with a limit of one", LIMIT_PROMISE, async || of(None).await, async || of(Some("ann")).await).await;
-}
-
-#[tokio::test]
-async fn on_sqlite_a_user_with_a_limit_of_one_is_half_as_fast_at_least() {
-    a_user_with_a_limit_of_one_is_half_as_fast_at_least().await;
-}
-
-#[tokio::test]
-async fn on_postgres_a_user_with_a_limit_of_one_is_half_as_fast_at_least() {
-    laelaps_tests::on(Database::Postgres, Box::pin(a_user_with_a_limit_of_one_is_half_as_fast_at_least())).await;
-}
-
-#[tokio::test]
-async fn on_sqlite_a_report_of_progress_costs_little() {
-    a_report_of_progress_costs_little().await;
-}
-
-#[tokio::test]
-async fn on_postgres_a_report_of_progress_costs_little() {
-    laelaps_tests::on(Database::Postgres, Box::pin(a_report_of_progress_costs_little())).await;
+    async fn a_user_with_a_limit_of_one_is_half_as_fast_at_least() {
+        let section = json!({ "processors": 1, "task_prefetch": 0, "log_level": "warn" });
+        let of = async |user: Option<&str>| {
+            let (user, max_running) = (user.map(str::to_owned), user.map(|_| 1));
+            let new_task = |key| NewTask { user: user.clone(), max_running, ..task(key, "silent", json!({})) };
+            rate(section.clone(), new_task).await
+        };
+        slower("a task of a user with a limit of one", LIMIT_PROMISE, async || of(None).await, async || of(Some("ann")).await).await;
+    }
 }
 
 #[tokio::test]

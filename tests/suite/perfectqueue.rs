@@ -92,6 +92,29 @@ mod on_mariadb {
     }
 
     #[tokio::test]
+    async fn check_compares_the_rows_when_asked_and_names_what_a_user_may_not_do() {
+        let (site, mut ruby) = site(json!({})).await;
+        submit(&mut ruby, "a", "echo", json!({})).await;
+        let told = site.laelaps(["-c", "laelaps.yml", "check", "--data"]).await.success();
+        assert!(told.stdout.contains("data           every table agrees with every other"), "{}", told.stdout);
+        sqlx::query("UPDATE tasks SET owner = (1 << 62) + 1").execute(&mut ruby).await.unwrap();
+        let told = site.laelaps(["-c", "laelaps.yml", "check", "--data"]).await;
+        assert_eq!(told.code, Some(4), "{}", told.stderr);
+        assert!(told.stdout.contains("a settlement's mark stands on a task that has ended: task "), "{}", told.stdout);
+        sqlx::raw_sql(
+            "CREATE TRIGGER refuse BEFORE UPDATE ON tasks FOR EACH ROW SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'no'",
+        )
+        .execute(&mut ruby)
+        .await
+        .unwrap();
+        let told = site.laelaps(["-c", "laelaps.yml", "check"]).await;
+        assert_eq!(told.code, Some(4), "{}", told.stderr);
+        for part in ["a host could not work: a task cannot be stored, claimed and settled: no", "docs/perfectqueue.md"] {
+            assert!(told.stderr.contains(part), "{part}: {}", told.stderr);
+        }
+    }
+
+    #[tokio::test]
     async fn stats_says_which_types_are_left_to_other_workers() {
         let (site, mut ruby) = site(json!({})).await;
         submit(&mut ruby, "ours", "echo", json!({})).await;

@@ -144,6 +144,8 @@ impl Quarantine {
     pub const DEATHS: u32 = 3;
     /// Power cuts and kills that are further apart than this are no reason to stop a plugin: on many hosts one version alone runs all the time.
     pub const WITHIN: Duration = Duration::from_secs(3_600);
+    /// Deaths that are remembered belong to the last so many hosts; what is older counts for nothing any more.
+    pub(crate) const HOSTS: u32 = 10_000;
 }
 
 /// A host that registers itself.

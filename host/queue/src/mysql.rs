@@ -9,6 +9,7 @@
 
 mod accounts;
 mod audit;
+mod before;
 mod choose;
 mod claim;
 mod claims;
@@ -19,11 +20,12 @@ mod excuse;
 pub(crate) mod failure;
 mod hosts;
 mod keep;
+mod list;
 mod mark;
 mod mend;
 mod operate;
 mod read;
-mod rehearse;
+pub(crate) mod rehearse;
 mod repair;
 mod rows;
 mod schema;
@@ -31,6 +33,7 @@ mod served;
 mod session;
 mod settle;
 mod submit;
+mod suspects;
 mod together;
 
 #[cfg(test)]

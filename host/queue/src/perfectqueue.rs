@@ -15,12 +15,14 @@
 //! here: leases and delays are rounded up. What the table has no columns for stands in a table of ours beside it (see [`side`]), if the
 //! operator allows it, else in the log. So do the hosts that a watchdog watches (see [`hosts`]); others are left to their leases.
 
+mod audit;
 mod blob;
 mod broken;
 mod candidates;
 mod claim;
 mod deaths;
 mod excuse;
+mod hand_on;
 mod hold;
 mod hosts;
 mod keep;
@@ -30,11 +32,13 @@ mod lost;
 mod operate;
 mod order;
 mod read;
+mod rehearse;
 mod run;
 mod schema;
 mod settle;
 mod side;
 mod submit;
+mod suspects;
 mod table;
 mod take;
 mod walk;
@@ -49,6 +53,7 @@ use tokio::sync::{Notify, OnceCell, watch};
 use self::run::Patience;
 use self::schema::Columns;
 use self::table::Names;
+use crate::earlier::Earlier;
 use crate::mysql::connect::Access;
 use crate::mysql::failure::Failure;
 use crate::{
@@ -214,6 +219,15 @@ impl Backend for PerfectQueue {
         self.shared.perform(schema::Warnings).await
     }
 
+    async fn rehearse(&self) -> Result<Vec<String>> {
+        self.shared.rehearsed().await
+    }
+
+    /// Without our tables, PerfectQueue's alone.
+    async fn audit(&self) -> Result<Vec<String>> {
+        self.shared.perform(audit::Audit).await
+    }
+
     async fn schema_status(&self) -> Result<SchemaStatus> {
         Ok(self.columns("looking at the tables").await?.status(&self.shared.config))
     }
@@ -303,7 +317,7 @@ impl Backend for PerfectQueue {
         let mut leases = self.shared.leases.keys(leases);
         leases.sort_unstable();
         leases.dedup();
-        self.shared.perform(excuse::Excuse { number: hosts::number(host), leases }).await
+        self.shared.perform(excuse::Excuse { number: hosts::number(host), leases, earlier: Earlier::default() }).await
     }
 
     /// Of a host that nobody watches there is no place to note it, and nobody finds it dead.
@@ -325,7 +339,7 @@ impl Backend for PerfectQueue {
         if !self.shared.config.side_table {
             return Ok(false);
         }
-        self.shared.perform(deaths::ReleasePlugin { digest: digest.to_owned() }).await
+        self.shared.perform(deaths::ReleasePlugin { digest: digest.to_owned(), earlier: Earlier::default() }).await
     }
 
     /// The policy has its say when the tasks are met again, as with all leases here that were lost.
@@ -334,7 +348,7 @@ impl Backend for PerfectQueue {
     }
 
     async fn release_held(&self, key: &str) -> Result<bool> {
-        let released = self.shared.perform(hold::Release { key: key.to_owned() }).await?;
+        let released = self.shared.perform(hold::Release { key: key.to_owned(), earlier: Earlier::default() }).await?;
         if released {
             self.shared.wake();
         }
@@ -342,7 +356,7 @@ impl Backend for PerfectQueue {
     }
 
     async fn drop_held(&self, key: &str) -> Result<bool> {
-        self.shared.perform(hold::Remove { key: key.to_owned() }).await
+        self.shared.perform(hold::Remove { key: key.to_owned(), earlier: Earlier::default() }).await
     }
 
     async fn held(&self, prefix: &str) -> Result<Vec<String>> {

@@ -17,6 +17,7 @@ mod failure;
 mod held;
 mod hosts;
 mod keep;
+mod list;
 mod listen;
 mod mark;
 mod mend;
@@ -42,6 +43,7 @@ use self::connections::Connections;
 use self::operate::Name;
 use self::session::Shared;
 use crate::batch::Batch;
+use crate::earlier::Earlier;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
@@ -170,10 +172,10 @@ impl Backend for Postgres {
     }
 
     async fn excuse(&self, host: HostId, leases: &[LeaseRef]) -> Result<u64> {
-        let leases = leases.to_vec();
+        let asked = Arc::new((leases.to_vec(), Earlier::default()));
         let excused = self.shared.run("taking losses back", move |session| {
-            let leases = leases.clone();
-            Box::pin(async move { excuse::excuse(session, host, &leases).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { excuse::excuse(session, host, &asked.0, &asked.1).await })
         });
         excused.await
     }
@@ -192,10 +194,10 @@ impl Backend for Postgres {
     }
 
     async fn release_plugin(&self, digest: &str) -> Result<bool> {
-        let digest = digest.to_owned();
+        let asked = Arc::new((digest.to_owned(), Earlier::default()));
         let released = self.shared.run("releasing a plugin version", move |session| {
-            let digest = digest.clone();
-            Box::pin(async move { versions::release(session, &digest).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { versions::release(session, &asked.0, &asked.1).await })
         });
         released.await
     }
@@ -205,10 +207,10 @@ impl Backend for Postgres {
     }
 
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
-        let policy = policy.clone();
+        let asked = Arc::new((policy.clone(), Earlier::default()));
         let taken = self.shared.run("taking back lost tasks", move |session| {
-            let policy = policy.clone();
-            Box::pin(async move { hosts::take_back(session, &policy).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { hosts::take_back(session, &asked.0, &asked.1).await })
         });
         taken.await
     }
@@ -222,11 +224,11 @@ impl Backend for Postgres {
     }
 
     async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
-        let asked =
-            Arc::new((identities.iter().map(|identity| settle::clean(identity)).collect::<Vec<String>>(), policy.clone()));
+        let identities: Vec<String> = identities.iter().map(|identity| settle::clean(identity)).collect();
+        let asked = Arc::new((identities, policy.clone(), Earlier::default()));
         let handed_on = self.shared.run("handing tasks on", move |session| {
             let asked = Arc::clone(&asked);
-            Box::pin(async move { hosts::hand_on(session, &asked.0, &asked.1).await })
+            Box::pin(async move { hosts::hand_on(session, &asked.0, &asked.1, &asked.2).await })
         });
         handed_on.await
     }
@@ -241,10 +243,10 @@ impl Backend for Postgres {
     }
 
     async fn drop_held(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
+        let asked = Arc::new((key.to_owned(), Earlier::default()));
         let dropped = self.shared.run("dropping a held task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { operate::drop_held(session, &key).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { operate::drop_held(session, &asked.0, &asked.1).await })
         });
         dropped.await
     }
@@ -321,7 +323,7 @@ impl Backend for Postgres {
         let filter = filter.clone();
         let read = self.shared.run("listing tasks", move |session| {
             let filter = filter.clone();
-            Box::pin(async move { read::list(session, &filter).await })
+            Box::pin(async move { list::list(session, &filter).await })
         });
         read.await
     }
@@ -343,7 +345,12 @@ impl Backend for Postgres {
     }
 
     async fn clean_up(&self, limit: u32) -> Result<u64> {
-        self.shared.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, limit))).await
+        let earlier = Earlier::default();
+        let removed = self.shared.run("removing old tasks", move |session| {
+            let earlier = earlier.clone();
+            Box::pin(async move { operate::clean_up(session, limit, &earlier).await })
+        });
+        removed.await
     }
 
     async fn wakeup(&self) {
@@ -373,17 +380,19 @@ impl Backend for Postgres {
 
 impl Postgres {
     async fn end(&self, doing: &'static str, name: Name, by: operate::ByHand, retention: Duration) -> Result<()> {
+        let asked = Arc::new((name, Earlier::default()));
         let ended = self.shared.run(doing, move |session| {
-            let name = name.clone();
-            Box::pin(async move { operate::end(session, &name, by, retention).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { operate::end(session, &asked.0, by, retention, &asked.1).await })
         });
         ended.await
     }
 
     async fn retry_one(&self, name: Name) -> Result<()> {
+        let asked = Arc::new((name, Earlier::default()));
         let retried = self.shared.run("retrying a task", move |session| {
-            let name = name.clone();
-            Box::pin(async move { operate::retry(session, &name).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { operate::retry(session, &asked.0, &asked.1).await })
         });
         retried.await
     }

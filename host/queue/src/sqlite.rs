@@ -14,6 +14,7 @@ mod claim;
 mod failure;
 mod hosts;
 mod keep;
+mod list;
 mod neighbours;
 mod operate;
 mod read;
@@ -410,7 +411,7 @@ impl Backend for Sqlite {
     }
 
     async fn list(&self, filter: &Filter) -> Result<Page> {
-        read::list(&self.readers, filter).await.map_err(self.reading("listing tasks"))
+        list::list(&self.readers, filter).await.map_err(self.reading("listing tasks"))
     }
 
     async fn stats(&self) -> Result<Stats> {

@@ -395,7 +395,8 @@ pub struct Filter {
     pub with_data: bool,
 }
 
-/// One page of a list, by ascending row number.
+/// One page of a list, by ascending row number. What is looked at for it has a bound: where few of many tasks are wanted, it may have fewer than
+/// [`Filter::limit`], or none, and still not be the last.
 #[derive(Clone, Debug)]
 pub struct Page {
     /// The tasks.

@@ -1,7 +1,8 @@
 //! A gate before a database server: statements of a client wait until a test lets them go, one by one, so that the test decides in which order
 //! two clients do what they do. The client is real, and knows nothing of it.
 //!
-//! Also does to connections what networks do: they go silent, or end after the server has done a statement and before its answer has come.
+//! Also does to connections what networks do: they go silent, or end after the server has done a statement and before its answer has come. And it
+//! takes clauses out of statements, to see what becomes of a program without them.
 
 mod wire;
 
@@ -43,7 +44,6 @@ pub struct InFlight {
 #[derive(Debug)]
 struct Shared {
     protocol: Protocol,
-    server: SocketAddr,
     state: Mutex<State>,
     /// Grows with every change of the state.
     changes: watch::Sender<u64>,
@@ -51,12 +51,20 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
+    /// The server's port on 127.0.0.1.
+    server: u16,
     shut: bool,
     /// Nothing gets through, and nobody is told.
     cut: bool,
     /// Of the next statements that begin with these words, the answer does not arrive: the connection ends instead.
     swallowing: Option<&'static str>,
+    /// So many statements from now on, the same happens to one.
+    swallowing_in: Option<usize>,
+    /// And the gate is shut.
+    shuts_then: bool,
     swallowed: usize,
+    /// Words of statements, and the clause that each of these goes without.
+    taken_out: Vec<(&'static str, &'static str)>,
     connected: u64,
     connections: HashMap<u64, Connection>,
     waiting: VecDeque<Waiting>,
@@ -92,8 +100,7 @@ impl Gate {
         let address = listener.local_addr().expect("bound");
         let shared = Arc::new(Shared {
             protocol,
-            server: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
-            state: Mutex::default(),
+            state: Mutex::new(State { server: port, ..State::default() }),
             changes: watch::Sender::new(0),
         });
         let listening = tokio::spawn(listen(listener, Arc::clone(&shared))).abort_handle();
@@ -104,6 +111,11 @@ impl Gate {
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// From now on new connections lead to this server, as an address does that was moved to another machine. Older ones stay where they are.
+    pub fn lead_to(&self, port: u16) {
+        self.shared.change(|state| state.server = port);
     }
 
     /// From now on each statement waits.
@@ -160,6 +172,20 @@ impl Gate {
         self.shared.change(|state| state.swallowing = statement);
     }
 
+    /// The same for one statement: 1 is the next one. 0: for none any more.
+    pub fn swallow_nth(&self, number: usize) {
+        self.shared.change(|state| {
+            state.swallowing_in = Some(number).filter(|number| *number > 0);
+            state.shuts_then = false;
+        });
+    }
+
+    /// As [`Gate::swallow_nth`]; what its client does about it waits at the gate, which is shut from then on.
+    pub fn swallow_nth_and_shut(&self, number: usize) {
+        self.swallow_nth(number);
+        self.shared.change(|state| state.shuts_then = true);
+    }
+
     /// From now on nothing gets through, in either direction, and connections stay open.
     pub fn cut(&self) {
         self.shared.change(|state| {
@@ -177,6 +203,12 @@ impl Gate {
     #[must_use]
     pub fn swallowed(&self) -> usize {
         self.shared.lock().swallowed
+    }
+
+    /// From now on statements with these words reach the server without a clause: blanks stand in its place. A statement that is prepared
+    /// already stays as it is.
+    pub fn take_out(&self, statement: &'static str, clause: &'static str) {
+        self.shared.change(|state| state.taken_out.push((statement, clause)));
     }
 
     /// Told whenever something comes or goes.
@@ -198,6 +230,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn server(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, self.lock().server))
+    }
+
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let changed = change(&mut self.lock());
         self.changes.send_modify(|changes| *changes += 1);
@@ -210,6 +246,19 @@ impl Shared {
 
     fn is_cut(&self, number: u64) -> bool {
         self.lock().connections.get(&number).is_none_or(|connection| connection.cut)
+    }
+
+    /// What a client has sent, without the clauses that are taken out.
+    fn altered(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+        let find = |bytes: &[u8], words: &str| bytes.windows(words.len()).position(|part| part == words.as_bytes());
+        for (statement, clause) in &self.lock().taken_out {
+            if find(&bytes, statement).is_some()
+                && let Some(place) = find(&bytes, clause)
+            {
+                bytes[place..place + clause.len()].fill(b' ');
+            }
+        }
+        bytes
     }
 
     /// The end of a connection does not get through a cut cable either.
@@ -238,7 +287,9 @@ impl Shared {
     /// Wait for leave to hand a statement to the server.
     async fn pass(&self, number: u64, statement: String) {
         let going = self.change(|state| {
-            let swallow = state.swallowing.is_some_and(|words| statement.starts_with(words));
+            let left = state.swallowing_in.map(|number| number - 1);
+            state.swallowing_in = left.filter(|left| *left > 0);
+            let swallow = left == Some(0) || state.swallowing.is_some_and(|words| statement.starts_with(words));
             let connection = state.connections.get_mut(&number)?;
             connection.swallow = swallow;
             if !state.shut {
@@ -260,7 +311,7 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((client, _)) = listener.accept().await {
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let Ok(server) = TcpStream::connect(shared.server).await else { return };
+            let Ok(server) = TcpStream::connect(shared.server()).await else { return };
             let Ok(address) = server.local_addr() else { return };
             // Statements are small, and each is waited for.
             let _ = (client.set_nodelay(true), server.set_nodelay(true));
@@ -305,7 +356,7 @@ async fn forward(mut client: OwnedReadHalf, mut server: OwnedWriteHalf, shared: 
             if unit.prepares.is_some() {
                 shared.of_connection(number, |connection| connection.preparing = unit.prepares);
             }
-            if !shared.is_cut(number) && server.write_all(&unit.bytes).await.is_err() {
+            if !shared.is_cut(number) && server.write_all(&shared.altered(unit.bytes)).await.is_err() {
                 return;
             }
         }
@@ -335,7 +386,10 @@ async fn answer(mut server: OwnedReadHalf, mut client: OwnedWriteHalf, shared: &
         });
         greeted = true;
         if swallow == Some(true) {
-            shared.change(|state| state.swallowed += 1);
+            shared.change(|state| {
+                state.swallowed += 1;
+                state.shut |= std::mem::take(&mut state.shuts_then);
+            });
             return;
         }
         if !shared.is_cut(number) && client.write_all(answer).await.is_err() {

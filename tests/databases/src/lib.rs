@@ -2,6 +2,7 @@
 //! before them.
 
 mod certificates;
+mod clock;
 pub mod gate;
 #[path = "../../src/guarded.rs"]
 mod guarded;
@@ -16,6 +17,7 @@ pub mod postgres;
 mod server;
 
 pub use certificates::Certificates;
+pub use clock::Clock;
 pub use names::unique_name;
 pub use patience::{LONG, PATIENCE, eventually, waiting_for};
-pub use server::Durability;
+pub use server::{Durability, Going, Replication};

@@ -1,5 +1,7 @@
 //! MariaDB.
 
+mod pair;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -10,8 +12,10 @@ use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
 use crate::ports::{PORT_TRIES, free_ports};
-use crate::server::{self, Durability};
+use crate::server::{self, Durability, Extras};
 use crate::{Certificates, LONG, eventually, unique_name};
+
+pub use self::pair::Pair;
 
 /// The port of a server that all test processes share.
 pub const SHARED_PORT: &str = "LAELAPS_TEST_MARIADB_PORT";
@@ -33,7 +37,7 @@ pub struct Server {
     folder: Option<TempDir>,
     port: u16,
     durability: Durability,
-    certificates: Option<Certificates>,
+    extras: Extras,
     process: Option<Guarded>,
 }
 
@@ -43,7 +47,7 @@ impl Server {
     /// # Panics
     /// If it does not; MariaDB may be missing.
     pub async fn start(durability: Durability) -> Self {
-        Self::start_with(durability, None).await
+        Self::start_with(durability, Extras::default()).await
     }
 
     /// Starts a server that also speaks encrypted, and waits until it serves.
@@ -51,15 +55,16 @@ impl Server {
     /// # Panics
     /// If it does not; MariaDB or `openssl` may be missing.
     pub async fn start_encrypted() -> Self {
-        Self::start_with(Durability::Process, Some(Certificates::make())).await
+        let extras = Extras { certificates: Some(Certificates::make()), ..Extras::default() };
+        Self::start_with(Durability::Process, extras).await
     }
 
     /// One that another process started.
     fn at(port: u16) -> Self {
-        Self { folder: None, port, durability: Durability::Process, certificates: None, process: None }
+        Self { folder: None, port, durability: Durability::Process, extras: Extras::default(), process: None }
     }
 
-    async fn start_with(durability: Durability, certificates: Option<Certificates>) -> Self {
+    async fn start_with(durability: Durability, extras: Extras) -> Self {
         let folder = server::folder();
         let mut install = Command::new("mariadb-install-db");
         install.arg("--no-defaults").arg(format!("--datadir={}", folder.path().join("data").display()));
@@ -67,7 +72,7 @@ impl Server {
         install.args(["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]);
         install.current_dir(folder.path());
         server::prepare(install);
-        let mut server = Self { folder: Some(folder), port: 0, durability, certificates, process: None };
+        let mut server = Self { folder: Some(folder), port: 0, durability, extras, process: None };
         for _ in 0..PORT_TRIES {
             server.port = free_ports(1)[0];
             server.launch();
@@ -93,7 +98,7 @@ impl Server {
     /// # Panics
     /// If this one does not.
     pub fn certificates(&self) -> &Certificates {
-        self.certificates.as_ref().expect("an encrypted server")
+        self.extras.certificates.as_ref().expect("an encrypted server")
     }
 
     /// Makes an empty database; answers its URL.
@@ -147,13 +152,15 @@ impl Server {
         let port = format!("--port={}", self.port);
         // A server that starts removes what looks like a temporary table from its folder for such; in a shared one, another server's as well.
         let temporary = format!("--tmpdir={folder}");
-        let mut command = vec!["mariadbd", "--no-defaults", &data, &socket, &pid, &temporary, &port, "--bind-address=127.0.0.1"];
+        let mut command = self.extras.command("mariadbd");
+        command.extend(["--no-defaults", &data, &socket, &pid, &temporary, &port, "--bind-address=127.0.0.1"]);
         command.extend(["--skip-name-resolve", "--max-connections=600", "--performance-schema=OFF"]);
         match self.durability {
             Durability::Process => command.extend(["--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=2"]),
             Durability::Disk => command.push("--innodb-buffer-pool-size=1G"),
         }
-        let encryption = self.certificates.as_ref().map(|certificates| {
+        command.extend(self.extras.settings.iter().map(String::as_str));
+        let encryption = self.extras.certificates.as_ref().map(|certificates| {
             let (certificate, key) = (certificates.certificate(), certificates.key());
             [format!("--ssl-cert={}", certificate.display()), format!("--ssl-key={}", key.display())]
         });

@@ -1,5 +1,7 @@
 //! PostgreSQL.
 
+mod pair;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,8 +12,10 @@ use tokio::sync::OnceCell;
 
 use crate::guarded::Guarded;
 use crate::ports::{PORT_TRIES, free_ports};
-use crate::server::{self, Durability};
+use crate::server::{self, Durability, Extras};
 use crate::{Certificates, LONG, eventually, unique_name};
+
+pub use self::pair::Pair;
 
 /// The port of a server that all test processes share.
 pub const SHARED_PORT: &str = "LAELAPS_TEST_POSTGRES_PORT";
@@ -33,7 +37,7 @@ pub struct Server {
     folder: Option<TempDir>,
     port: u16,
     durability: Durability,
-    certificates: Option<Certificates>,
+    extras: Extras,
     process: Option<Guarded>,
 }
 
@@ -43,7 +47,7 @@ impl Server {
     /// # Panics
     /// If it does not; PostgreSQL may be missing.
     pub async fn start(durability: Durability) -> Self {
-        Self::start_with(durability, None).await
+        Self::start_with(durability, Extras::default()).await
     }
 
     /// Starts a server that also speaks encrypted, and waits until it serves.
@@ -51,15 +55,16 @@ impl Server {
     /// # Panics
     /// If it does not; PostgreSQL or `openssl` may be missing.
     pub async fn start_encrypted() -> Self {
-        Self::start_with(Durability::Process, Some(Certificates::make())).await
+        let extras = Extras { certificates: Some(Certificates::make()), ..Extras::default() };
+        Self::start_with(Durability::Process, extras).await
     }
 
     /// One that another process started.
     fn at(port: u16) -> Self {
-        Self { folder: None, port, durability: Durability::Process, certificates: None, process: None }
+        Self { folder: None, port, durability: Durability::Process, extras: Extras::default(), process: None }
     }
 
-    async fn start_with(durability: Durability, certificates: Option<Certificates>) -> Self {
+    async fn start_with(durability: Durability, extras: Extras) -> Self {
         let folder = server::folder();
         let mut initdb = Command::new(program("initdb"));
         initdb.arg("-D").arg(folder.path().join("data")).args([
@@ -74,7 +79,12 @@ impl Server {
         ]);
         initdb.current_dir(folder.path());
         server::prepare(initdb);
-        let mut server = Self { folder: Some(folder), port: 0, durability, certificates, process: None };
+        Self::start_in(folder, durability, extras).await
+    }
+
+    /// Starts a server on the data in its folder.
+    async fn start_in(folder: TempDir, durability: Durability, extras: Extras) -> Self {
+        let mut server = Self { folder: Some(folder), port: 0, durability, extras, process: None };
         for _ in 0..PORT_TRIES {
             server.port = free_ports(1)[0];
             server.launch();
@@ -100,7 +110,7 @@ impl Server {
     /// # Panics
     /// If this one does not.
     pub fn certificates(&self) -> &Certificates {
-        self.certificates.as_ref().expect("an encrypted server")
+        self.extras.certificates.as_ref().expect("an encrypted server")
     }
 
     /// Makes an empty database; answers its URL.
@@ -152,12 +162,14 @@ impl Server {
         let (data, port) = (self.folder().join("data").display().to_string(), self.port.to_string());
         let sockets = format!("unix_socket_directories={}", self.folder().display());
         let postgres = program("postgres").display().to_string();
-        let mut command = vec![postgres.as_str(), "-D", &data, "-p", &port, "-c", &sockets];
+        let mut command = self.extras.command(&postgres);
+        command.extend(["-D", &data, "-p", &port, "-c", &sockets]);
         command.extend(["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=600", "-c", "shared_buffers=128MB"]);
         if self.durability == Durability::Process {
             command.extend(["-c", "fsync=off", "-c", "max_wal_size=256MB"]);
         }
-        let encryption = self.certificates.as_ref().map(|certificates| {
+        command.extend(self.extras.settings.iter().flat_map(|setting| ["-c", setting]));
+        let encryption = self.extras.certificates.as_ref().map(|certificates| {
             let (certificate, key) = (certificates.certificate(), certificates.key());
             [format!("ssl_cert_file={}", certificate.display()), format!("ssl_key_file={}", key.display())]
         });

@@ -6,6 +6,8 @@ use std::process::Command;
 use rustix::process::geteuid;
 use tempfile::TempDir;
 
+use crate::{Certificates, Clock};
+
 /// Whose name a server runs under if the tests run as root, under which none of them would: nobody's.
 const NOBODY: u32 = 65_534;
 
@@ -16,6 +18,52 @@ pub enum Durability {
     Process,
     /// The disk, as the server has it by default: for benches.
     Disk,
+}
+
+/// What a commit waits for besides, where there are two servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replication {
+    /// The replica: nothing that was answered is lost with the primary.
+    Synchronous,
+    /// Nothing: the replica may never hear of it.
+    Asynchronous,
+}
+
+/// How a primary makes way for its replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Going {
+    /// It is killed.
+    Dies,
+    /// It is cut off from its replica, and goes on with the clients that it has.
+    Lingers,
+    /// Its operator has it make way.
+    Leaves,
+}
+
+/// What a server is started with, besides what all of its kind are.
+#[derive(Debug, Default)]
+pub(crate) struct Extras {
+    pub(crate) certificates: Option<Certificates>,
+    pub(crate) settings: Vec<String>,
+    /// NAME=VALUE each.
+    pub(crate) environment: Vec<String>,
+}
+
+impl Extras {
+    pub(crate) fn of_pair(settings: &[&str], clock: Option<&Clock>) -> Self {
+        let environment = clock.map(Clock::environment).unwrap_or_default();
+        Self {
+            certificates: None,
+            settings: settings.iter().map(|setting| (*setting).to_owned()).collect(),
+            environment: environment.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
+        }
+    }
+
+    /// The beginning of the server's command.
+    pub(crate) fn command<'c>(&'c self, program: &'c str) -> Vec<&'c str> {
+        let environment = self.environment.iter().map(String::as_str);
+        ["env"].into_iter().chain(environment).chain([program]).collect()
+    }
 }
 
 /// The user that servers run as, if it is not the one that runs the tests.

@@ -142,8 +142,14 @@ async fn look_into(queue: &Queue, config: &Config, data: bool, output: &mut Outp
     output.flush()?;
     match backend.rehearse().await {
         Ok(missing) => problems.extend(missing.into_iter().map(|missing| {
-            let hint =
-                "let an administrator of the database grant or set what is named; docs/databases.md and docs/databases-mysql.md list what a host needs";
+            let hint = match config.queue.kind {
+                Kind::Native => {
+                    "let an administrator of the database grant or set what is named; docs/databases.md and docs/databases-mysql.md list what a host needs"
+                }
+                Kind::PerfectQueue(_) => {
+                    "let an administrator of the database grant or set what is named; docs/perfectqueue.md lists what a host needs"
+                }
+            };
             Complaint::new(Exit::Database, format!("{place}: a host could not work: {}", in_one_line(&missing, 1_000)), hint)
                 .into()
         })),
@@ -164,9 +170,7 @@ async fn look_into(queue: &Queue, config: &Config, data: bool, output: &mut Outp
         }
         Err(error) => problems.push(error.into()),
     }
-    if data && config.queue.kind != Kind::Native {
-        output.line("data           not compared: only our own tables are")?;
-    } else if data {
+    if data {
         match backend.audit().await {
             Ok(findings) if findings.is_empty() => output.line("data           every table agrees with every other")?,
             Ok(findings) => {

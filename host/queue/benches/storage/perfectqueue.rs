@@ -23,6 +23,8 @@ const MAX_RUNNING: i64 = 50;
 /// Ruby's figures on two cores (reference/perfectqueue.md), and how many times that was promised.
 const RUBY_BEST: f64 = 2_660.0;
 const RUBY_FAIR: f64 = 166.0;
+/// A worker of one process, with the tasks of one user with limit 1.
+const RUBY_LIMITED: f64 = 144.0;
 const TIMES_BEST: f64 = 6.0;
 const TIMES_FAIR: f64 = 50.0;
 
@@ -138,6 +140,9 @@ async fn one_at_a_time(home: &Home, words: &Words, report: &mut Report) {
             "x",
             remark,
         );
+        let of_ruby = figure.median / RUBY_LIMITED;
+        let what = format!("rdb_compat on mariadb, {name}: one user with limit 1, of Ruby's {RUBY_LIMITED} tasks/s");
+        report.promise(what, of_ruby, Bound::AtLeast(1.0), "x", "");
     }
 }
 

@@ -83,16 +83,20 @@ CREATE TABLE IF NOT EXISTS laelaps_scheduled (
     PRIMARY KEY (run_at, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- What was lost with its host too often to run in company, and is due.
+-- What was lost with its host too often to run in company, and is due. A host that ends its work to run it has it reserved for itself until
+-- then; 0 is nobody.
 CREATE TABLE IF NOT EXISTS laelaps_suspect (
     run_at BIGINT NOT NULL,
     task   BIGINT NOT NULL,
+    host   BIGINT NOT NULL DEFAULT 0,
+    until  BIGINT NOT NULL DEFAULT 0,
     PRIMARY KEY (run_at, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- A user with work that is ready or running. Only who holds the counter's row writes here, so that claims of users' tasks follow each other;
 -- everybody else leaves a change, which the next such claim folds in. The head is the oldest ready task: the user's candidate. A user is open
--- while its candidate may run. The least weight is next: index entries are in ascending order on every server.
+-- while its candidate may run. The least weight is next: index entries are in ascending order on every server. Users whose candidate has no
+-- limit are found by an index of their own, in which all others are NULL: what a claim changes of those writes nothing there.
 CREATE TABLE IF NOT EXISTS laelaps_account (
     user      VARBINARY(255) NOT NULL,
     running   BIGINT         NOT NULL DEFAULT 0,
@@ -103,8 +107,11 @@ CREATE TABLE IF NOT EXISTS laelaps_account (
     picked    BIGINT         NOT NULL DEFAULT 0,
     open      TINYINT        GENERATED ALWAYS AS (head_task IS NOT NULL AND (head_max IS NULL OR running < GREATEST(head_max, 1))) STORED,
     weight    DOUBLE         GENERATED ALWAYS AS (- (COALESCE(head_max, 1) / (running + 1e0))) STORED,
+    free_weight DOUBLE        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, - (1 / (running + 1e0)))) STORED,
+    free_at     BIGINT        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, head_at)) STORED,
     PRIMARY KEY (user),
     KEY by_weight (open, weight, head_at, head_task),
+    KEY without_limit (free_weight, free_at),
     KEY by_age (open, picked)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 

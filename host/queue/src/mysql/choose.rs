@@ -9,15 +9,14 @@ use sqlx::mysql::MySqlRow;
 
 use super::accounts::{FOLDED_BY_CLAIM, fold};
 use super::failure::Failure;
-use super::mend::{places_of_unreadable, user_of};
+use super::mend::places_of_unreadable;
 use super::rows::{count, ids, json};
 use super::session::Session;
+use super::suspects::suspect;
 use crate::fair::{self, Account, Candidate, Rest};
 
 /// The most data of one claim, before compression, unless one task alone has more.
 const CLAIMED_BYTES_MAX: i64 = 64 << 20;
-/// Tasks looked at for one that has to run alone and whose user has nothing running.
-const SUSPECTS_MAX: i64 = 100;
 /// Rounds of choosing, where users' tasks differ so much in their max_running that the first did not fill the batch.
 const ROUNDS_MAX: usize = 4;
 
@@ -132,19 +131,6 @@ async fn oldest_of_all(
     found.sort_unstable_by_key(|found| (found.chosen.run_at, found.chosen.task));
     found.truncate(limit);
     Ok(found.into_iter().map(|found| found.chosen).collect())
-}
-
-pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, t.user
-    FROM (SELECT run_at, task FROM laelaps_suspect ORDER BY run_at, task LIMIT ?) AS oldest
-    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = oldest.task
-    LEFT JOIN laelaps_account AS a ON a.user = t.user AND t.user <> ''
-    WHERE t.max_running IS NULL OR COALESCE(a.running, 0) < GREATEST(t.max_running, 1)
-    ORDER BY oldest.run_at, oldest.task LIMIT 1";
-
-/// The oldest task that has to run alone and whose user's limit allows it.
-async fn suspect(session: &mut Session<'_>) -> Result<Option<Chosen>, Failure> {
-    let Some(row) = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).fetch_optional(session.db()).await? else { return Ok(None) };
-    Ok(Some(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: user_of(&row, 2)?, pick: None }))
 }
 
 /// A ready task whose row is held.
@@ -288,7 +274,7 @@ async fn open_accounts(
 }
 
 pub(super) const OPEN_WITHOUT_LIMIT: &str = "SELECT user, running, picked, head_at, head_task, head_max
-    FROM laelaps_account FORCE INDEX (by_weight) WHERE open = 1 AND head_max IS NULL ORDER BY weight, head_at, head_task LIMIT ?";
+    FROM laelaps_account FORCE INDEX (without_limit) WHERE free_weight IS NOT NULL ORDER BY free_weight, free_at LIMIT ?";
 
 /// Whether a task counts against its user's limit.
 fn is_limited(account: &Account, candidate: &Candidate) -> bool {

@@ -10,6 +10,7 @@ use super::failure::{self, Failure};
 use super::hosts::RUNS_NOTHING;
 use super::rows::{ids, json};
 use super::session::Session;
+use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{HostId, PluginVersion, Quarantine, Result, Timestamp};
 
@@ -24,6 +25,7 @@ pub(super) async fn note_deaths(session: &mut Session<'_>, hosts: &[i64]) -> Res
     const ENTER: &str =
         "INSERT IGNORE INTO laelaps_plugin_death (plugin, host, at) SELECT s.plugin, s.host, ? FROM JSON_TABLE(?, '$[*]'
         COLUMNS (plugin BIGINT PATH '$[0]', host BIGINT PATH '$[1]')) AS s";
+    const FORGET: &str = "DELETE FROM laelaps_plugin_death WHERE host <= ?";
     const NOTE: &str =
         concat!("UPDATE ", ids!(), " STRAIGHT_JOIN laelaps_host AS h FORCE INDEX (PRIMARY) ON h.id = s.id SET h.died_at = ?");
     if hosts.is_empty() {
@@ -36,7 +38,10 @@ pub(super) async fn note_deaths(session: &mut Session<'_>, hosts: &[i64]) -> Res
     let now = session.now;
     let alone: Vec<(i64, i64)> =
         died.iter().filter(|(_, _, versions)| *versions == 1).map(|(host, plugin, _)| (*plugin, *host)).collect();
-    sqlx::query(ENTER).bind(now).bind(json(alone)).execute(session.db()).await?;
+    sqlx::query(ENTER).bind(now).bind(json(&alone)).execute(session.db()).await?;
+    if let Some(last) = alone.iter().map(|(_, host)| host).max() {
+        sqlx::query(FORGET).bind(last - i64::from(Quarantine::HOSTS)).execute(session.db()).await?;
+    }
     sqlx::query(NOTE).bind(json(died.iter().map(|(host, _, _)| host))).bind(now).execute(session.db()).await?;
     Ok(())
 }
@@ -97,10 +102,16 @@ impl MySql {
         const RELEASE: &str =
             "DELETE FROM laelaps_plugin_death WHERE plugin IN (SELECT id FROM laelaps_plugin_version WHERE digest = ?)";
         let digest = digest.as_bytes().to_vec();
-        // Of a try that was committed after all the deaths are gone: it counts as somebody else's.
+        let earlier = Earlier::default();
         self.run("releasing a plugin version", move |session| {
-            let digest = digest.clone();
-            Box::pin(async move { Ok(sqlx::query(RELEASE).bind(digest).execute(session.db()).await?.rows_affected() > 0) })
+            let (digest, earlier) = (digest.clone(), earlier.clone());
+            Box::pin(async move {
+                let released = sqlx::query(RELEASE).bind(digest).execute(session.db()).await?.rows_affected() > 0;
+                // The deaths may have gone with an earlier try.
+                let released = released || earlier.get().unwrap_or(false);
+                earlier.note(released);
+                Ok(released)
+            })
         })
         .await
     }

@@ -11,6 +11,7 @@ use super::mend::place_anew;
 use super::rows::{ids, json};
 use super::session::Session;
 use super::settle::leases;
+use crate::earlier::Earlier;
 use crate::{HostId, LeaseRef, Policy, Result};
 
 /// What is taken back from one task.
@@ -25,9 +26,16 @@ impl MySql {
         let mut leases: Vec<(i64, i64)> = leases.iter().map(|lease_ref| (lease_ref.task.0, lease_ref.lease.0)).collect();
         leases.sort_unstable();
         leases.dedup();
+        let earlier = Earlier::default();
         self.run("excusing a host", move |session| {
-            let leases = leases.clone();
-            Box::pin(async move { excuse(session, host, &leases).await })
+            let (leases, earlier) = (leases.clone(), earlier.clone());
+            Box::pin(async move {
+                let excused = excuse(session, host, &leases).await?;
+                // What an earlier try has excused that was committed after all is excused by this one.
+                let excused = if excused == 0 { earlier.get().unwrap_or(0) } else { excused };
+                earlier.note(excused);
+                Ok(excused)
+            })
         })
         .await
     }
@@ -75,9 +83,8 @@ async fn excuse(session: &mut Session<'_>, host: HostId, leases: &[(i64, i64)]) 
     let mut count = 0;
     for row in sqlx::query(LOST).bind(json(leases)).bind(host.0).fetch_all(session.db()).await? {
         let is_lost: bool = row.try_get(2)?;
-        // What an earlier try has excused that was committed after all is excused by this one.
-        count += u64::from(is_lost || session.repeated);
         if is_lost {
+            count += 1;
             let task = row.try_get(0)?;
             let of_task = excused.entry(task).or_default();
             // Nothing is left of a loss before the first one that counts: an attempt ended otherwise in between.

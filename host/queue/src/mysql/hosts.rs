@@ -8,13 +8,13 @@
 use std::collections::HashMap;
 use std::iter::Peekable;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::Row as _;
 use sqlx::mysql::MySqlRow;
 
 use super::accounts::{Changes, FOLDED_MAX, fold, fold_tally, tally_is_long};
+use super::before::done_before;
 use super::claim::LEASES_OF_CLAIM;
 use super::connect::text;
 use super::deaths::note_deaths;
@@ -24,6 +24,7 @@ use super::rows::{ids, json, names};
 use super::session::{Session, moment, now};
 use super::settle::Group;
 use super::{MySql, locked};
+use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{
     Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
@@ -40,7 +41,7 @@ const GONE_HOSTS_KEPT: i64 = 1_000;
 const UNSEEN: Duration = Duration::from_secs(3_600);
 /// Between two notes that a host is here.
 const SEEN_EVERY: Duration = Duration::from_secs(30);
-/// Rounds of folding users' changes in one call.
+/// Rounds of folding users' changes, and of folding counts, in one call.
 const FOLDS_MAX: usize = 20;
 /// Transactions in one call that look for lost tasks and find none.
 const LOOKS_MAX: usize = 50;
@@ -50,7 +51,7 @@ const HELD_AGAIN: Duration = Duration::from_secs(1);
 impl MySql {
     pub(super) async fn enter_host(&self, description: &HostDescription) -> Result<HostId> {
         description.check()?;
-        let asked = Arc::new((description.clone(), AtomicI64::new(0)));
+        let asked = Arc::new((description.clone(), Earlier::default()));
         let host = self
             .run("registering a host", move |session| {
                 let asked = Arc::clone(&asked);
@@ -117,11 +118,20 @@ impl MySql {
         let mut reclaimed = Reclaimed::default();
         // Where hosts claim quicker than they are looked at, most claims are over; they must not keep back one that is lost.
         for _ in 0..LOOKS_MAX {
-            let policy = Arc::clone(&policy);
+            let asked = Arc::new((Arc::clone(&policy), Earlier::<(Reclaimed, bool)>::default()));
             let (taken, more) = self
                 .run("taking back lost tasks", move |session| {
-                    let policy = Arc::clone(&policy);
-                    Box::pin(async move { take_back(session, &policy).await })
+                    let asked = Arc::clone(&asked);
+                    Box::pin(async move {
+                        if let Some((earlier, more)) = asked.1.get()
+                            && let Some(done) = done_before(session, earlier).await?
+                        {
+                            return Ok((done, more));
+                        }
+                        let taken = take_back(session, &asked.0).await?;
+                        asked.1.note(taken.clone());
+                        Ok(taken)
+                    })
                 })
                 .await?;
             reclaimed.tasks.extend(taken.tasks);
@@ -183,10 +193,19 @@ impl MySql {
         for host in &hosts {
             locked(&self.hosts).remove(&HostId(*host));
         }
-        let asked = Arc::new((hosts, policy.clone()));
+        let asked = Arc::new((hosts, policy.clone(), Earlier::default()));
         self.run("handing tasks on", move |session| {
             let asked = Arc::clone(&asked);
-            Box::pin(async move { hand_on(session, &asked.0, &asked.1).await })
+            Box::pin(async move {
+                if let Some(earlier) = asked.2.get()
+                    && let Some(done) = done_before(session, earlier).await?
+                {
+                    return Ok(done);
+                }
+                let handed_on = hand_on(session, &asked.0, &asked.1).await?;
+                asked.2.note(handed_on.clone());
+                Ok(handed_on)
+            })
         })
         .await
     }
@@ -220,7 +239,7 @@ impl MySql {
     }
 
     /// Fold users' changes in, for when nobody chooses between users.
-    async fn fold_changes(&self) -> Result<()> {
+    pub(super) async fn fold_changes(&self) -> Result<()> {
         const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
         for _ in 0..FOLDS_MAX {
             let start = locked(&self.marks).changes_start();
@@ -245,40 +264,49 @@ impl MySql {
         Ok(())
     }
 
+    /// Fold counts, until few are left or folding makes them no fewer.
     async fn fold_counts(&self) -> Result<()> {
-        let start = locked(&self.tally).start();
         let doing = "folding counts";
-        let long = self.read(doing, || tally_is_long(start)).await?;
-        if !long.try_get::<bool, _>(0).map_err(|error| self.runner.place.worded(error, doing))? {
-            return Ok(());
+        for _ in 0..FOLDS_MAX {
+            let start = locked(&self.tally).start();
+            let long = self.read(doing, || tally_is_long(start)).await?;
+            if !long.try_get::<bool, _>(0).map_err(|error| self.runner.place.worded(error, doing))? {
+                break;
+            }
+            let started = Instant::now();
+            let last = self.run(doing, move |session| Box::pin(async move { fold_tally(session, start).await })).await?;
+            locked(&self.tally).looked(start, started.elapsed(), Some(last));
+            if last == start {
+                break;
+            }
         }
-        let started = Instant::now();
-        let last = self.run(doing, move |session| Box::pin(async move { fold_tally(session, start).await })).await?;
-        locked(&self.tally).looked(start, started.elapsed(), Some(last));
         Ok(())
     }
 }
 
-/// Enter a host. `tried_at` is the moment of an earlier try, which may have been committed after all: then it is that one.
-async fn enter(session: &mut Session<'_>, description: &HostDescription, tried_at: &AtomicI64) -> Result<HostId, Failure> {
+/// Enter a host. `earlier` is its number by an earlier try, and when that was: if it was committed after all, it is that one.
+async fn enter(
+    session: &mut Session<'_>,
+    description: &HostDescription,
+    earlier: &Earlier<(i64, i64)>,
+) -> Result<HostId, Failure> {
     const ENTER: &str = "INSERT INTO laelaps_host (name, process_id, started_at, seen_at, identity) VALUES (?, ?, ?, ?, ?)";
-    const ENTERED: &str =
-        "SELECT MAX(id) FROM laelaps_host WHERE started_at = ? AND name = ? AND process_id = ? AND identity <=> ?";
+    const ENTERED: &str = "SELECT id FROM laelaps_host WHERE id = ? AND started_at = ?";
     let HostDescription { name, process_id, identity } = description;
     let identity = identity.as_ref().map(|identity| identity.as_bytes().to_vec());
-    if session.repeated {
-        let query =
-            sqlx::query_scalar(ENTERED).bind(tried_at.load(Ordering::Relaxed)).bind(name).bind(process_id).bind(identity.clone());
-        let entered: Option<i64> = query.fetch_one(session.db()).await?;
+    if let Some((host, tried_at)) = earlier.get() {
+        let query = sqlx::query_scalar(ENTERED).bind(host).bind(tried_at);
+        let entered: Option<i64> = query.fetch_optional(session.db()).await?;
         if let Some(entered) = entered {
             return Ok(HostId(entered));
         }
     }
     let now = session.now;
-    tried_at.store(now, Ordering::Relaxed);
     let query = sqlx::query(ENTER).bind(name).bind(process_id).bind(now).bind(now).bind(identity);
     let entered = query.execute(session.db()).await?.last_insert_id();
-    Ok(HostId(i64::try_from(entered).unwrap_or(i64::MAX)))
+    let host = i64::try_from(entered).unwrap_or(i64::MAX);
+    earlier.note((host, now));
+    Ok(HostId(host))
 }
 
 async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error> {

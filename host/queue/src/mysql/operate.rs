@@ -15,6 +15,7 @@ use super::rows::{count, ids, json};
 use super::session::{Session, now};
 use super::settle::{Record, record_attempts, retain, set_aside};
 use super::submit::{descend, end_descent};
+use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{Error, NewTask, Result, State, TaskId, error};
 
@@ -103,11 +104,6 @@ macro_rules! find_by {
 }
 
 /// Find a task, and hold its row.
-async fn find(session: &mut Session<'_>, name: &Name) -> Result<Found, Failure> {
-    look_up(session, name).await?.ok_or_else(|| Failure::from(name.not_found()))
-}
-
-/// As [`find`], where there may be none.
 async fn look_up(session: &mut Session<'_>, name: &Name) -> Result<Option<Found>, Failure> {
     let query = match name {
         Name::Key(key) => sqlx::query(find_by!("`key` = ?")).bind(key.as_bytes().to_vec()),
@@ -155,10 +151,20 @@ async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes
     Ok(())
 }
 
-/// End a waiting or running task. A running attempt loses its lease.
-async fn end(session: &mut Session<'_>, name: &Name, by: ByHand, retention: Duration) -> Result<(), Failure> {
+/// End a waiting or running task. A running attempt loses its lease. Of an earlier try that ended it nothing is known but that.
+async fn end(
+    session: &mut Session<'_>,
+    name: &Name,
+    by: ByHand,
+    retention: Duration,
+    earlier: &Earlier<()>,
+) -> Result<(), Failure> {
     const END: &str = "UPDATE laelaps_task SET state = ?, until = 0, event = ?, finished_at = ?, retained_until = ? WHERE id = ?";
-    let found = find(session, name).await?;
+    let found = match look_up(session, name).await? {
+        // It was set aside, and the earlier try has removed it; or its retention is over since.
+        None if earlier.get().is_some() => return Ok(()),
+        found => found.ok_or_else(|| Failure::from(name.not_found()))?,
+    };
     let mut changes = Changes::default();
     match found.state {
         State::Waiting => unqueue(session, &found, &mut changes).await?,
@@ -177,12 +183,14 @@ async fn end(session: &mut Session<'_>, name: &Name, by: ByHand, retention: Dura
             };
             record_attempts(session, &[record]).await?;
         }
-        // An earlier try was committed after all.
-        state if session.repeated && state == by.state() && found.event == by.event() => return Ok(()),
+        // The earlier try was committed after all.
+        state if earlier.get().is_some() && state == by.state() && found.event == by.event() => return Ok(()),
         State::Failed if matches!((name, by), (Name::Id(_), ByHand::Cancel)) && is_set_aside(session, found.task).await? => {
             remove(session, &[found.task]).await?;
             changes.removed(State::Failed, 1);
-            return changes.write(session).await;
+            changes.write(session).await?;
+            earlier.note(());
+            return Ok(());
         }
         state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
     }
@@ -198,7 +206,9 @@ async fn end(session: &mut Session<'_>, name: &Name, by: ByHand, retention: Dura
         set_aside(session, &[found.task], State::Cancelled).await?;
     }
     retain(session, vec![(until, found.task)]).await?;
-    changes.write(session).await
+    changes.write(session).await?;
+    earlier.note(());
+    Ok(())
 }
 
 /// Whether a failed task cannot be read.
@@ -211,12 +221,22 @@ async fn is_set_aside(session: &mut Session<'_>, task: i64) -> Result<bool, Fail
 const DUE: &str = "UPDATE laelaps_task SET run_at = ? WHERE id = ?";
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
-async fn retry(session: &mut Session<'_>, name: &Name) -> Result<(), Failure> {
+///
+/// `earlier` is how an earlier try found it, lease and state. If it is not like that any more, that try was committed, and whatever became of the
+/// task since is left alone.
+async fn retry(session: &mut Session<'_>, name: &Name, earlier: &Earlier<(i64, State)>) -> Result<(), Failure> {
     const REVIVE: &str =
         "UPDATE laelaps_task SET state = 'waiting', run_at = ?, attempts = 0, releases = 0, lost = 0, lost_alone = 0,
         lost_at = 0, alone = 0, finished_at = 0, retained_until = 0 WHERE id = ?";
     const FORGET: [&str; 2] = ["DELETE FROM laelaps_failure WHERE task = ?", "DELETE FROM laelaps_set_aside WHERE task = ?"];
-    let found = find(session, name).await?;
+    let found = look_up(session, name).await?;
+    let is_now = found.as_ref().map(|found| (found.lease, found.state));
+    if earlier.get().is_some_and(|was| is_now != Some(was)) {
+        session.wake = true;
+        return Ok(());
+    }
+    let found = found.ok_or_else(|| Failure::from(name.not_found()))?;
+    let was = (found.lease, found.state);
     let mut changes = Changes::default();
     let now = session.now;
     // What is ready already keeps its place in the order.
@@ -244,7 +264,9 @@ async fn retry(session: &mut Session<'_>, name: &Name) -> Result<(), Failure> {
     };
     let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
-    changes.write(session).await
+    changes.write(session).await?;
+    earlier.note(was);
+    Ok(())
 }
 
 /// Make a held task due now. Answers whether there was one; `seen` is whether an earlier try, which may have been committed after all, has seen it.
@@ -283,18 +305,19 @@ fn refused(found: Found, problem: &'static str) -> Failure {
 
 impl MySql {
     pub(super) async fn end_by_hand(&self, name: Name, by: ByHand, retention: Duration) -> Result<()> {
+        let asked = Arc::new((name, Earlier::default()));
         self.run(by.doing(), move |session| {
-            let name = name.clone();
-            Box::pin(async move { end(session, &name, by, retention).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { end(session, &asked.0, by, retention, &asked.1).await })
         })
         .await
     }
 
     pub(super) async fn retry_by_hand(&self, name: Name) -> Result<()> {
-        // A second time it is due or ready already, which stays as it is.
+        let asked = Arc::new((name, Earlier::default()));
         self.run("retrying a task", move |session| {
-            let name = name.clone();
-            Box::pin(async move { retry(session, &name).await })
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { retry(session, &asked.0, &asked.1).await })
         })
         .await
     }
@@ -326,12 +349,17 @@ impl MySql {
         if !garbage {
             return Ok(0);
         }
-        // Of a try that was committed after all the number is not known; the next call answers for what is left.
-        self.run("removing old tasks", move |session| Box::pin(async move { clean_up(session, limit).await })).await
+        let earlier = Earlier::default();
+        self.run("removing old tasks", move |session| {
+            let earlier = earlier.clone();
+            Box::pin(async move { clean_up(session, limit, &earlier).await })
+        })
+        .await
     }
 }
 
-async fn clean_up(session: &mut Session<'_>, limit: u32) -> Result<u64, Failure> {
+/// `earlier` is what an earlier try has removed, if it was committed.
+async fn clean_up(session: &mut Session<'_>, limit: u32, earlier: &Earlier<Vec<i64>>) -> Result<u64, Failure> {
     const OVER: &str =
         "SELECT id, tasks, until FROM laelaps_retention WHERE until <= ? ORDER BY until LIMIT ? FOR UPDATE SKIP LOCKED";
     const CUT: &str = "UPDATE laelaps_retention SET tasks = ? WHERE id = ?";
@@ -343,6 +371,11 @@ async fn clean_up(session: &mut Session<'_>, limit: u32) -> Result<u64, Failure>
         " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
         WHERE t.retained_until <> 0 AND t.retained_until <= ? FOR UPDATE"
     );
+    if let Some(removed) = earlier.get().filter(|removed| !removed.is_empty())
+        && !is_any_left(session, &removed).await?
+    {
+        return Ok(removed.len() as u64);
+    }
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
     let now = session.now;
     let groups: Vec<(i64, String, i64)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
@@ -380,7 +413,22 @@ async fn clean_up(session: &mut Session<'_>, limit: u32) -> Result<u64, Failure>
     }
     remove(session, &removed).await?;
     changes.write(session).await?;
-    Ok(removed.len() as u64)
+    let count = removed.len() as u64;
+    earlier.note(removed);
+    Ok(count)
+}
+
+/// Whether one of these tasks is still there.
+async fn is_any_left(session: &mut Session<'_>, tasks: &[i64]) -> Result<bool, Failure> {
+    const LEFT: &str =
+        concat!("SELECT COUNT(*) FROM ", ids!(), " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id");
+    for tasks in session.chunks(tasks) {
+        let left: i64 = sqlx::query_scalar(LEFT).bind(tasks).fetch_one(session.db()).await?;
+        if left > 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Remove tasks with all that stands beside them. The caller holds their rows.

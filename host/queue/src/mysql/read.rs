@@ -1,4 +1,4 @@
-//! What readers see: one task, lists, counts. None of it holds a row; what belongs together is read from one snapshot.
+//! What readers see: one task, its attempts, counts. None of it holds a row; what belongs together is read from one snapshot.
 
 use std::collections::HashMap;
 
@@ -12,12 +12,10 @@ use super::mend::unreadable_names;
 use super::operate::Name;
 use super::rows::{Joined, ids, json};
 use super::session::Session;
-use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
-const PAGE_MAX: u32 = 10_000;
-/// The most data and output of a page, unless one task alone has more.
-const PAGE_BYTES_MAX: i64 = 64 << 20;
+pub(super) const PAGE_MAX: u32 = 10_000;
 
 macro_rules! task_columns {
     () => {
@@ -25,6 +23,7 @@ macro_rules! task_columns {
         t.until, t.host, t.finished_at, t.retained_until, v.digest, f.code, f.message, p.done, p.total, p.note"
     };
 }
+pub(super) use task_columns;
 
 macro_rules! beside {
     () => {
@@ -33,8 +32,10 @@ macro_rules! beside {
         LEFT JOIN laelaps_plugin_version AS v ON v.id = t.plugin"
     };
 }
+pub(super) use beside;
 
-fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
+/// A task's row, without data.
+pub(super) fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
     let user = text(row, 4)?;
     let word = text(row, 3)?;
     let state = failure::state_or_failed(&word);
@@ -77,7 +78,7 @@ fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
 }
 
 /// Add data and output. Data that cannot be decompressed is shown as it is stored.
-async fn with_data(session: &mut Session<'_>, tasks: &mut [Task]) -> Result<(), Failure> {
+pub(super) async fn with_data(session: &mut Session<'_>, tasks: &mut [Task]) -> Result<(), Failure> {
     const DATA: &str = concat!(
         "SELECT d.task, d.part, d.data FROM ",
         ids!(),
@@ -107,65 +108,8 @@ async fn joined(session: &mut Session<'_>, sql: &'static str, ids: String) -> Re
     Ok(found.into_iter().map(|(task, parts)| (task, parts.into_bytes())).collect())
 }
 
-macro_rules! list_of {
-    ($source:expr, $keys:expr) => {
-        concat!(
-            "SELECT DISTINCT t.id FROM ",
-            $source,
-            " WHERE t.id > ? AND (? IS NULL OR t.type = ?) AND (? IS NULL OR t.user = ?) AND (? IS NULL OR FIND_IN_SET(t.state, ?)) ",
-            $keys,
-            " ORDER BY t.id LIMIT ?"
-        )
-    };
-}
-
-/// All tasks by number: for all states, or for many finished ones.
-const SCAN: &str = list_of!("laelaps_task AS t", "");
-/// By the index of keys.
-const BY_KEY: &str = list_of!("laelaps_task AS t FORCE INDEX (by_key)", "AND t.`key` >= ? AND t.`key` < ?");
-/// Few among many finished ones: from the places where they stand.
-const FEW: &str = list_of!(
-    "(SELECT task AS id FROM laelaps_ready WHERE ? UNION ALL SELECT task FROM laelaps_ready_of_user WHERE ?
-        UNION ALL SELECT task FROM laelaps_scheduled WHERE ? UNION ALL SELECT task FROM laelaps_suspect WHERE ?
-        UNION ALL SELECT s.id FROM laelaps_claim AS c
-            STRAIGHT_JOIN JSON_TABLE(IF(JSON_VALID(c.tasks), c.tasks, '[]'), '$[*]' COLUMNS (id BIGINT PATH '$')) AS s WHERE ?
-        UNION ALL SELECT task FROM laelaps_set_aside WHERE FIND_IN_SET(state, ?)) AS few
-    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = few.id",
-    ""
-);
-
-/// The numbers of one more task than the page takes.
-async fn matching(session: &mut Session<'_>, filter: &Filter, limit: u32) -> Result<Vec<i64>, Failure> {
-    let states =
-        (!filter.states.is_empty()).then(|| filter.states.iter().map(|state| state.as_str()).collect::<Vec<_>>().join(","));
-    let prefix = filter.key_prefix.as_deref().filter(|prefix| !prefix.is_empty());
-    let (task_type, user) = (filter.task_type.as_ref(), filter.user.as_ref());
-    let of = |state: State| filter.states.contains(&state);
-    let few = prefix.is_none() && states.is_some() && !of(State::Finished);
-    let mut query = sqlx::query(match prefix {
-        Some(_) => BY_KEY,
-        None if few => FEW,
-        None => SCAN,
-    });
-    if few {
-        let waiting = of(State::Waiting);
-        query = query.bind(waiting).bind(waiting).bind(waiting).bind(waiting).bind(of(State::Running)).bind(states.clone());
-    }
-    query = query.bind(filter.after.map_or(0, |after| after.0));
-    for name in [task_type, user] {
-        let name = name.map(|name| name.as_bytes().to_vec());
-        query = query.bind(name.clone()).bind(name);
-    }
-    query = query.bind(states.clone()).bind(states);
-    if let Some(prefix) = prefix {
-        query = query.bind(prefix.as_bytes().to_vec()).bind(successor(prefix));
-    }
-    let rows = query.bind(i64::from(limit) + 1).fetch_all(session.db()).await?;
-    Ok(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?)
-}
-
 /// The least bytes that are greater than all that start with `prefix`: text never has the greatest byte.
-fn successor(prefix: &str) -> Vec<u8> {
+pub(super) fn successor(prefix: &str) -> Vec<u8> {
     let mut bytes = prefix.as_bytes().to_vec();
     match bytes.last_mut() {
         Some(last) => *last = last.saturating_add(1),
@@ -180,46 +124,6 @@ pub(super) const HELD: &str =
 
 pub(super) const UNSETTLED: &str = "SELECT EXISTS (SELECT 1 FROM laelaps_task FORCE INDEX (by_key)
     WHERE `key` >= ? AND `key` < ? AND state IN ('waiting', 'running'))";
-
-async fn page(session: &mut Session<'_>, filter: &Filter) -> Result<Page, Failure> {
-    const TASKS: &str = concat!(
-        "SELECT ",
-        task_columns!(),
-        " FROM ",
-        ids!(),
-        " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id",
-        beside!()
-    );
-    const BYTES: &str = concat!(
-        "SELECT s.id, CAST(COALESCE((SELECT SUM(d.bytes) FROM laelaps_task_data AS d WHERE d.task = s.id), 0)
-            + COALESCE((SELECT SUM(LENGTH(o.output)) FROM laelaps_output AS o WHERE o.task = s.id), 0) AS SIGNED) FROM ",
-        ids!(),
-        " ORDER BY s.place"
-    );
-    let limit = filter.limit.clamp(1, PAGE_MAX);
-    let mut ids = matching(session, filter, limit).await?;
-    let mut more = ids.len() > limit as usize;
-    ids.truncate(limit as usize);
-    if filter.with_data {
-        let bytes: Vec<(i64, i64)> = sqlx::query_as(BYTES).bind(json(&ids)).fetch_all(session.db()).await?;
-        let mut sum = 0_i64;
-        let fitting = bytes.iter().take_while(|(_, bytes)| {
-            sum += bytes;
-            sum <= PAGE_BYTES_MAX
-        });
-        let fitting = fitting.count().max(1);
-        more |= fitting < ids.len();
-        ids.truncate(fitting);
-    }
-    let rows = sqlx::query(TASKS).bind(json(&ids)).fetch_all(session.db()).await?;
-    let mut tasks: Vec<Task> = rows.iter().map(task).collect::<Result<_, _>>()?;
-    tasks.sort_unstable_by_key(|task| task.id);
-    if filter.with_data {
-        with_data(session, &mut tasks).await?;
-    }
-    let next = tasks.last().map(|task| task.id).filter(|_| more);
-    Ok(Page { tasks, next })
-}
 
 async fn attempts(session: &mut Session<'_>, key: Vec<u8>) -> Result<Vec<AttemptRecord>, Failure> {
     const ATTEMPTS: &str =
@@ -330,16 +234,6 @@ impl MySql {
             .read_together("reading attempts", move |session| {
                 let key = key.clone();
                 Box::pin(async move { attempts(session, key).await })
-            })
-            .await
-    }
-
-    pub(super) async fn page_of(&self, filter: &Filter) -> Result<Page> {
-        let filter = std::sync::Arc::new(filter.clone());
-        self.runner
-            .read_together("listing tasks", move |session| {
-                let filter = std::sync::Arc::clone(&filter);
-                Box::pin(async move { page(session, &filter).await })
             })
             .await
     }

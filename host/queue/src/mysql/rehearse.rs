@@ -12,7 +12,7 @@ use crate::batch::Batch;
 use crate::{Error, NewTask, Result};
 
 /// How long it waits for a row or a table that somebody else keeps locked.
-const LOCKS: &str = "SET SESSION innodb_lock_wait_timeout = 1, lock_wait_timeout = 1";
+pub(crate) const LOCKS: &str = "SET SESSION innodb_lock_wait_timeout = 1, lock_wait_timeout = 1";
 
 /// No statement of ours is larger.
 const PACKET_BYTES: i64 = 9 << 20;
@@ -47,8 +47,8 @@ impl MySql {
 async fn rehearse(connection: &mut MySqlConnection) -> Result<Vec<String>, Failure> {
     sqlx::raw_sql(LOCKS).execute(&mut *connection).await?;
     let mut words = Vec::new();
-    for table in schema::tables() {
-        words.extend(missing_on(connection, &table).await?);
+    for schema::Table { name, column } in schema::tables() {
+        words.extend(missing_on(connection, &name, &column).await?);
     }
     if words.is_empty() {
         sqlx::raw_sql("START TRANSACTION").execute(&mut *connection).await?;
@@ -63,9 +63,8 @@ async fn rehearse(connection: &mut MySqlConnection) -> Result<Vec<String>, Failu
     Ok(words)
 }
 
-/// The privileges on a table that the user lacks.
-async fn missing_on(connection: &mut MySqlConnection, table: &schema::Table) -> Result<Option<String>, Failure> {
-    let (name, column) = (&table.name, &table.column);
+/// The privileges on a table that the user lacks, in words. Table and column are named as statements name them.
+pub(crate) async fn missing_on(connection: &mut MySqlConnection, name: &str, column: &str) -> Result<Option<String>, Failure> {
     let mut missing = Vec::new();
     for (privilege, statement) in [
         ("SELECT", format!("SELECT {column} FROM {name} WHERE FALSE")),
@@ -97,7 +96,12 @@ async fn in_the_way(connection: &mut MySqlConnection) -> Result<Option<String>, 
         }
         Ok::<(), Failure>(())
     };
-    match live.await {
+    in_words(live.await)
+}
+
+/// What the server says of a task's life that went wrong, if it is the server that says it.
+pub(crate) fn in_words(lived: Result<(), Failure>) -> Result<Option<String>, Failure> {
+    match lived {
         Ok(()) => Ok(None),
         Err(Failure::Sql(error)) if error.as_database_error().is_some() => {
             let server = error.as_database_error().map(|error| error.message().to_owned()).unwrap_or_default();

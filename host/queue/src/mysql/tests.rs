@@ -5,7 +5,7 @@ use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 
 use super::settle::Group;
 use super::*;
-use crate::{Attempt, ClaimedTask, Event};
+use crate::{Attempt, ClaimedTask, Event, State};
 
 async fn opened() -> MySql {
     let runtime = tokio::runtime::Handle::current();
@@ -87,14 +87,18 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else.
-const LOOKED_UP: [(&str, &str); 16] = [
+const LOOKED_UP: [(&str, &str); 20] = [
     ("oldest", choose::OLDEST),
     ("oldest of users", choose::OLDEST_OF_USERS),
     ("open accounts", choose::OPEN_ACCOUNTS),
     ("open accounts without limit", choose::OPEN_WITHOUT_LIMIT),
     ("candidates of one", choose::CANDIDATES_OF_ONE),
     ("candidates of several", choose::CANDIDATES_OF_SEVERAL),
-    ("suspect", choose::SUSPECT),
+    ("suspect", suspects::SUSPECT),
+    ("free suspect", suspects::FREE),
+    ("wanted of a list", list::WANTED),
+    ("set aside", list::ASIDE),
+    ("of keys", list::OF_KEYS),
     ("due", due::DUE),
     ("lease", claim::LEASE),
     ("leased", claim::LEASED),
@@ -196,6 +200,7 @@ async fn no_statement_of_the_path_reads_more_than_its_batch() {
 fn every_join_says_by_which_index_it_finds_its_rows() {
     let sources = [
         include_str!("accounts.rs"),
+        include_str!("before.rs"),
         include_str!("choose.rs"),
         include_str!("claim.rs"),
         include_str!("deaths.rs"),
@@ -203,17 +208,19 @@ fn every_join_says_by_which_index_it_finds_its_rows() {
         include_str!("excuse.rs"),
         include_str!("hosts.rs"),
         include_str!("keep.rs"),
+        include_str!("list.rs"),
         include_str!("mend.rs"),
         include_str!("operate.rs"),
         include_str!("read.rs"),
         include_str!("repair.rs"),
         include_str!("settle.rs"),
         include_str!("submit.rs"),
+        include_str!("suspects.rs"),
     ];
     for source in sources {
         for join in source.split("STRAIGHT_JOIN laelaps_").skip(1) {
             let says = join.split(" ON ").next().is_some_and(|before| before.contains("FORCE INDEX"));
-            let only_reads = join.starts_with("host AS h ON h.identity") || join.starts_with("task AS t ON t.id = oldest.task");
+            let only_reads = join.starts_with("host AS h ON h.identity");
             assert!(says || only_reads, "{}", &join[..join.len().min(60)]);
         }
     }
@@ -318,4 +325,98 @@ async fn updates_of_several_tasks_are_written_together() {
     assert_eq!(answers, [held, None, Some(LeaseAnswer::Lost), held, held]);
     assert_eq!(mysql.get("a").await.unwrap().unwrap().data.as_deref(), Some(&br#"{"x":1,"y":2}"#[..]));
     assert_eq!(mysql.get("b").await.unwrap().unwrap().data.as_deref(), Some(&br#"{"x":3}"#[..]));
+}
+
+/// So many tasks of one state stand in the table, and three of each other.
+const MANY: usize = 50_000;
+
+/// Tasks of one state with these numbers, as far as a list looks at them.
+async fn fill_state(connection: &mut MySqlConnection, state: State, name: &str, numbers: &str) {
+    let is_ended = matches!(state, State::Finished | State::Failed | State::Cancelled);
+    let (until, ended) = (if state == State::Running { 9 } else { 0 }, if is_ended { 9 } else { 0 });
+    let place = match state {
+        State::Waiting => {
+            format!("INSERT INTO laelaps_ready_of_user (user, run_at, task) SELECT '{name}', 1, seq FROM {numbers}")
+        }
+        State::Running => format!("INSERT INTO laelaps_claim (host, look_at, tasks) SELECT 1, 9, JSON_ARRAY(seq) FROM {numbers}"),
+        State::Finished => "SELECT 1".to_owned(),
+        State::Failed | State::Cancelled => {
+            format!("INSERT INTO laelaps_set_aside (task, state) SELECT seq, '{}' FROM {numbers}", state.as_str())
+        }
+    };
+    let tasks = format!(
+        "INSERT INTO laelaps_task (id, `key`, type, user, state, created_at, run_at, until, finished_at, retained_until)
+        SELECT seq, CONCAT('{name}', seq), '{name}', '{name}', '{}', 1, 1, {until}, {ended}, {ended} FROM {numbers}; {place}",
+        state.as_str()
+    );
+    sqlx::raw_sql(AssertSqlSafe(tasks)).execute(connection).await.unwrap();
+}
+
+/// Rows that this session has read.
+async fn rows_read(connection: &mut MySqlConnection) -> u64 {
+    let rows = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Handler_read%'").fetch_all(connection).await.unwrap();
+    rows.iter().map(|row| row.get::<String, _>(1).parse::<u64>().unwrap()).sum()
+}
+
+#[tokio::test]
+async fn a_page_of_a_list_costs_what_a_page_costs_whatever_else_there_is() {
+    for standing in State::ALL {
+        let mysql = opened().await;
+        let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+        fill_state(&mut connection, standing, "many", &format!("seq_1_to_{MANY}")).await;
+        let others = State::ALL.into_iter().filter(|state| *state != standing);
+        for (place, state) in others.clone().enumerate() {
+            let first = MANY + 1 + 3 * place;
+            fill_state(&mut connection, state, "few", &format!("seq_{first}_to_{}", first + 2)).await;
+        }
+        let few = || Some("few".to_owned());
+        let mut filters: Vec<(Filter, usize, u64)> = others
+            .map(|state| {
+                // What has failed stands among what was cancelled, in the order of numbers.
+                let is_apart = state != State::Finished && !(standing as usize >= 3 && state as usize >= 3);
+                (Filter { states: vec![state], ..Filter::default() }, 3, if is_apart { 1_500 } else { 25_000 })
+            })
+            .collect();
+        filters.extend([
+            (Filter { states: vec![standing], ..Filter::default() }, 20, 1_500),
+            (Filter { task_type: few(), ..Filter::default() }, 12, 25_000),
+            (Filter { user: few(), ..Filter::default() }, 12, 25_000),
+            (Filter { key_prefix: few(), ..Filter::default() }, 12, 1_500),
+        ]);
+        for (filter, count, most) in filters {
+            let mut filter = Filter { limit: 20, ..filter };
+            let mut found = 0;
+            while found < count {
+                let before = rows_read(&mut connection).await;
+                let mut session = Session::joining(&mut connection).await.unwrap();
+                let page = list::page(&mut session, &filter).await.unwrap();
+                let read = rows_read(&mut connection).await - before;
+                assert!(read <= most, "{read} rows for {filter:?} among {MANY} that are {standing:?}");
+                found += page.tasks.len();
+                assert!(page.next.is_some() || found == count, "{found} of {count} for {filter:?} beside {standing:?}");
+                filter.after = page.next;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn users_without_limit_are_found_behind_any_crowd_of_limited_ones() {
+    let mysql = opened().await;
+    let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+    let crowd = "INSERT INTO laelaps_account (user, head_at, head_task, head_max) SELECT CONCAT('limited', seq), 1, seq, 5 FROM seq_1_to_10000;
+        INSERT INTO laelaps_account (user, running, head_at, head_task) SELECT CONCAT('free', seq), seq, 2, 20000 + seq FROM seq_1_to_3;
+        INSERT INTO laelaps_account (user, running) SELECT CONCAT('idle', seq), 1 FROM seq_1_to_1000";
+    sqlx::raw_sql(crowd).execute(&mut connection).await.unwrap();
+    let before = rows_read(&mut connection).await;
+    let found = sqlx::query(choose::OPEN_WITHOUT_LIMIT).bind(10).fetch_all(&mut connection).await.unwrap();
+    let users: Vec<Vec<u8>> = found.iter().map(|row| row.get(0)).collect();
+    assert_eq!(users, [b"free1", b"free2", b"free3"], "the one with the least running comes first");
+    let read = rows_read(&mut connection).await - before;
+    assert!(read < 50, "{read} rows");
+    // What a claim changes of a limited user's account writes nothing into their index.
+    let changed = "UPDATE laelaps_account SET running = running + 1, head_at = 3 WHERE user = 'limited5'";
+    sqlx::raw_sql(changed).execute(&mut connection).await.unwrap();
+    let nulls = "SELECT COUNT(*) FROM laelaps_account WHERE free_weight IS NULL AND free_at IS NULL";
+    assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(&mut connection).await.unwrap(), 11_001);
 }

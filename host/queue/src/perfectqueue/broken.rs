@@ -22,8 +22,12 @@ pub(super) async fn set_aside(broken: &Broken, names: &Names, connection: &mut M
     const ASIDE: &str = "UPDATE {t} AS t {index} SET t.timeout = ?, t.owner = ?, t.resource = NULL
         WHERE t.timeout = ? AND {number} = ? AND t.owner = ? AND t.created_at IS NOT NULL";
     let Broken { place: (time, key), number, created_at, user, owner, code, problem } = broken;
-    if names.has_side() {
-        let known = side::load(&[key], false, names, connection).await?.remove(key);
+    // One that fails closes the connection.
+    sqlx::raw_sql("START TRANSACTION").execute(&mut *connection).await?;
+    let query = sqlx::query(names.sql(ASIDE)).bind(TIME_MAX).bind(SET_ASIDE).bind(time).bind(number).bind(owner);
+    let is_aside = query.execute(&mut *connection).await?.rows_affected() > 0;
+    if is_aside && names.has_side() {
+        let known = side::load(&[key], true, names, connection).await?.remove(key);
         let mut side = known.filter(|side| side.created_at == *created_at).unwrap_or_else(|| Side::new(*created_at));
         side.user.clone_from(user);
         (side.error_code, side.error_message) = (
@@ -32,8 +36,8 @@ pub(super) async fn set_aside(broken: &Broken, names: &Names, connection: &mut M
         );
         side::store(&[(key, side)], names, connection).await?;
     }
-    let query = sqlx::query(names.sql(ASIDE)).bind(TIME_MAX).bind(SET_ASIDE).bind(time).bind(number).bind(owner);
-    if query.execute(connection).await?.rows_affected() > 0 {
+    sqlx::raw_sql("COMMIT").execute(&mut *connection).await?;
+    if is_aside {
         tracing::error!(
             task = key,
             number,

@@ -387,7 +387,11 @@ pub(super) async fn running(names: &Names, connection: &mut MySqlConnection) -> 
 }
 
 /// Data that is not read along with others'. None if the row has changed since.
-async fn large(place: &Place, names: &Names, connection: &mut MySqlConnection) -> Result<Option<Vec<u8>>, sqlx::Error> {
+pub(super) async fn large(
+    place: &Place,
+    names: &Names,
+    connection: &mut MySqlConnection,
+) -> Result<Option<Vec<u8>>, sqlx::Error> {
     const LARGE: &str = "SELECT data FROM {t} WHERE id = ? AND timeout = ?";
     sqlx::query_scalar(names.sql(LARGE)).bind(&place.1).bind(place.0).fetch_optional(connection).await
 }

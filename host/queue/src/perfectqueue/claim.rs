@@ -18,7 +18,6 @@ use sqlx::Row as _;
 use sqlx::mysql::MySqlConnection;
 use tokio::sync::oneshot;
 
-use super::Shared;
 use super::candidates::{self, Choice, Ready};
 use super::lock::{self, Wait, Waited};
 use super::lost::LostLeases;
@@ -28,6 +27,7 @@ use super::side::{self, Side};
 use super::table::Names;
 use super::take::take;
 use super::walk::{Ages, Users};
+use super::{Shared, suspects};
 use crate::mysql::failure::Failure;
 use crate::{Attempt, Claim, Claimed, ClaimedTask, Error, Event, Policy, Result, Settlement, Timestamp};
 
@@ -64,6 +64,8 @@ pub(super) struct Claimer {
     left_told: Option<Instant>,
     /// Claims that find something until rows are removed.
     until_clean_up: Option<u32>,
+    /// What the claim under way has taken. It is handed out, whatever fails afterwards.
+    taken: Vec<ClaimedTask>,
 }
 
 /// The lock was not to be had.
@@ -167,13 +169,18 @@ impl Claimer {
         loop {
             // Whatever ends this before the connection is put back closes it, and with it the lock goes.
             let trying = tokio::time::timeout(shared.limit, self.try_to_claim(claim, shared, answer));
-            let failure = match trying.await.unwrap_or_else(|_| Err(Nothing::Failed(silence(shared.limit)))) {
-                Ok(claimed) => return Ok(Some(claimed)),
+            let tried = trying.await.unwrap_or_else(|_| Err(Nothing::Failed(silence(shared.limit))));
+            let taken = std::mem::take(&mut self.taken);
+            let failure = match tried {
+                Ok(claimed) => return Ok(Some(Claimed { tasks: taken, ..claimed })),
+                Err(_) if !taken.is_empty() => {
+                    self.look_again();
+                    return Ok(Some(Claimed { tasks: taken, ..self.no_lock() }));
+                }
                 Err(Nothing::GivenUp) => return Ok(None),
                 Err(Nothing::Failed(failure)) => failure,
             };
-            self.ages.look_again();
-            self.users.look_again();
+            self.look_again();
             self.wary = failure.is_conflict();
             let pause = patience.after(failure)?;
             tokio::select! {
@@ -182,6 +189,12 @@ impl Claimer {
                 () = shared.closing() => return Err(Failure::from(Error::Closed)),
             }
         }
+    }
+
+    /// A claim broke: the next one begins its looks anew.
+    fn look_again(&mut self) {
+        self.ages.look_again();
+        self.users.look_again();
     }
 
     /// Out of its place: the connection is put back by [`Claimer::keep`] when nothing is left open on it.
@@ -241,7 +254,7 @@ impl Claimer {
             self.keep(connection);
         }
         self.wary = false;
-        self.idle = claimed.tasks.is_empty();
+        self.idle = self.taken.is_empty();
         self.tell_left();
         Ok(claimed)
     }
@@ -343,25 +356,24 @@ impl Claimer {
             super::broken::set_aside(&broken, names, connection).await?;
         }
         let (chosen, sides) = self.fit_to_run(std::mem::take(&mut choice.chosen), alone, names, connection, shared).await?;
-        let tasks = take(chosen, sides, claim, choice.now_ms, names, connection, shared).await?;
+        if alone && let Some(ready) = chosen.first() {
+            suspects::release(ready.key(), names, connection).await?;
+        }
+        self.taken = take(chosen, sides, claim, choice.now_ms, names, connection, shared).await?;
         let next_due_in = if choice.cut_short {
             Some(Duration::ZERO)
-        } else if tasks.is_empty() {
+        } else if self.taken.is_empty() {
             due_after_now(names, connection).await?
         } else {
             None
         };
-        let alone_waiting = self.may_run_alone(claim.ignore_users, names, connection).await?;
-        Ok(Claimed { tasks, alone_waiting, next_due_in })
+        let alone_waiting = self.is_wanted_alone(claim, names, connection).await?;
+        Ok(Claimed { tasks: Vec::new(), alone_waiting, next_due_in })
     }
 
-    /// Whether one of the rows that have to run alone may run now. Rows that are gone, or need not run alone any more, are forgotten.
-    async fn may_run_alone(
-        &mut self,
-        ignore_users: bool,
-        names: &Names,
-        connection: &mut MySqlConnection,
-    ) -> Result<bool, Nothing> {
+    /// Whether this host should end what it has, so as to run a row that must run alone and may run now. Rows that are gone, or need not run alone any
+    /// more, are forgotten.
+    async fn is_wanted_alone(&mut self, claim: &Claim, names: &Names, connection: &mut MySqlConnection) -> Result<bool, Nothing> {
         if self.suspects.is_empty() {
             return Ok(false);
         }
@@ -371,11 +383,12 @@ impl Claimer {
         let mut standing = standing.into_iter();
         self.suspects
             .retain(|suspect| standing.next() == Some(true) && sides.get(&suspect.place.1).is_some_and(|side| side.alone));
-        if ignore_users || self.suspects.is_empty() {
-            return Ok(!self.suspects.is_empty());
+        if self.suspects.is_empty() {
+            return Ok(false);
         }
-        let running = candidates::running(names, connection).await?;
-        Ok(self.suspects.iter().any(|suspect| suspect.is_open(&running)))
+        let running = if claim.ignore_users { HashMap::new() } else { candidates::running(names, connection).await? };
+        let open: Vec<&Pick> = self.suspects.iter().filter(|suspect| suspect.is_open(&running)).collect();
+        Ok(suspects::reserve(&open, claim.host, names, connection).await?)
     }
 
     /// Leave out what must not run now: what was lost with its workers and has failed by that, and what has to run alone. Only our own table

@@ -8,8 +8,9 @@ use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::mysql::MySqlConnection;
 
-use super::run::Operation;
+use super::run::{Operation, begin, commit};
 use super::table::{Names, json};
+use crate::earlier::Earlier;
 use crate::mysql::connect::text;
 use crate::mysql::failure::Failure;
 use crate::outcome::ms;
@@ -49,6 +50,7 @@ pub(super) async fn enter(
         STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = f.id WHERE h.plugins IS NOT NULL";
     const ENTER: &str =
         "INSERT INTO {d} (host, name, digest, at) VALUES (?, ?, ?, ?) ON DUPLICATE KEY UPDATE host = VALUES(host)";
+    const FORGET: &str = "DELETE FROM {d} WHERE host <= ?";
     if hosts.is_empty() {
         return Ok(());
     }
@@ -59,6 +61,8 @@ pub(super) async fn enter(
         if let [(name, digest)] = versions.as_slice() {
             let query = sqlx::query(names.sql(ENTER)).bind(host).bind(name).bind(digest).bind(now_ms);
             query.execute(&mut *connection).await?;
+            let old = host.saturating_sub(u64::from(Quarantine::HOSTS));
+            sqlx::query(names.sql(FORGET)).bind(old).execute(&mut *connection).await?;
             tracing::warn!(host, plugin = name, digest, "a host died while it ran this plugin version alone");
         }
     }
@@ -102,6 +106,8 @@ impl Operation for Quarantined {
 /// Let a version run again.
 pub(super) struct ReleasePlugin {
     pub(super) digest: String,
+    /// Whether an earlier try has.
+    pub(super) earlier: Earlier<bool>,
 }
 
 #[async_trait]
@@ -111,6 +117,11 @@ impl Operation for ReleasePlugin {
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<bool, Failure> {
         const RELEASE: &str = "DELETE FROM {d} WHERE digest = ?";
-        Ok(sqlx::query(names.sql(RELEASE)).bind(&self.digest).execute(connection).await?.rows_affected() > 0)
+        begin(connection).await?;
+        let released = sqlx::query(names.sql(RELEASE)).bind(&self.digest).execute(&mut *connection).await?.rows_affected() > 0;
+        let released = released || self.earlier.get().unwrap_or(false);
+        self.earlier.note(released);
+        commit(connection).await?;
+        Ok(released)
     }
 }

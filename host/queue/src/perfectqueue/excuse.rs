@@ -14,6 +14,7 @@ use super::run::{Operation, begin, commit};
 use super::side::{self, Side};
 use super::table::{Names, WITHOUT_NUMBER, json, number_in};
 use crate::Result;
+use crate::earlier::Earlier;
 use crate::mysql::connect::text;
 use crate::mysql::failure::Failure;
 
@@ -23,6 +24,8 @@ pub(super) struct Excuse {
     pub(super) number: u32,
     /// Keys and tokens.
     pub(super) leases: Vec<(String, u64)>,
+    /// How many an earlier try has taken back.
+    pub(super) earlier: Earlier<u64>,
 }
 
 #[async_trait]
@@ -32,9 +35,10 @@ impl Operation for Excuse {
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<u64, Failure> {
         begin(connection).await?;
+        // First, as by whoever else notes something: a note that is not there yet cannot be locked.
+        let standing = self.lock_standing(names, connection).await?;
         let keys: Vec<&str> = self.leases.iter().map(|(key, _)| key.as_str()).collect();
         let mut sides = side::load(&keys, true, names, connection).await?;
-        let standing = self.standing(names, connection).await?;
         let mut changed = BTreeSet::new();
         let mut excused = 0;
         for (key, token) in &self.leases {
@@ -57,18 +61,24 @@ impl Operation for Excuse {
         hosts.sort_unstable();
         hosts.dedup();
         deaths::take_back(&hosts, names, connection).await?;
+        let excused = if excused == 0 { self.earlier.get().unwrap_or(0) } else { excused };
+        self.earlier.note(excused);
         commit(connection).await?;
         Ok(excused)
     }
 }
 
 impl Excuse {
-    /// Rows that may be acquired and still carry one of the tokens: when they were made, and the token.
-    async fn standing(&self, names: &Names, connection: &mut MySqlConnection) -> Result<HashMap<String, (i64, u64)>, Failure> {
+    /// Rows that may be acquired and still carry one of the tokens, locked: when they were made, and the token.
+    async fn lock_standing(
+        &self,
+        names: &Names,
+        connection: &mut MySqlConnection,
+    ) -> Result<HashMap<String, (i64, u64)>, Failure> {
         const STANDING: &str = "SELECT t.id, CAST(t.created_at AS SIGNED), CAST(t.owner AS UNSIGNED)
             FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]')) AS f
             STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
-            WHERE t.owner IN (f.owner, f.owner & ?) AND t.timeout <= UNIX_TIMESTAMP() AND t.created_at IS NOT NULL";
+            WHERE t.owner IN (f.owner, f.owner & ?) AND t.timeout <= UNIX_TIMESTAMP() AND t.created_at IS NOT NULL FOR UPDATE";
         let rows = sqlx::query(names.sql(STANDING)).bind(json(&self.leases)).bind(WITHOUT_NUMBER).fetch_all(connection).await?;
         rows.iter().map(|row| Ok((text(row, 0)?, (row.try_get(1)?, row.try_get(2)?)))).collect()
     }

@@ -13,6 +13,7 @@ use super::operate;
 use super::read::like;
 use super::run::{Operation, begin, commit, roll_back};
 use super::table::{Names, SET_ASIDE};
+use crate::earlier::Earlier;
 use crate::mysql::failure::Failure;
 use crate::{Result, TaskId};
 
@@ -22,6 +23,8 @@ const KEYS_MAX: i64 = 10_000;
 /// Let a held task have its turn.
 pub(super) struct Release {
     pub(super) key: String,
+    /// Whether an earlier try has released it.
+    pub(super) earlier: Earlier<bool>,
 }
 
 #[async_trait]
@@ -32,14 +35,20 @@ impl Operation for Release {
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<bool, Failure> {
         const RELEASE: &str =
             "UPDATE {t} SET timeout = UNIX_TIMESTAMP() WHERE id = ? AND timeout = 1300000000 AND created_at IS NOT NULL";
-        let released = sqlx::query(names.sql(RELEASE)).bind(&self.key).execute(connection).await?;
-        Ok(released.rows_affected() > 0)
+        begin(connection).await?;
+        let released = sqlx::query(names.sql(RELEASE)).bind(&self.key).execute(&mut *connection).await?.rows_affected() > 0;
+        let released = released || self.earlier.get().unwrap_or(false);
+        self.earlier.note(released);
+        commit(connection).await?;
+        Ok(released)
     }
 }
 
 /// Remove a held task, with what is noted of it.
 pub(super) struct Remove {
     pub(super) key: String,
+    /// Whether an earlier try has removed it.
+    pub(super) earlier: Earlier<bool>,
 }
 
 #[async_trait]
@@ -55,10 +64,11 @@ impl Operation for Remove {
         let key: Option<String> = sqlx::query_scalar(names.sql(FIND)).bind(&self.key).fetch_optional(&mut *connection).await?;
         let Some(key) = key else {
             roll_back(connection).await?;
-            return Ok(false);
+            return Ok(self.earlier.get().unwrap_or(false));
         };
         sqlx::query(names.sql(REMOVE)).bind(&key).execute(&mut *connection).await?;
         operate::forget(&[key], names, connection).await?;
+        self.earlier.note(true);
         commit(connection).await?;
         Ok(true)
     }

@@ -24,22 +24,15 @@ use async_trait::async_trait;
 use sqlx::Row as _;
 use sqlx::mysql::{MySqlConnection, MySqlRow};
 
-use super::candidates::unlocked;
-use super::lease::lease_ref;
-use super::run::{Operation, begin, commit};
-use super::settle::{fence, holds};
-use super::table::{NUMBER_MAX, Names, TIME_MAX, WITHOUT_NUMBER, json, number_in};
-use super::{Shared, deaths};
+use super::Shared;
+use super::hand_on::HandOn;
+use super::run::{Operation, begin, commit, roll_back};
+use super::table::{NUMBER_MAX, Names, TIME_MAX, json, number_in};
+use crate::earlier::Earlier;
 use crate::mysql::connect::text;
 use crate::mysql::failure::{Failure, unknown_host};
-use crate::{HostDescription, HostId, HostRecord, Lost, Reclaimed, Result, Timestamp};
+use crate::{HostDescription, HostId, HostRecord, Reclaimed, Result, Timestamp};
 
-/// The most tasks that are handed on in one statement and call.
-const HANDED_ON_MAX: i64 = 1_000;
-/// Looks for tasks of a host that renews its leases at this very moment, or that somebody has locked.
-const LOOKS_MAX: u32 = 20;
-/// Between two looks for tasks that somebody has locked: altogether longer than the server lets a transaction stand still.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// How much later than its leases a host's `until` is, in seconds, so that few renewals write it.
 const AHEAD: i64 = 10;
 /// Between two notes of a host that it is still there.
@@ -193,7 +186,8 @@ impl Shared {
                 None
             }
             Some(identity) => {
-                let register = Register { identity: identity.clone(), description: description.clone() };
+                let (identity, description) = (identity.clone(), description.clone());
+                let register = Register { identity, description, earlier: Earlier::default() };
                 let registered = self.perform(register).await?;
                 if registered.is_none() {
                     self.hosts.tell_unwatched("the numbers of hosts are used up; empty the table of hosts while no host runs");
@@ -235,7 +229,7 @@ impl Shared {
         if !self.config.side_table || identities.is_empty() {
             return Ok(Reclaimed::default());
         }
-        let reclaimed = self.perform(HandOn { identities: identities.to_vec() }).await?;
+        let reclaimed = self.perform(HandOn { identities: identities.to_vec(), earlier: Earlier::default() }).await?;
         if !reclaimed.tasks.is_empty() {
             self.wake();
         }
@@ -251,6 +245,7 @@ macro_rules! running {
             AND t.owner >> 62 = 1 AND t.created_at IS NOT NULL"
     };
 }
+pub(super) use running;
 
 /// How many rows each watched host runs; those that run none are left out.
 async fn counts(names: &Names, connection: &mut MySqlConnection) -> Result<HashMap<i64, u64>, sqlx::Error> {
@@ -260,7 +255,7 @@ async fn counts(names: &Names, connection: &mut MySqlConnection) -> Result<HashM
 }
 
 /// Strike off those of these hosts that hold nothing, and have left or were not seen for long.
-async fn strike_off(numbers: &[i64], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+pub(super) async fn strike_off(numbers: &[i64], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     const STRIKE_OFF: &str =
         "DELETE h FROM JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = f.id
         WHERE h.left_at IS NOT NULL OR h.seen_at < {now} - ?";
@@ -276,6 +271,8 @@ async fn strike_off(numbers: &[i64], names: &Names, connection: &mut MySqlConnec
 struct Register {
     identity: String,
     description: HostDescription,
+    /// The number by which an earlier try has entered it, and when.
+    earlier: Earlier<(HostId, Timestamp)>,
 }
 
 #[async_trait]
@@ -289,19 +286,30 @@ impl Operation for Register {
         const CARRIED: &str =
             "SELECT EXISTS (SELECT 1 FROM {t} AS t {index} WHERE t.timeout > UNIX_TIMESTAMP() AND t.owner >> 62 = 1
             AND {host} = ? AND t.created_at IS NOT NULL)";
-        const REMOVE: &str = "DELETE FROM {h} WHERE id = ?";
+        const ENTERED: &str = "SELECT EXISTS (SELECT 1 FROM {h} WHERE id = ? AND started_at = ?)";
+        if let Some((host, started_at)) = self.earlier.get() {
+            let query = sqlx::query_scalar(names.sql(ENTERED)).bind(number(host)).bind(started_at.0);
+            if query.fetch_one(&mut *connection).await? {
+                return Ok(Some((host, started_at)));
+            }
+        }
         let gone: Vec<i64> = sqlx::query_scalar(names.sql(GONE)).bind(GONE_AFTER).fetch_all(&mut *connection).await?;
         strike_off(&gone, names, connection).await?;
         let now_ms = super::table::now(names, connection).await?;
         let HostDescription { name, process_id, .. } = &self.description;
         for _ in 0..NUMBERS_TRIED_MAX {
+            begin(connection).await?;
             let query = sqlx::query(names.sql(ENTER)).bind(&self.identity).bind(name).bind(process_id).bind(now_ms).bind(now_ms);
             let number = query.execute(&mut *connection).await?.last_insert_id();
             let in_range = u32::try_from(number).is_ok_and(|number| number <= NUMBER_MAX);
             if in_range && !sqlx::query_scalar(names.sql(CARRIED)).bind(number).fetch_one(&mut *connection).await? {
-                return Ok(Some((HostId(number.cast_signed()), Timestamp(now_ms))));
+                let entered = (HostId(number.cast_signed()), Timestamp(now_ms));
+                self.earlier.note(entered);
+                commit(connection).await?;
+                return Ok(Some(entered));
             }
-            sqlx::query(names.sql(REMOVE)).bind(number).execute(&mut *connection).await?;
+            // The server never counts a number twice.
+            roll_back(connection).await?;
             if !in_range {
                 break;
             }
@@ -329,9 +337,9 @@ impl Operation for Leave {
 }
 
 /// All hosts that are watched.
-struct List {
+pub(super) struct List {
     /// Those of this process.
-    own: Vec<HostId>,
+    pub(super) own: Vec<HostId>,
 }
 
 #[async_trait]
@@ -362,137 +370,4 @@ impl Operation for List {
         };
         rows.iter().map(record).collect()
     }
-}
-
-/// Hand on what hosts run that are dead.
-struct HandOn {
-    identities: Vec<String>,
-}
-
-/// A row that a dead host runs.
-struct Orphan {
-    lost: Lost,
-    timeout: i64,
-}
-
-#[async_trait]
-impl Operation for HandOn {
-    type Answer = Reclaimed;
-    const DOING: &'static str = "handing on the tasks of dead hosts";
-
-    async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Reclaimed, Failure> {
-        let (numbers, marked) = self.mark(names, connection).await?;
-        if numbers.is_empty() {
-            return Ok(Reclaimed::default());
-        }
-        let mut reclaimed = Reclaimed::default();
-        if !marked.is_empty() {
-            let records = List { own: Vec::new() }.run(names, connection).await?;
-            reclaimed.dead_hosts = records.into_iter().filter(|record| marked.contains(&record.id.0)).collect();
-        }
-        for look in 0..LOOKS_MAX {
-            let orphans = orphans(&numbers, names, connection).await?;
-            let looked_at = orphans.len();
-            let free = without_locked(orphans, names, connection).await?;
-            let locked = looked_at - free.len();
-            reclaimed.tasks = take_back(free, names, connection).await?;
-            // What was renewed, settled or lost at this very moment is looked at once more.
-            if looked_at == 0 || !reclaimed.tasks.is_empty() {
-                break;
-            }
-            // Only what somebody has locked is left: a host that is frozen in a transaction, which the server ends.
-            if locked > 0 {
-                tracing::warn!(
-                    tasks = locked,
-                    look,
-                    "tasks of a dead host are locked by another transaction; waiting for it to end"
-                );
-                tokio::time::sleep(LOOK_AGAIN).await;
-            }
-        }
-        strike_off(&numbers, names, connection).await?;
-        Ok(reclaimed)
-    }
-}
-
-impl HandOn {
-    /// From now on these hosts take nothing. Answers the numbers of all that have left by these identities, and of those that had not before.
-    async fn mark(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(Vec<i64>, Vec<i64>), sqlx::Error> {
-        const FIND: &str =
-            "SELECT CAST(h.id AS SIGNED), h.left_at IS NULL FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
-            STRAIGHT_JOIN {h} AS h FORCE INDEX (by_identity) ON h.identity = {as_side_key} FOR UPDATE";
-        const MARK: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = f.id
-            SET h.left_at = {now} WHERE h.left_at IS NULL";
-        begin(connection).await?;
-        let rows = sqlx::query(names.sql(FIND)).bind(json(&self.identities)).fetch_all(&mut *connection).await?;
-        let (mut numbers, mut marked) = (Vec::with_capacity(rows.len()), Vec::new());
-        for row in &rows {
-            let number: i64 = row.try_get(0)?;
-            numbers.push(number);
-            if row.try_get(1)? {
-                marked.push(number);
-            }
-        }
-        if !marked.is_empty() {
-            sqlx::query(names.sql(MARK)).bind(json(&marked)).execute(&mut *connection).await?;
-            let dead: Vec<u32> = marked.iter().filter_map(|number| u32::try_from(*number).ok()).collect();
-            let now_ms = super::table::now(names, connection).await?;
-            deaths::enter(&dead, now_ms, names, connection).await?;
-        }
-        commit(connection).await?;
-        Ok((numbers, marked))
-    }
-}
-
-/// Rows that hosts run which have left.
-async fn orphans(numbers: &[i64], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<Orphan>, sqlx::Error> {
-    const ORPHANS: &str = concat!(
-        "SELECT t.id, {number}, t.owner, t.timeout FROM ",
-        running!(),
-        " AND h.left_at IS NOT NULL AND JSON_CONTAINS(?, CAST(h.id AS CHAR)) LIMIT ?"
-    );
-    let rows = sqlx::query(names.sql(ORPHANS)).bind(json(numbers)).bind(HANDED_ON_MAX).fetch_all(connection).await?;
-    let orphan = |row: &MySqlRow| {
-        let (key, token) = (row.try_get(0)?, row.try_get(2)?);
-        let host = HostId(i64::from(number_in(token)));
-        let lost = Lost { lease_ref: lease_ref(row.try_get(1)?, token), key, host, failed: false };
-        Ok(Orphan { lost, timeout: row.try_get(3)? })
-    };
-    let mut orphans: Vec<Orphan> = rows.iter().map(orphan).collect::<Result<_, sqlx::Error>>()?;
-    // Rows are locked in the same order everywhere.
-    orphans.sort_unstable_by(|one, other| one.lost.key.cmp(&other.lost.key));
-    Ok(orphans)
-}
-
-/// Those that nobody has locked at this moment.
-async fn without_locked(
-    orphans: Vec<Orphan>,
-    names: &Names,
-    connection: &mut MySqlConnection,
-) -> Result<Vec<Orphan>, sqlx::Error> {
-    let keys: Vec<&str> = orphans.iter().map(|orphan| orphan.lost.key.as_str()).collect();
-    let mut free = unlocked(&keys, names, connection).await?.into_iter();
-    Ok(orphans.into_iter().filter(|_| free.next() == Some(true)).collect())
-}
-
-/// Give rows free whose leases still hold. Answers those that were given free now.
-async fn take_back(orphans: Vec<Orphan>, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<Lost>, sqlx::Error> {
-    const TAKE_BACK: &str =
-        concat!("UPDATE ", fence!(), " SET t.timeout = UNIX_TIMESTAMP(), t.owner = t.owner & ? WHERE ", holds!());
-    const TAKEN_BACK: &str = concat!("SELECT f.place FROM ", fence!(), " WHERE t.owner = f.owner & ?");
-    if orphans.is_empty() {
-        return Ok(Vec::new());
-    }
-    let row = |(place, orphan): (usize, &Orphan)| (place, orphan.lost.key.clone(), orphan.lost.lease_ref.lease.0, orphan.timeout);
-    let rows = json(orphans.iter().enumerate().map(row));
-    let query = sqlx::query(names.sql(TAKE_BACK)).bind(&rows).bind(WITHOUT_NUMBER);
-    let written = query.execute(&mut *connection).await?.rows_affected();
-    let mut lost: Vec<Lost> = orphans.into_iter().map(|orphan| orphan.lost).collect();
-    if written != lost.len() as u64 {
-        let query = sqlx::query_scalar(names.sql(TAKEN_BACK)).bind(&rows).bind(WITHOUT_NUMBER);
-        let taken: Vec<i32> = query.fetch_all(connection).await?;
-        let mut place = 0..;
-        lost.retain(|_| place.next().is_some_and(|place| taken.contains(&place)));
-    }
-    Ok(lost)
 }

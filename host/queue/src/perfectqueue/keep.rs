@@ -140,23 +140,28 @@ async fn report<'b>(
     names: &Names,
     connection: &mut MySqlConnection,
 ) -> Result<(), Failure> {
-    const CREATED: &str = concat!("SELECT f.place, t.created_at FROM ", fence!(), " WHERE t.owner = f.owner");
+    // Locked, as by whoever else notes something: a note that is not there yet cannot be.
+    const CREATED: &str = concat!(
+        "SELECT f.place, CAST(t.created_at AS SIGNED) FROM ",
+        fence!(),
+        " WHERE t.owner = f.owner AND t.created_at IS NOT NULL FOR UPDATE"
+    );
     let reported: Vec<(&Held, &Progress)> = renewals.filter_map(|renewal| Some((&renewal.held, renewal.progress?))).collect();
     if reported.is_empty() {
         return Ok(());
     }
+    begin(connection).await?;
     let rows = fenced(reported.iter().map(|(held, _)| (*held, 0)));
     let rows = sqlx::query(names.sql(CREATED)).bind(rows).fetch_all(&mut *connection).await?;
     let mut created = HashMap::with_capacity(rows.len());
     for row in &rows {
-        created.insert(usize::try_from(row.try_get::<i32, _>(0)?).unwrap_or_default(), row.try_get::<Option<i64>, _>(1)?);
+        created.insert(usize::try_from(row.try_get::<i32, _>(0)?).unwrap_or_default(), row.try_get::<i64, _>(1)?);
     }
     let keys: Vec<&str> = reported.iter().map(|(held, _)| held.key.as_str()).collect();
-    begin(connection).await?;
     let mut sides = side::load(&keys, true, names, connection).await?;
     let mut noted = Vec::with_capacity(reported.len());
     for (place, (held, progress)) in reported.iter().enumerate() {
-        let Some(created_at) = created.get(&place).copied().flatten() else { continue };
+        let Some(created_at) = created.get(&place).copied() else { continue };
         let known = sides.remove(&held.key).filter(|side| side.created_at == created_at);
         let mut side = known.unwrap_or_else(|| Side::new(created_at));
         let mut progress = (*progress).clone();

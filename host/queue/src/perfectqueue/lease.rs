@@ -32,6 +32,8 @@ pub(super) struct Held {
     pub(super) host: HostId,
     /// Other tasks of its user may wait for its end.
     pub(super) is_limited: bool,
+    /// It may have been settled by a try whose answer was lost.
+    pub(super) in_doubt: bool,
     /// When it is over at the latest, by this machine's monotonic clock.
     over: Instant,
 }
@@ -39,7 +41,17 @@ pub(super) struct Held {
 impl Held {
     pub(super) fn new(key: String, token: u64, timeout: i64, alive_time: Duration, host: HostId) -> Self {
         let over = Instant::now() + longest(alive_time);
-        Self { key, token, timeouts: vec![timeout], turn: Arc::default(), alive_time, host, is_limited: false, over }
+        Self {
+            key,
+            token,
+            timeouts: vec![timeout],
+            turn: Arc::default(),
+            alive_time,
+            host,
+            is_limited: false,
+            in_doubt: false,
+            over,
+        }
     }
 }
 
@@ -142,6 +154,13 @@ impl Leases {
     pub(super) fn written(&self, lease_ref: LeaseRef, timeout: i64) {
         if let Some(held) = self.lock().leases.get_mut(&lease_ref) {
             held.timeouts = vec![timeout];
+        }
+    }
+
+    /// It may have been settled.
+    pub(super) fn doubt(&self, lease_ref: LeaseRef) {
+        if let Some(held) = self.lock().leases.get_mut(&lease_ref) {
+            held.in_doubt = true;
         }
     }
 

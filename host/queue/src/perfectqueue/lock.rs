@@ -44,6 +44,20 @@ pub(super) async fn unlock(name: &str, connection: &mut MySqlConnection) -> Resu
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
+/// Have the lock and give it back, in one statement. Answers what is wrong, in words; that somebody else has it is not.
+pub(super) async fn rehearse(name: &str, connection: &mut MySqlConnection) -> Result<Option<String>, sqlx::Error> {
+    let name = literal(name);
+    let sql = format!("SELECT GET_LOCK({name}, 0), RELEASE_LOCK({name})");
+    let told = |server: &str| Some(format!("the table's lock, under which tasks are acquired, is not to be had: {server}"));
+    match sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(connection).await {
+        Ok(row) => Ok(row.try_get::<Option<i64>, _>(0)?.map_or_else(|| told("GET_LOCK answers NULL"), |_| None)),
+        Err(error) => match error.as_database_error() {
+            Some(server) => Ok(told(server.message())),
+            None => Err(error),
+        },
+    }
+}
+
 async fn answer(sql: String, connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
     let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(connection).await?;
     let answer: Option<i64> = rows.last().ok_or(sqlx::Error::RowNotFound)?.try_get(0)?;

@@ -2,13 +2,13 @@
 //! still has one of our tokens was lost, and is counted when it is met, once for each token. That needs our own table. What a watchdog has handed on
 //! (see [`super::hosts`]) is such a row too: its token is left there without the number of the host.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use sqlx::mysql::MySqlConnection;
 
-use super::candidates::Ready;
+use super::candidates::{Ready, marked};
 use super::deaths;
-use super::settle::{ended_timeout, seconds};
+use super::settle::{ended_timeout, fence, seconds};
 use super::side::{self, LOST, Record, Side};
 use super::table::{Names, is_token, json, now, number_in, second_from};
 use crate::mysql::failure::Failure;
@@ -22,10 +22,14 @@ pub(super) struct LostLeases<'r> {
 impl<'r> LostLeases<'r> {
     pub(super) fn among(chosen: &'r [Ready], sides: &HashMap<String, Side>) -> Self {
         let counted = |ready: &Ready| sides.get(ready.key()).is_some_and(|side| side.lost_owner == ready.owner);
-        Self { rows: chosen.iter().filter(|ready| is_token(ready.owner) && !counted(ready)).collect() }
+        let mut rows: Vec<&Ready> = chosen.iter().filter(|ready| is_token(ready.owner) && !counted(ready)).collect();
+        // Rows are locked in the same order everywhere.
+        rows.sort_unstable_by_key(|ready| ready.key());
+        Self { rows }
     }
 
-    /// Count them. Answers the keys of those that must not run now: lost so often that they have failed, or that they wait for a while.
+    /// Count them. Answers the keys of those that must not run now: lost so often that they have failed, that they wait for a while, or not as they
+    /// were read any more.
     pub(super) async fn note(
         self,
         sides: &mut HashMap<String, Side>,
@@ -36,23 +40,48 @@ impl<'r> LostLeases<'r> {
         if self.rows.is_empty() {
             return Ok(HashSet::new());
         }
+        // What was read before may have changed: somebody cancels the task, or its host takes the loss back. A connection on which this fails is closed.
+        sqlx::raw_sql("START TRANSACTION").execute(&mut *connection).await?;
         let now_ms = now(names, connection).await?;
-        let mut noted = BTreeMap::new();
-        let mut put_off = Vec::new();
-        for ready in &self.rows {
-            let Some(mut side) = sides.remove(ready.key()) else { continue };
-            if let Some((timeout, ended)) = count(&mut side, ready, policy, now_ms) {
-                put_off.push((ready.key(), ready.owner, ready.place.0, timeout, u8::from(ended)));
+        let standing = self.lock(names, connection).await?;
+        let keys: Vec<&str> = self.rows.iter().map(|ready| ready.key()).collect();
+        let mut known = side::load(&keys, true, names, connection).await?;
+        let (mut noted, mut put_off, mut hosts, mut left) = (Vec::new(), Vec::new(), Vec::new(), HashSet::new());
+        for (ready, stands) in self.rows.iter().zip(standing) {
+            if !stands {
+                left.insert(ready.key().to_owned());
+                continue;
             }
-            noted.insert(ready.key(), side);
+            let side = known.remove(ready.key()).filter(|side| side.created_at == ready.created_at);
+            let mut side = side.unwrap_or_else(|| Side::new(ready.created_at));
+            if side.lost_owner != ready.owner {
+                if let Some((timeout, ended)) = count(&mut side, ready, policy, now_ms) {
+                    put_off.push((ready.key(), ready.owner, ready.place.0, timeout, u8::from(ended)));
+                    left.insert(ready.key().to_owned());
+                }
+                hosts.push(number_in(ready.owner));
+                noted.push((ready.key(), side.clone()));
+            }
+            sides.insert(ready.key().to_owned(), side);
         }
         write(&put_off, names, connection).await?;
-        let rows: Vec<(&str, Side)> = noted.iter().map(|(key, side)| (*key, side.clone())).collect();
-        side::store(&rows, names, connection).await?;
-        sides.extend(noted.into_iter().map(|(key, side)| (key.to_owned(), side)));
-        let hosts: Vec<u32> = self.rows.iter().map(|ready| number_in(ready.owner)).filter(|number| *number > 0).collect();
+        side::store(&noted, names, connection).await?;
+        hosts.retain(|number| *number > 0);
         deaths::enter(&hosts, now_ms, names, connection).await?;
-        Ok(put_off.into_iter().map(|(key, ..)| key.to_owned()).collect())
+        sqlx::raw_sql("COMMIT").execute(&mut *connection).await?;
+        Ok(left)
+    }
+
+    /// Lock those that are as they were read. Answers which these are.
+    async fn lock(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, sqlx::Error> {
+        const LOCK: &str = concat!(
+            "SELECT f.place FROM ",
+            fence!(),
+            " WHERE t.owner = f.owner AND t.timeout = f.was AND t.created_at IS NOT NULL FOR UPDATE"
+        );
+        let rows = json(self.rows.iter().enumerate().map(|(place, ready)| (place, ready.key(), ready.owner, ready.place.0)));
+        let places: Vec<i32> = sqlx::query_scalar(names.sql(LOCK)).bind(rows).fetch_all(connection).await?;
+        Ok(marked(self.rows.len(), &places))
     }
 }
 

@@ -1,6 +1,6 @@
 //! What operators and producers do to tasks by hand, and the removal of what is over.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,6 +14,7 @@ use super::run::{Operation, begin, commit, roll_back};
 use super::settle::{ended_timeout, seconds};
 use super::side::{self, Record, Side};
 use super::table::{Names, is_token, json};
+use crate::earlier::Earlier;
 use crate::mysql::connect::text;
 use crate::mysql::failure::Failure;
 use crate::{Error, Result, State, TaskId};
@@ -23,7 +24,10 @@ const REMOVED_MAX: u32 = 1_000;
 /// Such transactions after one claim.
 const REMOVALS_MAX: u32 = 20;
 /// Rows of our table that one removal looks at for tasks that Ruby has removed.
-const STRAYS_LOOK: i64 = 500;
+const STRAYS_LOOK: u16 = 500;
+/// It looks again as long as at least one part of so many was such a row, and so many times at most.
+const STRAYS_SHARE: usize = 8;
+const STRAYS_LOOKS_MAX: usize = 40;
 
 /// A task as an operator names it. Its number is that of [`super::table::Names::sql`]: the first 60 bits of the MD5 of its key in UTF-8, so that a later task of the
 /// same key has the same.
@@ -70,14 +74,14 @@ impl Which {
 impl Shared {
     /// End a task by hand. It may have been one that its user's others waited for.
     pub(super) async fn end(self: &Arc<Self>, which: Which, state: State, retention: Duration) -> Result<()> {
-        self.perform(End { which, state, retention }).await?;
+        self.perform(End { which, state, retention, earlier: Earlier::default() }).await?;
         self.wake();
         Ok(())
     }
 
     /// Retry a task by hand.
     pub(super) async fn retry(self: &Arc<Self>, which: Which) -> Result<()> {
-        self.perform(Retry { which }).await?;
+        self.perform(Retry { which, earlier: Earlier::default() }).await?;
         self.wake();
         Ok(())
     }
@@ -89,6 +93,8 @@ struct End {
     which: Which,
     state: State,
     retention: Duration,
+    /// An earlier try has ended it; it does not say more.
+    earlier: Earlier<()>,
 }
 
 #[async_trait]
@@ -100,11 +106,24 @@ impl Operation for End {
         const END: &str = "UPDATE {t} AS t {by} SET t.created_at = NULL, t.resource = NULL, t.owner = 0, t.timeout = ?";
         const REMOVE: &str = "DELETE t FROM {t} AS t {by}";
         begin(connection).await?;
-        let (found, side) = read::lock(&self.which, names, connection).await?;
+        let is_repeated = self.earlier.get().is_some();
+        let (found, side) = match read::lock(&self.which, names, connection).await {
+            // The earlier try has removed it, or its retention is over since.
+            Err(Failure::Queue(error)) if is_repeated && matches!(*error, Error::NotFound(_) | Error::NoSuchId(_)) => {
+                roll_back(connection).await?;
+                return Ok(());
+            }
+            locked => locked?,
+        };
+        if is_repeated && found.created_at.is_none() {
+            roll_back(connection).await?;
+            return Ok(());
+        }
         if matches!(self.which, Which::Number(_)) && found.is_set_aside() {
             let query = sqlx::query(self.which.sql(REMOVE, names));
             self.which.bind(query, &found).execute(&mut *connection).await?;
             forget(&[found.key], names, connection).await?;
+            self.earlier.note(());
             commit(connection).await?;
             return Ok(());
         }
@@ -127,6 +146,7 @@ impl Operation for End {
             side.progress = None;
             side::store(&[(&found.key, side)], names, connection).await?;
         }
+        self.earlier.note(());
         commit(connection).await?;
         if !names.has_side() && self.state == State::Cancelled {
             tracing::warn!(task = found.key, "a task is cancelled; PerfectQueue's table shows it as finished");
@@ -138,6 +158,9 @@ impl Operation for End {
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
 struct Retry {
     which: Which,
+    /// How an earlier try found its row: time, owner, when it was made. If it is not like that any more, that try was committed, and whatever became of the
+    /// task since is left alone.
+    earlier: Earlier<(i64, u64, Option<i64>)>,
 }
 
 #[async_trait]
@@ -148,7 +171,19 @@ impl Operation for Retry {
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), Failure> {
         const DUE: &str = "UPDATE {t} AS t {by} SET t.timeout = ?, t.owner = 0, t.created_at = ?, t.resource = ?";
         begin(connection).await?;
-        let (found, side) = read::lock(&self.which, names, connection).await?;
+        let earlier = self.earlier.get();
+        let (found, side) = match read::lock(&self.which, names, connection).await {
+            Err(Failure::Queue(error)) if earlier.is_some() && matches!(*error, Error::NotFound(_) | Error::NoSuchId(_)) => {
+                roll_back(connection).await?;
+                return Ok(());
+            }
+            locked => locked?,
+        };
+        let was = (found.timeout, found.owner, found.created_at);
+        if earlier.is_some_and(|earlier| earlier != was) {
+            roll_back(connection).await?;
+            return Ok(());
+        }
         let now = found.now_ms / 1_000;
         let state = found.state(side.as_ref());
         if found.is_held() {
@@ -181,6 +216,7 @@ impl Operation for Retry {
             (side.state, side.timeout) = (None, None);
             side::store(&[(&found.key, side)], names, connection).await?;
         }
+        self.earlier.note(was);
         commit(connection).await?;
         Ok(())
     }
@@ -202,14 +238,34 @@ fn unknown(found: Found, state: State) -> Error {
 
 /// How far the search for rows of our table whose task Ruby has removed has come.
 #[derive(Debug, Default)]
-pub(super) struct Strays {
-    from: Mutex<String>,
+pub(super) struct Strays(Mutex<Walk>);
+
+#[derive(Debug, Default)]
+struct Walk {
+    from: String,
+    /// The next look does not begin there, but at the beginning.
+    from_beginning: bool,
+}
+
+impl Strays {
+    /// Where a look begins, and whether that is the beginning.
+    fn begin(&self) -> (String, bool) {
+        let mut walk = self.lock();
+        walk.from_beginning = !walk.from_beginning;
+        if walk.from_beginning { (String::new(), true) } else { (walk.from.clone(), false) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Walk> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Remove rows whose retention has ended.
 struct CleanUp {
     limit: u32,
     strays: Arc<Strays>,
+    /// The keys that an earlier try was about to remove, and how many of their rows were there.
+    earlier: Earlier<(Vec<String>, u64)>,
 }
 
 impl Shared {
@@ -219,7 +275,8 @@ impl Shared {
         let mut left = limit.clamp(1, 100_000);
         while left > 0 {
             let batch = left.min(REMOVED_MAX);
-            let gone = self.perform(CleanUp { limit: batch, strays: Arc::clone(&self.strays) }).await?;
+            let gone =
+                self.perform(CleanUp { limit: batch, strays: Arc::clone(&self.strays), earlier: Earlier::default() }).await?;
             removed += gone;
             left -= batch;
             if gone < u64::from(batch) {
@@ -243,12 +300,18 @@ impl Operation for CleanUp {
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<u64, Failure> {
         const OVER: &str = "SELECT t.id FROM {t} AS t {index} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000
             ORDER BY t.timeout LIMIT ?";
+        if let Some((keys, removed)) = self.earlier.get().filter(|(_, removed)| *removed > 0)
+            && !is_any_over(&keys, names, connection).await?
+        {
+            return Ok(removed);
+        }
         let over: Vec<String> =
             sqlx::query_scalar(names.sql(OVER)).bind(i64::from(self.limit)).fetch_all(&mut *connection).await?;
         let mut removed = 0;
         if !over.is_empty() {
             begin(connection).await?;
-            removed = remove(over, names, connection).await?;
+            removed = remove(over.clone(), names, connection).await?;
+            self.earlier.note((over, removed));
             commit(connection).await?;
         }
         if names.has_side() {
@@ -256,6 +319,14 @@ impl Operation for CleanUp {
         }
         Ok(removed)
     }
+}
+
+/// Whether one of these rows is still there, and its retention over.
+async fn is_any_over(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
+    const OVER: &str =
+        "SELECT EXISTS (SELECT 1 FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+        STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key} WHERE t.timeout <= UNIX_TIMESTAMP() - 1000000000)";
+    sqlx::query_scalar(names.sql(OVER)).bind(json(keys)).fetch_one(connection).await
 }
 
 /// Remove rows whose retention is over, with what is noted of them. Answers how many there were.
@@ -268,9 +339,9 @@ pub(super) async fn remove(mut over: Vec<String>, names: &Names, connection: &mu
     Ok(removed)
 }
 
-/// Remove what is noted of keys that have no row. Looks first, since a statement that looks for rows while it deletes would wait for those that others
+/// Remove what is noted of keys that have no row; answers of how many something was. Looks first, since a statement that looks for rows while it deletes would wait for those that others
 /// have locked.
-pub(super) async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+pub(super) async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<usize, sqlx::Error> {
     const STRAY: &str =
         "SELECT s.id, CAST(s.created_at AS SIGNED) FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
         STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key}
@@ -280,27 +351,38 @@ pub(super) async fn forget(keys: &[String], names: &Names, connection: &mut MySq
         "DELETE s FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', created_at BIGINT PATH '$[1]')) AS f
         STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key} WHERE s.created_at = f.created_at";
     if !names.has_side() || keys.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let strays = sqlx::query(names.sql(STRAY)).bind(json(keys)).fetch_all(&mut *connection).await?;
     let mut strays =
         strays.iter().map(|row| Ok((text(row, 0)?, row.try_get(1)?))).collect::<Result<Vec<(String, i64)>, sqlx::Error>>()?;
     if strays.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     strays.sort_unstable();
-    sqlx::query(names.sql(FORGET)).bind(json(strays)).execute(connection).await.map(drop)
+    sqlx::query(names.sql(FORGET)).bind(json(&strays)).execute(connection).await?;
+    Ok(strays.len())
 }
 
 impl CleanUp {
-    /// Look at a few rows of our table, and remove those whose task Ruby has removed.
+    /// Look at a few rows of our table, and remove those whose task Ruby has removed; go on for as long as many are such. Every other time
+    /// from the beginning, where the oldest are where keys grow. So our table stays about as long as PerfectQueue's, whoever removes rows.
     async fn forget_strays(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
         const LOOK: &str = "SELECT id FROM {s} WHERE id > ? ORDER BY id LIMIT ?";
-        let from = self.strays.from.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let keys: Vec<String> =
-            sqlx::query_scalar(names.sql(LOOK)).bind(from).bind(STRAYS_LOOK).fetch_all(&mut *connection).await?;
-        forget(&keys, names, connection).await?;
-        *self.strays.from.lock().unwrap_or_else(PoisonError::into_inner) = keys.last().cloned().unwrap_or_default();
+        let (mut from, from_beginning) = self.strays.begin();
+        for _ in 0..STRAYS_LOOKS_MAX {
+            let keys: Vec<String> =
+                sqlx::query_scalar(names.sql(LOOK)).bind(from).bind(STRAYS_LOOK).fetch_all(&mut *connection).await?;
+            let strays = forget(&keys, names, connection).await?;
+            let (is_many, is_last) = (strays * STRAYS_SHARE >= keys.len(), keys.len() < usize::from(STRAYS_LOOK));
+            from = if is_last { String::new() } else { keys.into_iter().next_back().unwrap_or_default() };
+            if is_last || !is_many {
+                break;
+            }
+        }
+        if !from_beginning {
+            self.strays.lock().from = from;
+        }
         Ok(())
     }
 }

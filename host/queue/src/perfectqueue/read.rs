@@ -228,9 +228,11 @@ impl Operation for Get {
         let Some(row) = query.fetch_optional(&mut *connection).await? else { return Ok(None) };
         let found = Found::of(&row)?;
         let key = found.key.clone();
-        let side = side::load(&[&key], false, names, connection).await?.remove(&key);
+        let side = found.own(side::load(&[&key], false, names, connection).await?.remove(&key));
+        let is_noted = side.is_some();
         let mut task = found.told(side);
-        if task.state == State::Finished {
+        // What an earlier task of its key returned is not its own.
+        if task.state == State::Finished && is_noted {
             task.output = side::outputs(&[&key], names, connection).await?.remove(&key);
         }
         Ok(Some(task))
@@ -366,12 +368,14 @@ impl List {
             if row.stored.is_none() {
                 row.stored = large(&key, names, connection).await?;
             }
-            let mut task = row.told(sides.remove(&key));
+            let side = row.own(sides.remove(&key));
+            let is_noted = side.is_some();
+            let mut task = row.told(side);
             if !self.wants(&task) {
                 continue;
             }
             if self.filter.with_data {
-                task.output = outputs.remove(&key).filter(|_| task.state == State::Finished);
+                task.output = outputs.remove(&key).filter(|_| task.state == State::Finished && is_noted);
             } else {
                 task.data = None;
             }

@@ -36,7 +36,8 @@ const OWNER: &str = "ALTER TABLE {t} ADD COLUMN owner BIGINT(21) UNSIGNED NOT NU
 
 /// Ours. `created_at` tells a task from a later one of the same key. `state` and `timeout` are as we last wrote the task's row, and count
 /// only while that row still has this `timeout`: what Ruby wrote since then wins. `root` is the number of the producer's task that a follow-up comes
-/// from, NULL for any other.
+/// from, NULL for any other. `alone_for` is the host that ends its work to run the task alone, until `alone_until` in Unix seconds (see
+/// [`super::suspects`]).
 const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     id VARCHAR(255) NOT NULL,
     created_at BIGINT NOT NULL,
@@ -49,6 +50,8 @@ const SIDE: &str = "CREATE TABLE IF NOT EXISTS {s} (
     lost INT UNSIGNED NOT NULL DEFAULT 0,
     lost_alone INT UNSIGNED NOT NULL DEFAULT 0,
     alone TINYINT UNSIGNED NOT NULL DEFAULT 0,
+    alone_for BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    alone_until BIGINT NOT NULL DEFAULT 0,
     lost_owner BIGINT UNSIGNED NOT NULL DEFAULT 0,
     lost_at BIGINT,
     root BIGINT,
@@ -91,8 +94,10 @@ const DEATHS: &str = "CREATE TABLE IF NOT EXISTS {d} (
 ) ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_bin COMMENT='laelaps 4'";
 
 /// Columns of our tables that older ones lack: table, column, how it is added.
-const LATER: [(&str, &str, &str); 2] = [
+const LATER: [(&str, &str, &str); 4] = [
     (SIDE_NAME, "lost_at", "ALTER TABLE {s} ADD COLUMN lost_at BIGINT"),
+    (SIDE_NAME, "alone_for", "ALTER TABLE {s} ADD COLUMN alone_for BIGINT UNSIGNED NOT NULL DEFAULT 0"),
+    (SIDE_NAME, "alone_until", "ALTER TABLE {s} ADD COLUMN alone_until BIGINT NOT NULL DEFAULT 0"),
     (HOSTS_NAME, "plugins", "ALTER TABLE {h} ADD COLUMN plugins LONGTEXT"),
 ];
 

@@ -5,7 +5,8 @@
 //! written again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -17,12 +18,15 @@ use super::lease::{Held, Turns};
 use super::run::{Operation, begin, begin_briefly, commit};
 use super::side::{self, Record, Side};
 use super::submit::Batch;
-use super::table::{DELETE_OFFSET, EVENT_HORIZON, Names, json, now, second_from};
+use super::table::{DELETE_OFFSET, EVENT_HORIZON, Names, WITHOUT_NUMBER, json, now, second_from};
 use crate::mysql::failure::{Failure, number};
 use crate::{Error, LeaseAnswer, LeaseRef, Result, Settlement, State, Verdict};
 
 /// The server's number for a lock that was not had in time.
 const LOCK_WAIT: u16 = 1205;
+
+/// Tries of a group that are remembered.
+const TRIES_MAX: usize = 100;
 
 /// What becomes of the task.
 #[derive(Debug)]
@@ -52,7 +56,11 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Group {
     entries: Vec<Entry>,
+    /// It is not known what became of an earlier try.
+    is_repeated: AtomicBool,
     _turns: Turns,
+    /// When each try wrote, in milliseconds by the server's clock; no more than [`TRIES_MAX`].
+    tries: Mutex<Vec<i64>>,
 }
 
 /// Whole seconds, rounded up.
@@ -122,7 +130,13 @@ impl Shared {
             // The end of a limited user's task is the turn of the next.
             entry.held.is_limited || matches!(entry.outcome, Outcome::Waiting { .. }) || !entry.follow_ups.is_empty()
         });
-        let mut held = self.perform(Group { entries, _turns: turns }).await?;
+        let group = Group { entries, is_repeated: AtomicBool::new(false), _turns: turns, tries: Mutex::default() };
+        let settled = self.perform(group).await;
+        if settled.as_ref().is_err_and(|error| error.is_retryable() && !matches!(error, Error::Busy { .. })) {
+            // Who tries again has to be told of what was written after all.
+            asked.iter().for_each(|lease_ref| self.leases.doubt(*lease_ref));
+        }
+        let mut held = settled?;
         for lease_ref in asked {
             if held.contains(&lease_ref) { self.leases.forget(lease_ref) } else { self.leases.lose(lease_ref) }
         }
@@ -163,6 +177,10 @@ pub(super) fn fenced<'h>(leases: impl Iterator<Item = (&'h Held, i64)>) -> Strin
 impl Operation for Group {
     type Answer = HashSet<LeaseRef>;
     const DOING: &'static str = "settling attempts";
+
+    fn is_repeated(&self) {
+        self.is_repeated.store(true, Ordering::Release);
+    }
 
     async fn run(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Self::Answer, Failure> {
         if !names.has_side() && self.entries.iter().all(Entry::only_finishes) {
@@ -259,7 +277,11 @@ impl Group {
             SET t.timeout = f.timeout, t.owner = f.owner, t.created_at = IF(f.ended, NULL, t.created_at),
                 t.resource = IF(f.ended, NULL, t.resource)";
         let now_ms = now(names, connection).await?;
-        let settled = self.lock(names, connection).await?;
+        let mut settled = self.lock(names, connection).await?;
+        if settled.len() < self.entries.len() {
+            settled.extend(self.written_before(&settled, names, connection).await?);
+        }
+        self.remember(now_ms);
         let kept: Vec<(&Entry, &Settled)> =
             self.entries.iter().filter_map(|entry| Some((entry, settled.get(&entry.lease_ref)?))).collect();
         let now_written: Vec<(&Entry, &Settled)> = kept.iter().filter(|(_, settled)| !settled.before).copied().collect();
@@ -300,6 +322,59 @@ impl Group {
             settled.insert(entry.lease_ref, found);
         }
         Ok(settled)
+    }
+
+    fn remember(&self, now_ms: i64) {
+        let mut tries = self.tries();
+        if tries.len() < TRIES_MAX {
+            tries.push(now_ms);
+        }
+    }
+
+    fn tries(&self) -> MutexGuard<'_, Vec<i64>> {
+        self.tries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of an earlier try that was committed although its answer was lost. What it has ended carries its mark, unless somebody has written to the row
+    /// since; that a task waits again its row does not tell. Our table records the attempt. Without it nobody but that try can have written
+    /// to the row while the lease lasts, except who hands it on; and afterwards the row tells as long as it is as that try wrote it.
+    async fn written_before(
+        &self,
+        settled: &HashMap<LeaseRef, Settled>,
+        names: &Names,
+        connection: &mut MySqlConnection,
+    ) -> Result<HashMap<LeaseRef, Settled>, Failure> {
+        const WRITTEN: &str = concat!(
+            "SELECT f.place FROM ",
+            fence!(),
+            " WHERE t.created_at IS NOT NULL AND ((t.owner NOT IN (f.owner, f.owner & ?) AND f.was > UNIX_TIMESTAMP())
+                OR (t.owner = 0 AND t.timeout = f.value)) FOR UPDATE"
+        );
+        let others: Vec<&Entry> = self.entries.iter().filter(|entry| !settled.contains_key(&entry.lease_ref)).collect();
+        let before = |entry: &Entry| (entry.lease_ref, Settled { created_at: 0, user: None, before: true });
+        if names.has_side() {
+            let keys: Vec<&str> = others.iter().map(|entry| entry.held.key.as_str()).collect();
+            let sides = side::load(&keys, true, names, connection).await?;
+            let is_recorded =
+                |entry: &&Entry| sides.get(&entry.held.key).is_some_and(|side| side.has_recorded(entry.held.token, entry.event));
+            return Ok(others.into_iter().filter(is_recorded).map(before).collect());
+        }
+        let is_repeated = self.is_repeated.load(Ordering::Acquire);
+        let doubtful = |entry: &&Entry| (is_repeated || entry.held.in_doubt) && matches!(entry.outcome, Outcome::Waiting { .. });
+        let doubtful: Vec<&Entry> = others.into_iter().filter(doubtful).collect();
+        if doubtful.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let tries = &self.tries().clone();
+        let rows = json(doubtful.iter().enumerate().flat_map(|(place, entry)| {
+            let Held { key, token, timeouts, .. } = &entry.held;
+            let leased = timeouts.iter().map(move |timeout| (place, key, *token, *timeout, -1));
+            leased.chain(tries.iter().map(move |now_ms| (place, key, *token, 0, entry.outcome.timeout(*now_ms))))
+        }));
+        let query = sqlx::query_scalar(names.sql(WRITTEN)).bind(rows).bind(WITHOUT_NUMBER);
+        let written: Vec<i32> = query.fetch_all(connection).await?;
+        let at = |place: i32| doubtful.get(usize::try_from(place).ok()?).copied();
+        Ok(written.into_iter().filter_map(at).map(before).collect())
     }
 
     /// Note what the table has no room for.

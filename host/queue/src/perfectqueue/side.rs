@@ -140,6 +140,11 @@ impl Side {
         true
     }
 
+    /// Whether an attempt under this token is recorded as having ended so.
+    pub(super) fn has_recorded(&self, token: u64, event: &str) -> bool {
+        self.records.iter().any(|record| record.lease.cast_unsigned() == token && record.event == event)
+    }
+
     /// Add an attempt's record; the oldest goes if there are too many.
     pub(super) fn record(&mut self, record: Record) {
         self.records.push(record);
@@ -155,7 +160,6 @@ const COLUMNS: &str =
 
 fn side(row: &MySqlRow) -> Result<(String, Side), sqlx::Error> {
     let state: Option<String> = row.try_get(2)?;
-    let state = state.map(|word| crate::mysql::failure::state(&word)).transpose()?;
     let progress: Option<String> = row.try_get(16)?;
     let records: Option<String> = row.try_get(17)?;
     let root: Option<i64> = row.try_get(18)?;
@@ -163,7 +167,7 @@ fn side(row: &MySqlRow) -> Result<(String, Side), sqlx::Error> {
     // Somebody who changed these by hand gets along without them.
     let side = Side {
         created_at: row.try_get(1)?,
-        state,
+        state: state.and_then(|word| crate::mysql::failure::state(&word).ok()),
         timeout: row.try_get(3)?,
         user: row.try_get(4)?,
         attempts: row.try_get(5)?,

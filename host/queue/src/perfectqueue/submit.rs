@@ -351,8 +351,18 @@ async fn note<'r>(
             lost = IF({s}.created_at = VALUES(created_at), {s}.lost, 0),
             lost_alone = IF({s}.created_at = VALUES(created_at), {s}.lost_alone, 0),
             alone = IF({s}.created_at = VALUES(created_at), {s}.alone, 0),
+            alone_for = IF({s}.created_at = VALUES(created_at), {s}.alone_for, 0),
+            alone_until = IF({s}.created_at = VALUES(created_at), {s}.alone_until, 0),
             lost_at = IF({s}.created_at = VALUES(created_at), {s}.lost_at, NULL),
+            lost_owner = IF({s}.created_at = VALUES(created_at), {s}.lost_owner, 0),
             records = IF({s}.created_at = VALUES(created_at), {s}.records, NULL),
+            user = IF({s}.created_at = VALUES(created_at), {s}.user, NULL),
+            ended_ms = IF({s}.created_at = VALUES(created_at), {s}.ended_ms, NULL),
+            plugin = IF({s}.created_at = VALUES(created_at), {s}.plugin, NULL),
+            error_code = IF({s}.created_at = VALUES(created_at), {s}.error_code, NULL),
+            error_message = IF({s}.created_at = VALUES(created_at), {s}.error_message, NULL),
+            output = IF({s}.created_at = VALUES(created_at), {s}.output, NULL),
+            progress = IF({s}.created_at = VALUES(created_at), {s}.progress, NULL),
             created_at = VALUES(created_at)"
     );
     let noted = rows.into_iter().filter(|row| row.is_noted()).map(|row| {

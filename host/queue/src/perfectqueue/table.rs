@@ -127,6 +127,13 @@ impl Names {
         &self.lock
     }
 
+    /// The names of the table, and of ours beside it if there are any, as they are.
+    pub(super) fn plain(&self) -> Vec<String> {
+        let all = ["", SIDE, HOSTS, DEATHS];
+        let used = if self.has_side { &all[..] } else { &all[..1] };
+        used.iter().map(|ours| format!("{}{ours}", self.lock)).collect()
+    }
+
     /// The character set of keys.
     pub(super) fn charset(&self) -> &str {
         &self.charset
@@ -159,7 +166,7 @@ impl Names {
 
     /// A statement with its names in place: `{t}` the table, `{s}` ours beside it, `{h}` ours of hosts, `{d}` ours of their deaths, `{index}` a hint to use the index on times,
     /// `{as_key}` the key `f.id` of a set, `{as_user}` the user `f.user` of a set, `{as_pattern}` a bound pattern of keys, `{as_side_key}` the text `f.id` of a set for our tables, `{side_key}` the key
-    /// `s.id` of our table, `{number}` the number of the row `t`, `{host}` the number of the host in its owner, `{now}` the time in milliseconds.
+    /// `s.id` of our table, `{number}` the number of the row `t`, `{side_number}` that of the row `s` of ours, `{host}` the number of the host in its owner, `{now}` the time in milliseconds.
     pub(super) fn sql(&self, statement: &str) -> AssertSqlSafe<String> {
         let mut sql = String::with_capacity(statement.len() + 256);
         let mut rest = statement;
@@ -178,6 +185,7 @@ impl Names {
                 "side_key" => &self.side_key,
                 "as_side_key" => "CONVERT(f.id USING utf8mb4) COLLATE utf8mb4_bin",
                 "number" => "CAST(CONV(LEFT(MD5(CONVERT(t.id USING utf8mb4)), 15), 16, 10) AS SIGNED)",
+                "side_number" => "CAST(CONV(LEFT(MD5(s.id), 15), 16, 10) AS SIGNED)",
                 "host" => "((t.owner >> 40) & 4194303)",
                 "now" => "CAST(CEILING(UNIX_TIMESTAMP(NOW(6)) * 1000) AS SIGNED)",
                 other => unreachable!("a statement names {other}"),

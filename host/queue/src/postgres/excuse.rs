@@ -3,6 +3,7 @@
 use super::failure::Failure;
 use super::session::Session;
 use super::versions;
+use crate::earlier::Earlier;
 use crate::{HostId, LeaseRef, Policy};
 
 /// How often a suspect is looked for that others keep moving.
@@ -42,8 +43,14 @@ pub(super) const LESS: &str = "UPDATE laelaps.task SET lost = nullif(greatest(co
 /// A task, how many records of it became excused, how many of these losses count, how many of those it had alone, and the hosts.
 type OfTask = (i64, i32, i32, i32, Vec<Option<i64>>);
 
-/// Take losses back. What waits to run alone and was not lost so often after all runs in company again. Answers how many.
-pub(super) async fn excuse(session: &mut Session, host: HostId, leases: &[LeaseRef]) -> Result<u64, Failure> {
+/// Take losses back. What waits to run alone and was not lost so often after all runs in company again. Answers how many, those
+/// included that an earlier try has taken back.
+pub(super) async fn excuse(
+    session: &mut Session,
+    host: HostId,
+    leases: &[LeaseRef],
+    earlier: &Earlier<u64>,
+) -> Result<u64, Failure> {
     let (tasks, numbers) = apart(leases);
     session.begin().await?;
     let excused: Vec<OfTask> = sqlx::query_as(RECORDS).bind(tasks).bind(numbers).fetch_all(session.db()?).await?;
@@ -56,14 +63,17 @@ pub(super) async fn excuse(session: &mut Session, host: HostId, leases: &[LeaseR
     }
     let hosts = excused.iter().flat_map(|(.., hosts)| hosts.iter().flatten().copied()).chain([host.0]);
     versions::lives(session, &hosts.collect::<Vec<i64>>()).await?;
+    let count: u64 = excused.iter().map(|(_, records, ..)| u64::from(records.unsigned_abs())).sum();
+    let count = if count == 0 { earlier.get().unwrap_or(0) } else { count };
+    earlier.note(count);
     session.commit().await?;
-    if !tasks.is_empty() {
+    if count > 0 {
         session.afterwards(|shared| {
             shared.marks.hint();
             shared.wake();
         });
     }
-    Ok(excused.iter().map(|(_, records, ..)| u64::from(records.unsigned_abs())).sum())
+    Ok(count)
 }
 
 /// $1 task, $2 losses from which on a task runs alone. Its place is taken away before its row is looked at under its lock, which this

@@ -64,11 +64,6 @@ impl Failure {
         matches!(self, Self::Sql(error) if code(error).is_some_and(|code| code == "55P03"))
     }
 
-    /// No task has the number that was asked for.
-    pub(super) fn is_no_such_id(&self) -> bool {
-        matches!(self, Self::Queue(error) if matches!(**error, Error::NoSuchId(_)))
-    }
-
     /// The error for the caller. `doing` says what was being done.
     pub(super) fn into_error(self, doing: &'static str, place: &str) -> Error {
         match self {

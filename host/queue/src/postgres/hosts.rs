@@ -16,6 +16,7 @@ use super::failure::Failure;
 use super::session::{Session, Shared};
 use super::settle::{Group, clean};
 use super::versions;
+use crate::earlier::Earlier;
 use crate::{
     Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
     Settlement, TaskId, Timestamp, Verdict,
@@ -33,15 +34,26 @@ const GONE_HOSTS_KEPT: i64 = 1_000;
 pub(super) async fn register(shared: &Arc<Shared>, description: &HostDescription) -> Result<HostId> {
     const ENTER: &str = "INSERT INTO laelaps.host (name, process_id, started_at, seen_at, identity)
         SELECT $1, $2, now, now, $3 FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock RETURNING id";
+    const ENTERED: &str = "SELECT EXISTS (SELECT FROM laelaps.host WHERE id = $1)";
     description.check()?;
-    let description = description.clone();
+    let (description, earlier) = (description.clone(), Earlier::<i64>::default());
     let id = shared
         .run("registering a host", move |session| {
             let (name, process_id) = (clean(&description.name), i64::from(description.process_id));
-            let identity = description.identity.as_deref().map(clean);
+            let (identity, earlier) = (description.identity.as_deref().map(clean), earlier.clone());
             Box::pin(async move {
+                // An earlier try may have entered it after all.
+                if let Some(id) = earlier.get()
+                    && sqlx::query_scalar(ENTERED).bind(id).fetch_one(session.db()?).await?
+                {
+                    session.shared.hosts().insert(HostId(id));
+                    return Ok(HostId(id));
+                }
+                session.begin().await?;
                 let query = sqlx::query_scalar(ENTER).bind(name).bind(process_id).bind(identity);
                 let id: i64 = query.fetch_one(session.db()?).await?;
+                earlier.note(id);
+                session.commit().await?;
                 session.shared.hosts().insert(HostId(id));
                 Ok(HostId(id))
             })
@@ -103,10 +115,17 @@ struct Stray {
 }
 
 /// Take back what hosts that have left and ended leases hold, at most a batch, and strike hosts off that hold nothing any more.
-pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<Reclaimed, Failure> {
+pub(super) async fn take_back(
+    session: &mut Session,
+    policy: &Policy,
+    earlier: &Earlier<Reclaimed>,
+) -> Result<Reclaimed, Failure> {
     const LOOK: &str = "SELECT now, EXISTS (SELECT FROM laelaps.claim WHERE check_at > $2 AND check_at <= now),
             EXISTS (SELECT FROM laelaps.host WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1))
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
+    if let Some(done) = done_before(session, earlier).await? {
+        return Ok(done);
+    }
     let (from, started) = (session.shared.ended.begin(), Instant::now());
     let look = sqlx::query_as(LOOK).bind(UNSEEN_MS_MAX).bind(from).fetch_one(session.db()?);
     let (now, ended, gone): (i64, bool, bool) = look.await?;
@@ -119,8 +138,28 @@ pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<
     let tasks = lose(session, strays, policy).await?;
     sweep(session, &claims).await?;
     let dead_hosts = strike_off(session, None).await?;
+    let reclaimed = Reclaimed { tasks, dead_hosts };
+    earlier.note(reclaimed.clone());
     session.commit().await?;
-    Ok(Reclaimed { tasks, dead_hosts })
+    Ok(reclaimed)
+}
+
+/// What of an earlier try was done, if it was committed: its tasks' attempts are recorded as lost, its hosts are struck off.
+async fn done_before(session: &mut Session, earlier: &Earlier<Reclaimed>) -> Result<Option<Reclaimed>, Failure> {
+    const LOST: &str = "SELECT asked.task, asked.lease FROM unnest($1::int8[], $2::int8[]) AS asked (task, lease)
+        CROSS JOIN LATERAL (SELECT FROM laelaps.attempt WHERE attempt.task = asked.task AND attempt.lease = asked.lease
+            AND attempt.event IN ('lost', 'excused') OFFSET 0) AS lost";
+    const GONE: &str = "SELECT id FROM laelaps.host WHERE id = ANY($1) AND ended_at IS NOT NULL";
+    let Some(Reclaimed { mut tasks, mut dead_hosts }) = earlier.get() else { return Ok(None) };
+    let (numbers, leases): (Vec<i64>, Vec<i64>) =
+        tasks.iter().map(|lost| (lost.lease_ref.task.0, lost.lease_ref.lease.0)).unzip();
+    let lost: Vec<(i64, i64)> = sqlx::query_as(LOST).bind(numbers).bind(leases).fetch_all(session.db()?).await?;
+    let lost: HashSet<(i64, i64)> = lost.into_iter().collect();
+    tasks.retain(|task| lost.contains(&(task.lease_ref.task.0, task.lease_ref.lease.0)));
+    let hosts: Vec<i64> = dead_hosts.iter().map(|host| host.id.0).collect();
+    let gone: Vec<i64> = sqlx::query_scalar(GONE).bind(hosts).fetch_all(session.db()?).await?;
+    dead_hosts.retain(|host| gone.contains(&host.id.0));
+    Ok(Some(Reclaimed { tasks, dead_hosts }).filter(|done| !done.tasks.is_empty() || !done.dead_hosts.is_empty()))
 }
 
 /// Take back what the hosts with these identities hold, at most a batch, and strike them off once they hold nothing any more.
@@ -128,13 +167,21 @@ pub(super) async fn take_back(session: &mut Session, policy: &Policy) -> Result<
 /// That they have left is a statement, and a transaction, of its own: it waits for their claims under way, and those that come later are
 /// refused. So what they hold is all there when it is looked for. What is locked at that moment (one of them may have been stopped in the
 /// middle of a write) is left to the next call, or to [`take_back`].
-pub(super) async fn hand_on(session: &mut Session, identities: &[String], policy: &Policy) -> Result<Reclaimed, Failure> {
+pub(super) async fn hand_on(
+    session: &mut Session,
+    identities: &[String],
+    policy: &Policy,
+    earlier: &Earlier<Reclaimed>,
+) -> Result<Reclaimed, Failure> {
     const LEAVE: &str = "WITH named AS MATERIALIZED (
             SELECT id FROM laelaps.host WHERE identity = ANY($1) AND ended_at IS NULL ORDER BY id FOR NO KEY UPDATE),
         marked AS (
             UPDATE laelaps.host SET left_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
             WHERE id = ANY(ARRAY(SELECT id FROM named)) AND left_at IS NULL)
         SELECT id FROM named";
+    if let Some(done) = done_before(session, earlier).await? {
+        return Ok(done);
+    }
     let hosts: Vec<i64> = sqlx::query_scalar(LEAVE).bind(identities).fetch_all(session.db()?).await?;
     if hosts.is_empty() {
         return Ok(Reclaimed::default());
@@ -144,13 +191,14 @@ pub(super) async fn hand_on(session: &mut Session, identities: &[String], policy
     let (claims, strays) = strays_of(session, &hosts).await?;
     let tasks = lose(session, strays, policy).await?;
     sweep(session, &claims).await?;
-    let dead_hosts = strike_off(session, Some(&hosts)).await?;
+    let reclaimed = Reclaimed { tasks, dead_hosts: strike_off(session, Some(&hosts)).await? };
+    earlier.note(reclaimed.clone());
     session.commit().await?;
     let mut ours = session.shared.hosts();
     for host in hosts {
         ours.remove(&HostId(host));
     }
-    Ok(Reclaimed { tasks, dead_hosts })
+    Ok(reclaimed)
 }
 
 /// Settle what is lost; answers what was.

@@ -12,6 +12,7 @@ use sqlx::postgres::PgConnection;
 use super::failure::{self, Failure};
 use super::session::Session;
 use super::{accounts, mend, tally, unreadable};
+use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{Error, NewTask, State, TaskId, error};
 
@@ -90,19 +91,20 @@ impl Name {
     }
 }
 
-async fn find(session: &mut Session, name: &Name) -> Result<Found, Failure> {
+async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failure> {
     const FIND: &str = "SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE key = $1
         UNION ALL SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE id = $2";
     let (key, id) = name.parts();
-    let row = sqlx::query(FIND).bind(key).bind(id).fetch_optional(session.db()?).await?.ok_or_else(|| name.missing())?;
-    Ok(Found {
+    let row = sqlx::query(FIND).bind(key).bind(id).fetch_optional(session.db()?).await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(Found {
         task: row.try_get(0)?,
         key: row.try_get(1)?,
         state: failure::state(row.try_get(2)?)?,
         user: row.try_get(3)?,
         run_at: row.try_get(4)?,
         lease: row.try_get(5)?,
-    })
+    }))
 }
 
 /// Take a waiting task from where it waits; None if it is not there any more.
@@ -143,29 +145,37 @@ async fn stray_place(session: &mut Session, found: &Found) -> Result<bool, Failu
 
 /// End a waiting or running task. A running attempt loses its lease.
 ///
-/// By number also what was set aside as unreadable, which goes at once.
-pub(super) async fn end(session: &mut Session, name: &Name, by: ByHand, retention: Duration) -> Result<(), Failure> {
+/// By number also what was set aside as unreadable, which goes at once. Of an earlier try that ended it nothing is known but that.
+pub(super) async fn end(
+    session: &mut Session,
+    name: &Name,
+    by: ByHand,
+    retention: Duration,
+    earlier: &Earlier<()>,
+) -> Result<(), Failure> {
     for _ in 0..TRIES_MAX {
-        let found = match find(session, name).await {
-            // A try before this one may have removed it.
-            Err(failure) if session.again && failure.is_no_such_id() => return Ok(()),
-            found => found?,
+        let found = match find(session, name).await? {
+            // The earlier try has removed it, or its retention is over since.
+            None if earlier.get().is_some() => return Ok(()),
+            found => found.ok_or_else(|| name.missing())?,
         };
         session.begin().await?;
         if found.state == State::Failed
             && matches!((name, by), (Name::Id(_), ByHand::Cancel))
             && remove_unreadable(session, &found).await?
         {
+            earlier.note(());
             return session.commit().await;
         }
         let ended = match found.state {
             State::Waiting => end_waiting(session, &found, by, retention).await?,
             State::Running => end_running(session, &found, by, retention).await?,
-            // A try before this one may have done it.
-            state if session.again && state == by.state() => true,
+            // The earlier try has done it.
+            state if earlier.get().is_some() && state == by.state() => true,
             state => return Err(Failure::from(Error::AlreadyEnded { key: found.key, state })),
         };
         if ended {
+            earlier.note(());
             session.commit().await?;
             session.counts(1);
             return Ok(());
@@ -235,9 +245,21 @@ async fn end_running(session: &mut Session, found: &Found, by: ByHand, retention
 }
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
-pub(super) async fn retry(session: &mut Session, name: &Name) -> Result<(), Failure> {
+///
+/// `earlier` is how an earlier try found it, lease and state. If it is not like that any more, that try was committed, and whatever became of the
+/// task since is left alone.
+pub(super) async fn retry(session: &mut Session, name: &Name, earlier: &Earlier<(i64, State)>) -> Result<(), Failure> {
     for _ in 0..TRIES_MAX {
         let found = find(session, name).await?;
+        let is_now = found.as_ref().map(|found| (found.lease, found.state));
+        if earlier.get().is_some_and(|was| is_now != Some(was)) {
+            session.afterwards(|shared| {
+                shared.marks.hint();
+                shared.wake();
+            });
+            return Ok(());
+        }
+        let found = found.ok_or_else(|| name.missing())?;
         session.begin().await?;
         let done = match found.state {
             State::Waiting if found.run_at == NewTask::HELD_AT.0 => return Err(refused(found, error::HELD)),
@@ -247,6 +269,7 @@ pub(super) async fn retry(session: &mut Session, name: &Name) -> Result<(), Fail
             State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
         };
         if done {
+            earlier.note((found.lease, found.state));
             session.commit().await?;
             session.afterwards(|shared| {
                 shared.marks.hint();
@@ -308,11 +331,13 @@ pub(super) const DROP: &str = "WITH unscheduled AS (
     counted AS (INSERT INTO laelaps.tally (type, live, scheduled) SELECT type, -1, -1 FROM gone)
     SELECT count(*) FROM gone";
 
-/// Remove a held task. Answers as [`release_held`]: what is gone when it is tried again was dropped by the earlier try.
-pub(super) async fn drop_held(session: &mut Session, key: &str) -> Result<bool, Failure> {
-    const GONE: &str = "SELECT NOT EXISTS (SELECT FROM laelaps.task WHERE key = $1)";
-    Ok(take_held(session, DROP, key).await?
-        || (session.again && !key.contains('\0') && sqlx::query_scalar(GONE).bind(key).fetch_one(session.db()?).await?))
+/// Remove a held task. Answers as [`release_held`]: what is gone when it is tried again was dropped by the earlier try, if that one had met it.
+pub(super) async fn drop_held(session: &mut Session, key: &str, earlier: &Earlier<bool>) -> Result<bool, Failure> {
+    session.begin().await?;
+    let dropped = take_held(session, DROP, key).await? || earlier.get().unwrap_or(false);
+    earlier.note(dropped);
+    session.commit().await?;
+    Ok(dropped)
 }
 
 async fn take_held(session: &mut Session, sql: &'static str, key: &str) -> Result<bool, Failure> {
@@ -410,12 +435,21 @@ pub(super) async fn remove(connection: &mut PgConnection, tasks: &[i64], now: i6
 }
 
 /// Remove at most `limit` tasks whose retention has ended, oldest end first. Put differences of counts together, and once nothing is to be
-/// removed any more, see to accounts. One moment counts for all of it: the server's clock may be set back meanwhile.
-pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, Failure> {
+/// removed any more, see to accounts. One moment counts for all of it: the server's clock may be set back meanwhile. `earlier` is what an earlier try was
+/// about to remove, and how many of it were there.
+pub(super) async fn clean_up(session: &mut Session, limit: u32, earlier: &Earlier<(Vec<i64>, u64)>) -> Result<u64, Failure> {
     const LOOK: &str = "SELECT now, EXISTS (SELECT FROM laelaps.retention WHERE until <= now),
             (SELECT count(*) FROM (SELECT FROM laelaps.tally LIMIT $1) AS first) >= $1,
             (SELECT count(*) FROM (SELECT FROM laelaps.account_change LIMIT $2) AS first) >= $2
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
+    const LEFT: &str =
+        "SELECT EXISTS (SELECT FROM laelaps.task WHERE id = ANY($1) AND state IN ('finished', 'failed', 'cancelled')
+        AND retained_until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8))";
+    if let Some((tasks, removed)) = earlier.get().filter(|(_, removed)| *removed > 0)
+        && !sqlx::query_scalar::<_, bool>(LEFT).bind(tasks).fetch_one(session.db()?).await?
+    {
+        return Ok(removed);
+    }
     let look = sqlx::query_as(LOOK).bind(TALLY_MIN).bind(CHANGES_MAX).fetch_one(session.db()?);
     let (now, garbage, counts, changes): (i64, bool, bool, bool) = look.await?;
     if counts {
@@ -430,7 +464,7 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
     }
     for _ in 0..ROUNDS_MAX {
         // What a submit has taken the place of is gone already.
-        let (removed, groups) = remove_over(session, limit, now).await?;
+        let (removed, groups) = remove_over(session, limit, now, earlier).await?;
         if removed > 0 || groups == 0 {
             return Ok(removed);
         }
@@ -439,7 +473,12 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
 }
 
 /// Answers how many were removed, and of how many groups.
-async fn remove_over(session: &mut Session, limit: u32, now: i64) -> Result<(u64, usize), Failure> {
+async fn remove_over(
+    session: &mut Session,
+    limit: u32,
+    now: i64,
+    earlier: &Earlier<(Vec<i64>, u64)>,
+) -> Result<(u64, usize), Failure> {
     const CUT: &str = "UPDATE laelaps.retention SET tasks = $2 WHERE id = $1";
     const OUT: &str = "DELETE FROM laelaps.retention WHERE id = ANY($1)";
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
@@ -461,6 +500,7 @@ async fn remove_over(session: &mut Session, limit: u32, now: i64) -> Result<(u64
     }
     sqlx::query(OUT).bind(done).execute(session.db()?).await?;
     let removed = remove(session.db()?, &tasks, now).await?;
+    earlier.note((tasks, removed));
     session.commit().await?;
     Ok((removed, met))
 }

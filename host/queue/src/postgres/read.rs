@@ -1,4 +1,4 @@
-//! What readers see: one task, lists, counts.
+//! What readers see: one task, its attempts, counts.
 
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
@@ -7,12 +7,10 @@ use super::failure::{self, Failure};
 use super::operate::Name;
 use super::session::Session;
 use super::unreadable;
-use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
-const PAGE_MAX: u32 = 10_000;
-/// The most data and output of a page, unless one task alone has more.
-const PAGE_BYTES_MAX: usize = 64 << 20;
+pub(super) const PAGE_MAX: u32 = 10_000;
 
 macro_rules! task_columns {
     () => {
@@ -23,6 +21,7 @@ macro_rules! task_columns {
         coalesce(task.depth, 0)"
     };
 }
+pub(super) use task_columns;
 
 /// With OFFSET 0 each is looked up by its number, whatever the planner once believed about the size of these tables.
 macro_rules! beside {
@@ -32,6 +31,7 @@ macro_rules! beside {
             WHERE progress.task = task.id AND progress.lease = task.lease AND task.state = 'running' OFFSET 0) AS progress ON true"
     };
 }
+pub(super) use beside;
 
 macro_rules! with_data {
     () => {
@@ -39,9 +39,11 @@ macro_rules! with_data {
         (SELECT output FROM laelaps.output WHERE output.task = task.id)"
     };
 }
+pub(super) use with_data;
 
 /// The task of a row. A row that cannot be read is shown as far as it can be, and says so.
-fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
+/// A task's row, without data.
+pub(super) fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
     let mut task = known(row)?;
     let number = |place: usize| row.try_get::<i32, _>(place).map(|number| Some(i64::from(number)));
     let numbers = [
@@ -105,7 +107,7 @@ fn known(row: &PgRow) -> Result<Task, sqlx::Error> {
 }
 
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
-fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
+pub(super) fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
     let stored: Option<Vec<u8>> = row.try_get(25)?;
     let stored = stored.unwrap_or_default();
     let plain = data::readable(stored);
@@ -167,122 +169,6 @@ pub(super) async fn attempts(session: &mut Session, key: &str) -> Result<Vec<Att
     Ok(records)
 }
 
-macro_rules! list_of {
-    ($source:expr, $keys:expr) => {
-        concat!(
-            "SELECT task.id FROM ",
-            $source,
-            " WHERE task.id > $1 AND ($2::text IS NULL OR task.type = $2) AND ($3::text IS NULL OR task.user_name = $3)
-            AND ($4::text[] IS NULL OR task.state::text = ANY($4)) ",
-            $keys,
-            " ORDER BY task.id LIMIT $7"
-        )
-    };
-}
-
-/// All tasks by number: for all states, or for many.
-pub(super) const SCAN: &str = list_of!("laelaps.task", "AND $5::text IS NULL AND $6::text IS NULL");
-/// By the index of keys.
-pub(super) const BY_KEY: &str = list_of!("laelaps.task", "AND task.key >= $5 AND ($6::text IS NULL OR task.key < $6)");
-/// Few among many ended ones: from the places where they stand.
-pub(super) const FEW: &str = list_of!(
-    "(SELECT task AS id FROM laelaps.ready WHERE task > $1 AND 'waiting' = ANY($4)
-        UNION SELECT task FROM laelaps.scheduled WHERE task > $1 AND 'waiting' = ANY($4)
-        UNION SELECT task FROM laelaps.suspect WHERE task > $1 AND 'waiting' = ANY($4)
-        UNION SELECT unnest(tasks) FROM laelaps.claim WHERE 'running' = ANY($4)
-        UNION SELECT task FROM laelaps.failure WHERE task > $1 AND 'failed' = ANY($4)
-        UNION SELECT task FROM laelaps.cancelled WHERE task > $1 AND 'cancelled' = ANY($4)) AS few
-    CROSS JOIN LATERAL (SELECT id, type, user_name, state FROM laelaps.task WHERE task.id = few.id OFFSET 0) AS task",
-    "AND $5::text IS NULL AND $6::text IS NULL"
-);
-
-pub(super) async fn list(session: &mut Session, filter: &Filter) -> Result<Page, Failure> {
-    const PLAIN: &str =
-        concat!("SELECT ", task_columns!(), " FROM laelaps.task ", beside!(), " WHERE task.id = ANY($1) ORDER BY task.id");
-    const WITH_DATA: &str = concat!(
-        "SELECT ",
-        task_columns!(),
-        with_data!(),
-        " FROM laelaps.task ",
-        beside!(),
-        " WHERE task.id = ANY($1) ORDER BY task.id"
-    );
-    const BYTES: &str =
-        "SELECT greatest(bytes, coalesce(octet_length(data), (SELECT octet_length(data) FROM laelaps.task_data WHERE task_data.task = task.id), 0))::int8
-            + coalesce((SELECT octet_length(output) FROM laelaps.output WHERE output.task = task.id), 0)
-        FROM laelaps.task WHERE id = ANY($1) ORDER BY id";
-    let limit = filter.limit.clamp(1, PAGE_MAX);
-    // Page and tasks have to fit together.
-    session.begin_reading().await?;
-    let mut ids: Vec<i64> = matching(session, filter, limit).await?;
-    let mut more = ids.len() > limit as usize;
-    ids.truncate(limit as usize);
-    if filter.with_data {
-        let bytes: Vec<i64> = sqlx::query_scalar(BYTES).bind(&ids).fetch_all(session.db()?).await?;
-        let mut sum = 0_usize;
-        let fitting = bytes.iter().take_while(|bytes| {
-            sum += usize::try_from(**bytes).unwrap_or(usize::MAX / 2);
-            sum <= PAGE_BYTES_MAX
-        });
-        let fitting = fitting.count().max(1);
-        more |= fitting < ids.len();
-        ids.truncate(fitting);
-    }
-    let sql = if filter.with_data { WITH_DATA } else { PLAIN };
-    let read = if filter.with_data { task_with_data } else { task };
-    let rows = sqlx::query(sql).bind(&ids).fetch_all(session.db()?).await?;
-    session.commit().await?;
-    let mut tasks: Vec<Task> = Vec::with_capacity(rows.len());
-    let mut sum = 0_usize;
-    for row in &rows {
-        let task = read(row)?;
-        // Rows may say less than they have.
-        sum += task.data.as_ref().map_or(0, Vec::len) + task.output.as_ref().map_or(0, Vec::len);
-        if sum > PAGE_BYTES_MAX && !tasks.is_empty() {
-            more = true;
-            break;
-        }
-        tasks.push(task);
-    }
-    let next = tasks.last().map(|task| task.id).filter(|_| more);
-    Ok(Page { tasks, next })
-}
-
-/// The numbers of one more task than the page takes.
-async fn matching(session: &mut Session, filter: &Filter, limit: u32) -> Result<Vec<i64>, Failure> {
-    const ENDED: &str = "SELECT coalesce(sum(finished + failed + cancelled), 0) > coalesce(sum(live), 0) FROM laelaps.tally";
-    let texts = [&filter.task_type, &filter.user, &filter.key_prefix];
-    if texts.into_iter().flatten().any(|text| text.contains('\0')) {
-        return Ok(Vec::new());
-    }
-    let states: Option<Vec<&str>> =
-        (!filter.states.is_empty()).then(|| filter.states.iter().map(|state| state.as_str()).collect());
-    let prefix = filter.key_prefix.as_deref().filter(|prefix| !prefix.is_empty());
-    let few = match (&states, prefix) {
-        (Some(_), None) if !filter.states.contains(&State::Finished) => {
-            // What ended is met one by one on the way through all tasks; what waits is not sorted by number where it stands.
-            !filter.states.contains(&State::Waiting) || sqlx::query_scalar(ENDED).fetch_one(session.db()?).await?
-        }
-        _ => false,
-    };
-    let sql = match prefix {
-        Some(_) => BY_KEY,
-        None if few => FEW,
-        None => SCAN,
-    };
-    let ids = sqlx::query_scalar(sql)
-        .bind(filter.after.map_or(0, |after| after.0))
-        .bind(filter.task_type.as_deref())
-        .bind(filter.user.as_deref())
-        .bind(states)
-        .bind(prefix)
-        .bind(prefix.and_then(successor))
-        .bind(i64::from(limit) + 1)
-        .fetch_all(session.db()?)
-        .await?;
-    Ok(ids)
-}
-
 /// $1 when held tasks run: never; $2 and $3 the keys' bounds.
 pub(super) const HELD: &str = "SELECT task.key FROM laelaps.scheduled
     CROSS JOIN LATERAL (SELECT key FROM laelaps.task WHERE task.id = scheduled.task OFFSET 0) AS task
@@ -309,7 +195,7 @@ pub(super) async fn has_unsettled(session: &mut Session, prefix: &str) -> Result
 }
 
 /// As [`successor`]; if there is none, a text that is greater than any key. A bound that may be missing is none for an index.
-fn end_of(prefix: &str) -> String {
+pub(super) fn end_of(prefix: &str) -> String {
     successor(prefix).unwrap_or_else(|| String::from(char::MAX).repeat(NewTask::NAME_BYTES_MAX / 4 + 1))
 }
 

@@ -253,8 +253,8 @@ impl Shared {
         work.await.unwrap_or(Err(Error::Closed))
     }
 
-    /// As [`Shared::run`], once, for an operation that may take so long.
-    pub(super) async fn run_long<T, F>(self: &Arc<Self>, doing: &'static str, limit: Duration, mut operation: F) -> Result<T>
+    /// As [`Shared::run`], for an operation that may take so long each time.
+    pub(super) async fn run_long<T, F>(self: &Arc<Self>, doing: &'static str, limit: Duration, operation: F) -> Result<T>
     where
         T: Send + 'static,
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T> + Send + 'static,
@@ -262,10 +262,9 @@ impl Shared {
         let pass = self.pass().await?;
         let shared = Arc::clone(self);
         let work = tokio::spawn(async move {
-            let mut tries = Tries::new(Duration::ZERO, limit);
-            let outcome = shared.attempt(&mut operation, &mut tries).await;
+            let outcome = shared.repeat_within(doing, limit, operation).await;
             drop(pass);
-            outcome.map_err(|failure| failure.into_error(doing, shared.connections.place()))
+            outcome
         });
         work.await.unwrap_or(Err(Error::Closed))
     }
@@ -294,11 +293,18 @@ impl Shared {
     }
 
     /// Run an operation without asking for a pass: for one that holds one.
-    pub(super) async fn repeat<T, F>(self: &Arc<Self>, doing: &'static str, mut operation: F) -> Result<T>
+    pub(super) async fn repeat<T, F>(self: &Arc<Self>, doing: &'static str, operation: F) -> Result<T>
     where
         F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
     {
-        let mut tries = Tries::new(self.patience, self.connections.silence_max());
+        self.repeat_within(doing, self.connections.silence_max(), operation).await
+    }
+
+    async fn repeat_within<T, F>(self: &Arc<Self>, doing: &'static str, limit: Duration, mut operation: F) -> Result<T>
+    where
+        F: for<'s> FnMut(&'s mut Session) -> Work<'s, T>,
+    {
+        let mut tries = Tries::new(self.patience, limit);
         let mut pause = Duration::from_millis(4);
         loop {
             let failure = match self.attempt(&mut operation, &mut tries).await {

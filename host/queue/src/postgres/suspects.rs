@@ -58,7 +58,8 @@ pub(super) const RESERVE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(ep
             SELECT id, user_name, max_running FROM laelaps.task
             WHERE task.id = first.task AND state = 'waiting' AND alone AND task.run_at = first.run_at OFFSET 0) AS waits ON true),
     free AS MATERIALIZED (
-        SELECT * FROM known, clock WHERE waits AND (reserved_by IS NULL OR reserved_by = $1 OR reserved_until <= now)
+        SELECT * FROM known, clock WHERE waits AND (reserved_by IS NULL OR reserved_by = $1 OR reserved_until <= now
+                OR NOT EXISTS (SELECT FROM laelaps.host WHERE host.id = reserved_by AND left_at IS NULL AND ended_at IS NULL))
             AND (user_name = '' OR max_running IS NULL OR greatest(max_running, 1)
                 > coalesce((SELECT running FROM laelaps.account WHERE account.user_name = known.user_name), 0))
         ORDER BY (reserved_by = $1) DESC NULLS LAST, run_at, task LIMIT 1),

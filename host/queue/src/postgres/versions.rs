@@ -7,6 +7,7 @@ use sqlx::Row as _;
 use super::failure::{self, Failure};
 use super::session::Session;
 use super::settle::{clean, plugin_ids};
+use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{HostId, PluginVersion, Quarantine, Timestamp};
 
@@ -78,8 +79,10 @@ pub(super) const DIED: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch
 
 /// These hosts were found dead: that counts against the plugin version that alone ran on them.
 pub(super) async fn died(session: &mut Session, hosts: &[i64]) -> Result<(), Failure> {
-    if !hosts.is_empty() {
-        sqlx::query(DIED).bind(hosts).execute(session.db()?).await?;
+    const FORGET: &str = "DELETE FROM laelaps.plugin_death WHERE host <= $1";
+    let Some(last) = hosts.iter().max() else { return Ok(()) };
+    if sqlx::query(DIED).bind(hosts).execute(session.db()?).await?.rows_affected() > 0 {
+        sqlx::query(FORGET).bind(last - i64::from(Quarantine::HOSTS)).execute(session.db()?).await?;
     }
     Ok(())
 }
@@ -110,9 +113,13 @@ pub(super) async fn quarantined(session: &mut Session) -> Result<Vec<Quarantine>
 }
 
 /// Forget the deaths of a plugin version; answers whether there were any. An earlier try whose answer was lost had some.
-pub(super) async fn release(session: &mut Session, digest: &str) -> Result<bool, Failure> {
+pub(super) async fn release(session: &mut Session, digest: &str, earlier: &Earlier<bool>) -> Result<bool, Failure> {
     const RELEASE: &str =
         "DELETE FROM laelaps.plugin_death WHERE plugin = (SELECT id FROM laelaps.plugin_version WHERE digest = $1)";
+    session.begin().await?;
     let released = sqlx::query(RELEASE).bind(clean(digest)).execute(session.db()?).await?.rows_affected();
-    Ok(released > 0 || session.again)
+    let released = released > 0 || earlier.get().unwrap_or(false);
+    earlier.note(released);
+    session.commit().await?;
+    Ok(released)
 }

@@ -1,17 +1,14 @@
-//! What readers see: one task, lists, counts. None of it takes the writer's lock.
+//! What readers see: one task, its attempts, counts. None of it takes the writer's lock.
 
 use sqlx::Row as _;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::accounts::json;
 use super::failure;
 use super::rows::{Columns, lossy};
-use crate::{AttemptRecord, Filter, HostId, Lease, NewTask, Page, Progress, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
-const PAGE_MAX: u32 = 10_000;
-/// The most data and output of a page, unless one task alone has more.
-const PAGE_BYTES_MAX: usize = 64 << 20;
+pub(super) const PAGE_MAX: u32 = 10_000;
 
 macro_rules! task_columns {
     () => {
@@ -21,6 +18,7 @@ macro_rules! task_columns {
         progress.done, progress.total, progress.note, task.releases, task.lost_alone, task.depth"
     };
 }
+pub(super) use task_columns;
 
 macro_rules! beside {
     () => {
@@ -28,8 +26,10 @@ macro_rules! beside {
         LEFT JOIN progress ON progress.task = task.id AND progress.lease = task.lease AND task.state = 'running'"
     };
 }
+pub(super) use beside;
 
-fn task(row: &SqliteRow) -> Task {
+/// A task's row, without data.
+pub(super) fn task(row: &SqliteRow) -> Task {
     let mut columns = Columns::of(row);
     let mut task = from_columns(&mut columns);
     task.unreadable = columns.problem();
@@ -80,7 +80,7 @@ fn from_columns(columns: &mut Columns<'_>) -> Task {
 }
 
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
-fn task_with_data(row: &SqliteRow) -> Task {
+pub(super) fn task_with_data(row: &SqliteRow) -> Task {
     let mut columns = Columns::of(row);
     let mut task = from_columns(&mut columns);
     if let bytes @ 17_825_793.. = columns.whole(26, "data's size") {
@@ -102,12 +102,14 @@ macro_rules! data_and_output {
         ", CASE WHEN octet_length(task_data.data) <= 17825792 THEN task_data.data END, output.output, octet_length(task_data.data)"
     };
 }
+pub(super) use data_and_output;
 
 macro_rules! data_beside {
     () => {
         " LEFT JOIN task_data ON task_data.task = task.id LEFT JOIN output ON output.task = task.id"
     };
 }
+pub(super) use data_beside;
 
 pub(super) async fn get(readers: &SqlitePool, key: &str) -> Result<Option<Task>, sqlx::Error> {
     const GET: &str =
@@ -156,131 +158,8 @@ pub(super) async fn attempts(readers: &SqlitePool, key: &str) -> Result<Vec<Atte
     Ok(rows.iter().rev().map(record).collect())
 }
 
-macro_rules! list_of {
-    ($source:expr, $keys:expr) => {
-        concat!(
-            "SELECT task.id FROM ",
-            $source,
-            " WHERE task.id > ?1 AND (?2 IS NULL OR task.type = ?2) AND (?3 IS NULL OR task.user = ?3)
-            AND (?4 IS NULL OR task.state IN (SELECT value FROM json_each(?4))) ",
-            $keys,
-            " ORDER BY task.id LIMIT ?7"
-        )
-    };
-}
-
-/// All tasks by number: for all states, or for many finished ones.
-const SCAN: &str = list_of!("task", "AND ?5 IS NULL AND ?6 IS NULL");
-/// By the index of keys; any blob is greater than any text.
-const BY_KEY: &str = list_of!("task INDEXED BY task_key", "AND task.key >= ?5 AND task.key < coalesce(?6, x'')");
-/// Those next in line, as far as they are among so many tasks: the rest of a queue waits together, as a rule.
-const NEAR: &str = list_of!(
-    "(SELECT id FROM task WHERE id > ?1 ORDER BY id LIMIT 20000) AS near CROSS JOIN task ON task.id = near.id",
-    "AND ?5 IS NULL AND ?6 IS NULL"
-);
-/// Few among many finished ones: from the places where they stand.
-const FEW: &str = list_of!(
-    "(SELECT task AS id FROM ready WHERE task > ?1 AND ?4 LIKE '%waiting%'
-        UNION ALL SELECT task FROM scheduled WHERE task > ?1 AND ?4 LIKE '%waiting%'
-        UNION ALL SELECT task FROM suspect WHERE task > ?1 AND ?4 LIKE '%waiting%'
-        UNION ALL SELECT id FROM task INDEXED BY task_running WHERE state = 'running' AND id > ?1 AND ?4 LIKE '%running%'
-        UNION ALL SELECT id FROM task INDEXED BY task_failed WHERE state = 'failed' AND id > ?1 AND ?4 LIKE '%failed%'
-        UNION ALL SELECT id FROM task INDEXED BY task_cancelled WHERE state = 'cancelled' AND id > ?1 AND ?4 LIKE '%cancelled%') AS few
-    CROSS JOIN task ON task.id = few.id",
-    "AND ?5 IS NULL AND ?6 IS NULL"
-);
-
-pub(super) async fn list(readers: &SqlitePool, filter: &Filter) -> Result<Page, sqlx::Error> {
-    const PLAIN: &str = concat!(
-        "SELECT ",
-        task_columns!(),
-        " FROM json_each(?1) AS page CROSS JOIN task ON task.id = page.value ",
-        beside!(),
-        " ORDER BY task.id"
-    );
-    const WITH_DATA: &str = concat!(
-        "SELECT ",
-        task_columns!(),
-        data_and_output!(),
-        " FROM json_each(?1) AS page CROSS JOIN task ON task.id = page.value ",
-        beside!(),
-        data_beside!(),
-        " ORDER BY task.id"
-    );
-    const BYTES: &str = "SELECT page.value,
-            max(min(max(coalesce(task_data.bytes, 0), 0), 16777216), min(coalesce(octet_length(task_data.data), 0), 17825792))
-                + coalesce(octet_length(output.output), 0)
-        FROM json_each(?1) AS page LEFT JOIN task_data ON task_data.task = page.value LEFT JOIN output ON output.task = page.value
-        ORDER BY page.value";
-    let limit = filter.limit.clamp(1, PAGE_MAX);
-    // Page and tasks have to fit together.
-    let mut reading = readers.begin().await?;
-    let mut ids: Vec<i64> = matching(filter, limit, &mut reading).await?;
-    let mut more = ids.len() > limit as usize;
-    ids.truncate(limit as usize);
-    if filter.with_data {
-        let bytes: Vec<(i64, i64)> = sqlx::query_as(BYTES).bind(json(&ids)).fetch_all(&mut *reading).await?;
-        let mut sum = 0_usize;
-        let fitting = bytes.iter().take_while(|(_, bytes)| {
-            sum += usize::try_from(*bytes).unwrap_or(usize::MAX / 2);
-            sum <= PAGE_BYTES_MAX
-        });
-        let fitting = fitting.count().max(1);
-        more |= fitting < ids.len();
-        ids.truncate(fitting);
-    }
-    let sql = if filter.with_data { WITH_DATA } else { PLAIN };
-    let read = if filter.with_data { task_with_data } else { task };
-    let rows = sqlx::query(sql).bind(json(&ids)).fetch_all(&mut *reading).await?;
-    let tasks: Vec<Task> = rows.iter().map(read).collect();
-    let next = tasks.last().map(|task| task.id).filter(|_| more);
-    Ok(Page { tasks, next })
-}
-
-/// The numbers of one more task than the page takes.
-async fn matching(filter: &Filter, limit: u32, reading: &mut sqlx::sqlite::SqliteConnection) -> Result<Vec<i64>, sqlx::Error> {
-    let states = (!filter.states.is_empty()).then(|| json(filter.states.iter().map(|state| state.as_str())));
-    let prefix = filter.key_prefix.as_deref().filter(|prefix| !prefix.is_empty());
-    let sql = match (prefix, &states) {
-        (Some(_), _) => BY_KEY,
-        (None, Some(_)) if !filter.states.contains(&State::Finished) => FEW,
-        _ => SCAN,
-    };
-    if sql == FEW {
-        let near = rows_of(NEAR, filter, limit, states.clone(), prefix, reading).await?;
-        if near.len() > limit as usize {
-            return Ok(near);
-        }
-    }
-    rows_of(sql, filter, limit, states, prefix, reading).await
-}
-
-async fn rows_of(
-    sql: &'static str,
-    filter: &Filter,
-    limit: u32,
-    states: Option<String>,
-    prefix: Option<&str>,
-    reading: &mut sqlx::sqlite::SqliteConnection,
-) -> Result<Vec<i64>, sqlx::Error> {
-    let rows = sqlx::query(sql)
-        .bind(filter.after.map_or(i64::MIN, |after| after.0))
-        .bind(filter.task_type.clone())
-        .bind(filter.user.clone())
-        .bind(states)
-        .bind(prefix.map(str::to_owned))
-        .bind(prefix.and_then(successor))
-        .bind(i64::from(limit) + 1)
-        .fetch_all(reading)
-        .await?;
-    let mut tasks = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
-    // One that stands in two places is one task.
-    tasks.dedup();
-    Ok(tasks)
-}
-
 /// The least text that is greater than all that start with `prefix`; None if there is none.
-fn successor(prefix: &str) -> Option<String> {
+pub(super) fn successor(prefix: &str) -> Option<String> {
     let mut characters: Vec<char> = prefix.chars().collect();
     while let Some(last) = characters.pop() {
         let next = (u32::from(last) + 1..=u32::from(char::MAX)).find_map(char::from_u32);

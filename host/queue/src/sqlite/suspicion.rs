@@ -13,9 +13,6 @@ use super::writer::Session;
 use crate::outcome::ms;
 use crate::{HostId, LeaseRef, PluginVersion, Policy, Quarantine, Timestamp};
 
-/// Deaths that are remembered belong to the last so many hosts; what is older counts for nothing any more.
-const DEATHS_OF_HOSTS: i64 = 10_000;
-
 /// What one task's excused losses were.
 #[derive(Default)]
 struct Excused {
@@ -121,7 +118,7 @@ pub(super) async fn died(session: &mut Session, hosts: &[HostId]) -> Result<(), 
     const FORGET: &str = "DELETE FROM plugin_death WHERE host <= (SELECT max(id) FROM host) - ?1";
     let now = session.now;
     if sqlx::query(ENTER).bind(json(hosts)).bind(now).execute(session.db()).await?.rows_affected() > 0 {
-        sqlx::query(FORGET).bind(DEATHS_OF_HOSTS).execute(session.db()).await?;
+        sqlx::query(FORGET).bind(Quarantine::HOSTS).execute(session.db()).await?;
     }
     leave(session, hosts).await
 }

@@ -1,5 +1,6 @@
-//! Worker processes that are killed and stopped, connections that go silent or lose the answer to a commit, servers that are killed, producers that
-//! hold keys: in any mix, and none of it may lose a task, give one to two, or accept a stale write.
+//! Worker processes that are killed and stopped, connections that go silent or lose the answer to a commit, servers that are killed or give way to
+//! their replicas, clocks that step, producers that hold keys: in any mix, and none of it may lose a task, give one to two, or accept a stale write.
+//! A replica that has not got what came last loses it, and still no lease is given out twice and no stale write accepted.
 //!
 //! Everything that a process asks and hears is written down ([`history`]), and must be what a queue that keeps its promises can answer
 //! ([`checker`]; [`planted`] shows that it finds what it is there for). In the end the tables are compared with one another as well.
@@ -8,29 +9,37 @@
 //! with a new seed. `LAELAPS_SEED=NUMBER` repeats the faults and their order; what the workers were doing just then is theirs.
 
 mod checker;
+mod clock;
 mod fault;
 mod history;
+mod place;
 mod planted;
 mod worker;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use laelaps_queue::{Error, Filter, NewTask, Queue};
-use laelaps_test_databases::{LONG, eventually};
+use laelaps_test_databases::{LONG, Replication, eventually};
 use tempfile::TempDir;
 
 use self::checker::check;
-use self::fault::{Faults, Place};
-use self::history::{Answer, Asked, Left, Operation, Recorder, read};
-use self::worker::{config, history_of, new_task, submit};
+use self::fault::Faults;
+use self::history::{Answer, Asked, Left, Operation, Recorder, history_of, read};
+use self::place::Place;
+use self::worker::{config, new_task, submit};
 use crate::explorer::{is_full, seed, variable};
 use crate::fixture::{Database, Fixture};
 
 /// Tasks that producers submit.
 const TASKS: usize = 1_000;
 const TASKS_FULL: usize = 1_000_000;
-/// A fault for so many tasks, and the fewest of a run.
-const TASKS_OF_FAULT: usize = 2_500;
+/// A fault for so many tasks: at full size 125, most of them over within two seconds.
+const TASKS_OF_FAULT: usize = 8_000;
+/// Tasks of a run that loses some.
+const TASKS_LOST: usize = 300;
+/// The task that is lost for sure.
+const LOST: &str = "lost";
+/// The fewest faults of a run in which nothing may be lost.
 const FAULTS_MIN: usize = 12;
 /// Tasks of one submit.
 const BATCH: usize = 50;
@@ -91,25 +100,58 @@ impl Producer {
     }
 }
 
-/// How large a run is: tasks, and faults.
-fn size() -> (usize, usize) {
+/// How many tasks a run has.
+fn size() -> usize {
     let tasks = variable("LAELAPS_TASKS").map(|tasks| tasks.parse().expect("LAELAPS_TASKS is a number"));
-    let tasks = tasks.unwrap_or(if is_full() { TASKS_FULL } else { TASKS });
-    (tasks, (tasks / TASKS_OF_FAULT).max(FAULTS_MIN))
+    tasks.unwrap_or(if is_full() { TASKS_FULL } else { TASKS })
 }
 
-async fn chaos(database: Database) {
-    let seed = seed();
-    let (tasks, parts) = size();
-    println!("chaos on {database:?}: {tasks} tasks, {parts} faults, LAELAPS_SEED={seed}");
+/// Nothing is lost with a server, whoever takes its place.
+async fn chaos(making: impl Future<Output = Place>) {
+    let (place, history, left) = run(making, Replication::Synchronous, size()).await;
+    let name = place.name();
+    let begun = Instant::now();
+    let wrong = check(&history, &left);
+    assert!(wrong.is_empty(), "LAELAPS_SEED repeats the faults; {} operations show {wrong:#?}", history.len());
+    let checked = begun.elapsed().as_secs_f64();
+    let Told { claimed, refused, unheard } = Told::of(&history);
+    println!(
+        "chaos on {name}: {} operations, {unheard} without an answer; {claimed} attempts, {refused} writes refused",
+        history.len()
+    );
+    assert!(claimed > left.len() && refused > 0 && unheard > 0, "nothing came of the faults");
+    place.audit().await;
+    println!("chaos on {name}: checked in {checked:.1} s, audited in {:.1} s", begun.elapsed().as_secs_f64() - checked);
+}
+
+/// What a replica has not got is lost.
+async fn chaos_with_losses(database: Database) {
+    let (place, mut history, left) =
+        run(Box::pin(Place::make(database, Replication::Asynchronous)), Replication::Asynchronous, TASKS_LOST).await;
+    let wrong = check(&history, &left);
+    assert!(wrong.is_empty(), "LAELAPS_SEED repeats the faults; {} operations show {wrong:#?}", history.len());
+    history.retain(|operation| operation.asked != Asked::Lose);
+    let lost = check(&history, &left);
+    println!("chaos on {database:?}: {} operations show that something was lost, as {:?}", history.len(), lost.first());
+    assert!(!lost.is_empty() && left.iter().all(|task| task.key != LOST), "nothing was lost");
+    place.audit().await;
+}
+
+/// Let workers do tasks while faults happen, and then what is left. Answers the database, all that was asked and answered, and
+/// what is there in the end.
+async fn run(making: impl Future<Output = Place>, replication: Replication, tasks: usize) -> (Place, Vec<Operation>, Vec<Left>) {
+    let (seed, begun) = (seed(), Instant::now());
     let mut random = fastrand::Rng::with_seed(seed);
     let histories = TempDir::new().expect("a folder for histories");
-    let mut place = Place::make(database).await;
+    let mut place = making.await;
+    let name = place.name();
     let queue = Queue::open(&config(&place.url)).await.expect("the database can be opened");
-    queue.init().await.expect("an empty database can be initialised");
     let recorder = Recorder::new(&history_of(histories.path(), "producer"));
     let mut producer = Producer { queue, recorder, random: random.fork(), next: 0 };
-    let mut faults = Faults::begin(&place, histories.path(), random).await;
+    let mut faults = Faults::begin(&place, replication, histories.path(), random).await;
+    let parts = (tasks / TASKS_OF_FAULT).max(faults.fewest());
+    let ready = begun.elapsed().as_secs_f64();
+    println!("chaos on {name}: {tasks} tasks, {parts} faults, LAELAPS_SEED={seed}; made ready in {ready:.1} s");
     for _ in 0..parts {
         producer.submit(tasks.div_ceil(parts)).await;
         producer.wait_for_work_to_get_on(tasks.div_ceil(parts)).await;
@@ -118,18 +160,11 @@ async fn chaos(database: Database) {
     }
     faults.end().await;
     let left = everything_ends(&producer.queue, histories.path(), &place).await;
-    println!("chaos on {database:?}: {} tasks in the end; {}", left.len(), faults.told());
-    let history = read(histories.path());
-    let wrong = check(&history, &left);
-    assert!(wrong.is_empty(), "LAELAPS_SEED={seed} repeats the faults; {} operations show {wrong:#?}", history.len());
-    let Told { claimed, refused, unheard } = Told::of(&history);
-    println!(
-        "chaos on {database:?}: {} operations, {unheard} without an answer; {claimed} attempts, {refused} writes refused",
-        history.len()
-    );
-    assert!(claimed > left.len() && refused > 0 && unheard > 0, "nothing came of the faults");
+    let took = begun.elapsed().as_secs_f64();
+    println!("chaos on {name}: {} tasks in the end, after {took:.1} s; {}", left.len(), faults.told());
     producer.queue.close().await;
-    place.audit().await;
+    let history = place.in_order(read(histories.path()));
+    (place, history, left)
 }
 
 /// What a history has to tell, so that it is known to be one of trouble.
@@ -199,7 +234,8 @@ macro_rules! on_databases {
         $(mod $module {
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn whatever_fails_no_task_is_lost_or_done_by_two_who_both_hold_it() {
-                super::chaos(super::Database::$database).await;
+                use super::{Place, Replication};
+                super::chaos(Box::pin(Place::make(super::Database::$database, Replication::Synchronous))).await;
             }
         })+
     };
@@ -208,4 +244,28 @@ on_databases! {
     on_sqlite: Sqlite;
     on_postgres: Postgres;
     on_mariadb: MariaDb;
+}
+
+macro_rules! with_losses {
+    ($($module:ident: $database:ident;)+) => {
+        mod with_losses {
+            $(mod $module {
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn a_replica_that_takes_over_without_what_came_last_accepts_no_stale_write() {
+                    super::super::chaos_with_losses(super::super::Database::$database).await;
+                }
+            })+
+        }
+    };
+}
+with_losses! {
+    on_postgres: Postgres;
+    on_mariadb: MariaDb;
+}
+
+mod on_perfectqueue {
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn whatever_fails_no_task_is_lost_or_done_by_two_who_both_hold_it() {
+        super::chaos(Box::pin(super::Place::of_perfectqueue())).await;
+    }
 }

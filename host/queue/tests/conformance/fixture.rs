@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{
-    Attempt, Backend, Backoff, Claim, ClaimedTask, Config, Connections, Event, HostDescription, HostId, NewTask, Policy, Queue,
-    Settlement, State, Task, Timestamp,
+    Attempt, Backend, Backoff, Claim, ClaimedTask, Config, Connections, Event, HostDescription, HostId, Kind, NewTask, Policy,
+    Queue, Settlement, State, Task, Timestamp,
 };
 use laelaps_test_databases::{LONG as PATIENCE_MAX, eventually};
 use tempfile::TempDir;
@@ -15,6 +15,7 @@ use tempfile::TempDir;
 pub(crate) use laelaps_test_databases::PATIENCE;
 
 mod mariadb;
+mod perfectqueue;
 pub(crate) mod postgres;
 mod sqlite;
 
@@ -52,22 +53,45 @@ impl Fixture {
             Database::Postgres => postgres::url().await,
             Database::MariaDb => mariadb::url().await,
         };
-        Self::over(database, folder, url).await
+        Self::over(database, folder, url, Kind::Native).await
     }
 
     /// A queue with its tables in a database of a server of the caller's.
     pub(crate) async fn on(database: Database, url: String) -> Self {
+        Self::of_kind(database, url, Kind::Native).await
+    }
+
+    /// PerfectQueue's table, with ours beside it. It keeps fewer promises than our own: the explorer and chaos know which.
+    pub(crate) async fn perfectqueue() -> Self {
+        Self::on_perfectqueue(mariadb::url().await).await
+    }
+
+    /// The same in a database of a server of the caller's.
+    pub(crate) async fn on_perfectqueue(url: String) -> Self {
+        Self::of_kind(Database::MariaDb, url, Kind::PerfectQueue(perfectqueue::table())).await
+    }
+
+    async fn of_kind(database: Database, url: String, kind: Kind) -> Self {
         let folder = TempDir::new().expect("a temporary folder can be made");
-        let fixture = Self::over(database, folder, url).await;
+        let fixture = Self::over(database, folder, url, kind).await;
         fixture.queue.init().await.expect("an empty database can be initialised");
         fixture
     }
 
-    async fn over(database: Database, folder: TempDir, url: String) -> Self {
+    async fn over(database: Database, folder: TempDir, url: String, kind: Kind) -> Self {
         let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), suspicion: Duration::ZERO, ..Policy::default() };
-        let config = Config { policy, patience: PATIENCE_MAX, connections: patient(), ..Config::new(url) };
+        let config = Config { kind, policy, patience: PATIENCE_MAX, connections: patient(), ..Config::new(url) };
         let queue = Queue::open(&config).await.expect("the database can be opened");
         Self { database, folder, config, queue }
+    }
+
+    pub(crate) fn is_perfectqueue(&self) -> bool {
+        self.config.kind != Kind::Native
+    }
+
+    /// The name of PerfectQueue's table.
+    pub(crate) fn table(&self) -> &str {
+        perfectqueue::name(&self.config)
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -86,7 +110,7 @@ impl Fixture {
     /// The same database with another queue, as another process would have it.
     pub(crate) async fn beside(&self) -> Self {
         let folder = TempDir::new().expect("a temporary folder can be made");
-        Self::over(self.database, folder, self.config.url.clone()).await
+        Self::over(self.database, folder, self.config.url.clone(), self.config.kind.clone()).await
     }
 
     /// The database as it would be found if all machines had stopped at this very moment: what is on the disk, without any clean end.
@@ -101,7 +125,7 @@ impl Fixture {
             // What a server has committed is as it is for whoever comes next; its own death has tests of its own.
             Database::MariaDb => (TempDir::new().expect("a temporary folder can be made"), self.config.url.clone()),
         };
-        Self::over(self.database, folder, url).await
+        Self::over(self.database, folder, url, self.config.kind.clone()).await
     }
 
     pub(crate) async fn host(&self) -> HostId {
@@ -184,6 +208,11 @@ impl Fixture {
         .await;
     }
 
+    /// Write nonsense where the data of all tasks is, in PerfectQueue's table.
+    pub(crate) async fn damage_every_task(&self) {
+        perfectqueue::damage(&self.config).await;
+    }
+
     /// Let what all hosts still have count as lost, as it does after a crash: at once where a host's life can be seen, else when its
     /// leases have run out.
     pub(crate) async fn bury(&self) {
@@ -205,6 +234,7 @@ impl Fixture {
                 assert_eq!(self.backend().audit().await.expect("the tables can be compared"), [] as [&str; 0]);
             }
             Database::Postgres => postgres::audit(&self.config).await,
+            Database::MariaDb if self.is_perfectqueue() => perfectqueue::audit(&self.config).await,
             Database::MariaDb => mariadb::audit(&self.config).await,
         }
     }
@@ -246,7 +276,12 @@ pub(crate) fn task_of(user: &str, key: &str, max_running: Option<u32>) -> NewTas
 /// What follows an event, by the policy of the fixture.
 pub(crate) fn settled(task: &ClaimedTask, event: Event) -> Settlement {
     let policy = Policy { backoff: Backoff::Fixed(Duration::ZERO), suspicion: Duration::ZERO, ..Policy::default() };
-    Settlement::of(task.lease_ref, event, Attempt::of(task), &policy, 0.5, None, Vec::new())
+    settled_by(&policy, task, event)
+}
+
+/// What follows an event, by another policy.
+pub(crate) fn settled_by(policy: &Policy, task: &ClaimedTask, event: Event) -> Settlement {
+    Settlement::of(task.lease_ref, event, Attempt::of(task), policy, 0.5, None, Vec::new())
 }
 
 /// The same with other follow-ups.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use laelaps_queue::{
-    Beat, Claim, ClaimedTask, Config, Error, Event, HostId, LeaseAnswer, NewTask, Queue, State, Submitted, Timestamp,
+    Beat, Claim, ClaimedTask, Config, Error, Event, HostId, LeaseAnswer, NewTask, Queue, State, Submitted, Timestamp, Update,
 };
 use laelaps_test_databases::{Durability, eventually, mariadb, unique_name};
-use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
+use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
 
+use crate::explorer::is_waiting;
 use crate::fixture::{Database, Fixture, LONG, PATIENCE, finish, keys, settled, task, task_of, with_follow_ups};
 
 async fn beside(fixture: &Fixture) -> MySqlConnection {
@@ -103,6 +104,37 @@ async fn a_settlement_whose_follow_ups_key_is_held_is_busy_and_changes_nothing()
     run(&mut producer, "COMMIT").await;
     assert_eq!(waiting.await.unwrap().unwrap(), Submitted::AlreadyExists);
     assert_eq!(fixture.backend().settle(&[with_next]).await.unwrap(), [LeaseAnswer::Held]);
+    fixture.audit().await;
+}
+
+/// Somebody holds the row of the second task: what is written of the first is nobody's yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn updates_of_several_tasks_are_one_transaction() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a"), task("b")]).await;
+    let claimed = fixture.claim(host, 2).await;
+    let mut holder = beside(&fixture).await;
+    run(&mut holder, "START TRANSACTION; SELECT id FROM laelaps_task WHERE `key` = 'b' FOR UPDATE").await;
+    let update = |task: &ClaimedTask| Update { lease_ref: task.lease_ref, members: br#"{"m":1}"#.to_vec() };
+    let updates: Vec<Update> = claimed.iter().map(update).collect();
+    let backend = Arc::clone(fixture.backend());
+    let updating = tokio::spawn(async move { backend.update_many(&updates).await });
+    let mut watcher = beside(&fixture).await;
+    eventually(PATIENCE, "it waits for the row", async || {
+        const SESSIONS: &str = "SELECT CAST(id AS UNSIGNED) FROM information_schema.processlist WHERE db = DATABASE()";
+        let sessions: Vec<u64> = sqlx::query_scalar(SESSIONS).fetch_all(&mut watcher).await.unwrap();
+        let status = sqlx::raw_sql("SHOW ENGINE INNODB STATUS").fetch_one(&mut watcher).await.unwrap();
+        let status: String = status.try_get(2).unwrap();
+        let waits = sessions.iter().any(|session| is_waiting(&status, u32::try_from(*session).unwrap()));
+        if waits { Ok(()) } else { Err(format!("none of {sessions:?} waits")) }
+    })
+    .await;
+    assert_eq!(fixture.get("a").await.data, Some(br#"{"n":1}"#.to_vec()));
+    run(&mut holder, "COMMIT").await;
+    let answers = updating.await.unwrap().unwrap();
+    assert!(answers.iter().all(|answer| matches!(answer, Ok(LeaseAnswer::Held))), "{answers:?}");
+    assert_eq!(fixture.get("a").await.data, Some(br#"{"n":1,"m":1}"#.to_vec()));
     fixture.audit().await;
 }
 

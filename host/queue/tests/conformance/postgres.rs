@@ -110,6 +110,10 @@ async fn a_server_that_is_killed_and_comes_back_loses_nothing() {
     .await;
     let stats = queue.stats().await.unwrap();
     assert_eq!((stats.finished, stats.ready, stats.running), (TASKS as u64, 0, 0));
+    // Its connections have died while they were idle.
+    server.kill();
+    Box::pin(server.restart()).await;
+    assert_eq!(queue.backend().audit().await.unwrap(), Vec::<String>::new());
     queue.close().await;
 }
 

@@ -125,7 +125,7 @@ async fn tasks_are_named_by_their_numbers_as_by_their_keys() {
 /// Rows of places that their tasks do not know, each of its kind. What is named good can run in spite of them.
 const CONTRADICTIONS: [&str; 9] = [
     // Of no task, of one that has ended, and twice.
-    "INSERT INTO laelaps_ready VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect VALUES (1, 987656)",
+    "INSERT INTO laelaps_ready VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect (run_at, task) VALUES (1, 987656)",
     "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'ended'",
     "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'ended'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
     "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'good'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",

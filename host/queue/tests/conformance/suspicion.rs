@@ -73,6 +73,47 @@ promises! {
         assert_eq!(keys(&fixture.backend().claim(&asking(host, false)).await.unwrap().tasks), ["b"]);
     }
 
+    async fn a_suspect_drains_one_host_at_a_time_and_none_while_its_user_is_at_its_limit(fixture: &Fixture) {
+        fixture.submit(&[task_of("u", "suspect", Some(1))]).await;
+        thought_dead(fixture, "one", false).await;
+        thought_dead(fixture, "two", false).await;
+        let (one, two, three) = (fixture.host().await, fixture.host().await, fixture.host().await);
+        let ask = async |host, alone| fixture.backend().claim(&asking(host, alone)).await.unwrap();
+        fixture.submit(&[task_of("u", "other", Some(1))]).await;
+        let other = ask(one, false).await;
+        assert_eq!((keys(&other.tasks), other.alone_waiting), (vec!["other"], false));
+        for host in [one, two, one] {
+            assert!(!ask(host, false).await.alone_waiting, "nobody ends anything for what may not run");
+        }
+        assert!(ask(two, true).await.tasks.is_empty());
+        fixture.backend().settle(&[settled(&other.tasks[0], finish())]).await.unwrap();
+        for _ in 0..2 {
+            assert!(ask(two, false).await.alone_waiting);
+            assert!(!ask(one, false).await.alone_waiting, "one host is enough");
+        }
+        // With that host gone, it is another's turn.
+        fixture.backend().unregister_host(two).await.unwrap();
+        assert!(ask(one, false).await.alone_waiting);
+        assert!(!ask(three, false).await.alone_waiting);
+        let alone = ask(three, true).await;
+        assert_eq!((keys(&alone.tasks), alone.alone_waiting), (vec!["suspect"], false), "who runs nothing takes it, reserved or not");
+        assert!(!ask(one, false).await.alone_waiting);
+    }
+
+    async fn as_many_hosts_drain_as_there_are_suspects(fixture: &Fixture) {
+        fixture.submit(&[task("a"), task("b")]).await;
+        thought_dead(fixture, "one", false).await;
+        thought_dead(fixture, "two", false).await;
+        let hosts = [fixture.host().await, fixture.host().await, fixture.host().await];
+        for _ in 0..2 {
+            let mut drain = Vec::new();
+            for host in hosts {
+                drain.push(fixture.backend().claim(&asking(host, false)).await.unwrap().alone_waiting);
+            }
+            assert_eq!(drain, [true, true, false]);
+        }
+    }
+
     async fn an_excused_loss_of_a_limited_user_opens_its_account(fixture: &Fixture) {
         fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1))]).await;
         thought_dead(fixture, "one", false).await;

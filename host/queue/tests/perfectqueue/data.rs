@@ -146,3 +146,37 @@ async fn a_producers_own_transaction_has_its_tasks_or_none() {
     let stats = site.queue.stats().await.unwrap();
     assert_eq!((stats.ready, stats.scheduled), (1, 1));
 }
+
+/// Ruby's clean-up knows nothing of what is noted beside a task.
+#[tokio::test]
+async fn a_later_task_of_a_key_has_nothing_of_an_earlier_one() {
+    let site = Site::new().await;
+    let (host, mut ruby) = (site.host().await, site.ruby().await);
+    for later_max_attempts in [Some(7), None] {
+        site.submit(&[NewTask { max_attempts: Some(3), user: Some("u".to_owned()), ..task("a") }]).await;
+        let first = site.claim(host, 1).await.remove(0);
+        let trouble = Event::Trap { message: "first".to_owned() };
+        assert_eq!(site.settle(&first, trouble).await, LeaseAnswer::Held);
+        let second = site.claim(host, 1).await.remove(0);
+        let output = Event::Finish { output: Some(b"of the first".to_vec()), retention: None };
+        assert_eq!(site.settle(&second, output).await, LeaseAnswer::Held);
+        assert_eq!(site.get("a").await.output.as_deref(), Some(&b"of the first"[..]));
+        ruby.run("UPDATE {t} SET timeout = UNIX_TIMESTAMP() - 1000000001").await;
+        assert_eq!(ruby.clean_up().await, 1);
+        ruby.run("UPDATE {s} SET created_at = created_at - 1").await;
+        if later_max_attempts.is_some() {
+            site.submit(&[NewTask { max_attempts: later_max_attempts, ..task("a") }]).await;
+        } else {
+            ruby.submit("a", br#"{"type":"t"}"#).await;
+        }
+        let later = site.get("a").await;
+        assert_eq!((later.attempts, &later.error_code, &later.error_message), (0, &None, &None));
+        assert_eq!((later.finished_at, &later.user, later.max_attempts), (None, &None, later_max_attempts));
+        assert_eq!(site.backend().audit().await.unwrap(), [""; 0]);
+        assert!(ruby.finish("a", 400).await);
+        assert_eq!(site.get("a").await.output, None);
+        let filter = laelaps_queue::Filter { with_data: true, ..laelaps_queue::Filter::default() };
+        assert_eq!(site.queue.list(&filter).await.unwrap().tasks[0].output, None);
+        ruby.run_raw("DELETE FROM {t}; DELETE FROM {s}").await;
+    }
+}

@@ -84,6 +84,12 @@ impl Site {
         &table.table
     }
 
+    /// Whether our tables stand beside it.
+    pub(crate) fn has_ours(&self) -> bool {
+        let Kind::PerfectQueue(table) = &self.config.kind else { unreachable!("a table of PerfectQueue") };
+        table.side_table
+    }
+
     pub(crate) async fn host(&self) -> HostId {
         let description = HostDescription { name: "tester".to_owned(), process_id: std::process::id(), identity: None };
         self.backend().register_host(&description).await.unwrap()

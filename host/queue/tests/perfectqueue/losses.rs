@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use laelaps_queue::{Claim, ClaimedTask, HostId, LeaseAnswer, PluginVersion, Policy, Queue, State};
 
-use crate::fixture::{Site, asking, finish, keys, task};
+use crate::fixture::{Site, asking, finish, keys, task, task_of};
 
 /// A lease that is over at once: times are whole seconds.
 const SHORT: Duration = Duration::from_millis(100);
@@ -126,6 +126,50 @@ async fn no_task_fails_by_losses_before_suspicion_has_lasted() {
 }
 
 #[tokio::test]
+async fn a_suspect_drains_one_host_at_a_time_and_none_while_its_user_is_at_its_limit() {
+    let site = Site::new().await;
+    let (second, third) = (site.another().await, site.another().await);
+    let (one, two, three) = (site.watched("one").await, second.watched("two").await, third.host().await);
+    let ask = async |site: &Site, host, alone| site.backend().claim(&Claim { alone, ..asking(host, 9) }).await.unwrap();
+    site.submit(&[task_of("u", "a", Some(1))]).await;
+    for _ in 0..2 {
+        lose(&third, three, false).await;
+    }
+    for _ in 0..2 {
+        assert!(ask(&site, one, false).await.alone_waiting);
+        assert!(!ask(&second, two, false).await.alone_waiting, "one host is enough");
+    }
+    // Of greater weight than the suspect.
+    site.submit(&[task_of("u", "other", Some(5))]).await;
+    let other = ask(&site, one, false).await;
+    assert_eq!((keys(&other.tasks), other.alone_waiting), (vec!["other"], false), "nobody ends anything for what may not run");
+    assert!(!ask(&second, two, false).await.alone_waiting);
+    assert!(ask(&site, one, true).await.tasks.is_empty());
+    site.settle(&other.tasks[0], finish()).await;
+    assert!(ask(&site, one, false).await.alone_waiting, "it stays reserved");
+    // With that host gone, it is another's turn.
+    third.hand_on("one").await;
+    assert!(ask(&second, two, false).await.alone_waiting);
+    assert!(!ask(&third, three, false).await.alone_waiting);
+    let alone = ask(&third, three, true).await;
+    assert_eq!((keys(&alone.tasks), alone.alone_waiting), (vec!["a"], false), "who runs nothing takes it, reserved or not");
+    assert!(!ask(&second, two, false).await.alone_waiting);
+}
+
+#[tokio::test]
+async fn without_our_tables_a_users_limit_holds_and_nobody_ends_anything() {
+    let site = Site::plain().await;
+    let host = site.host().await;
+    site.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1))]).await;
+    for _ in 0..3 {
+        let claimed = site.backend().claim(&Claim { alive_time: SHORT, ..asking(host, 9) }).await.unwrap();
+        assert_eq!((claimed.tasks.len(), claimed.alone_waiting), (1, false));
+        assert!(site.claim(host, 9).await.is_empty(), "the other one waits for it");
+        site.passes(claimed.tasks[0].until).await;
+    }
+}
+
+#[tokio::test]
 async fn another_ending_of_an_attempt_ends_the_suspicion() {
     let site = Site::new().await;
     let (host, mut ruby) = (site.host().await, site.ruby().await);
@@ -193,4 +237,15 @@ async fn without_our_tables_nothing_is_counted_or_noted() {
     assert_eq!(site.backend().excuse(host, &[lost.lease_ref]).await.unwrap(), 0);
     assert!(site.backend().quarantined().await.unwrap().is_empty());
     assert!(!site.backend().release_plugin("d").await.unwrap());
+}
+
+/// A note of ours that somebody has spoilt counts for nothing, and stops nobody.
+#[tokio::test]
+async fn a_note_with_a_state_that_is_none_stops_no_claim() {
+    let site = Site::new().await;
+    let (host, mut ruby) = (site.host().await, site.ruby().await);
+    site.submit(&[laelaps_queue::NewTask { max_attempts: Some(3), ..task("a") }, task("b")]).await;
+    ruby.run("UPDATE {s} SET state = 'oops'").await;
+    assert_eq!(keys(&site.claim(host, 9).await), ["a", "b"]);
+    assert_eq!(site.state("a").await, State::Running);
 }

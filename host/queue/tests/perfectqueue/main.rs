@@ -5,6 +5,8 @@
 mod fixture;
 mod ruby;
 
+mod answers;
+mod audit;
 mod charsets;
 mod claims;
 mod data;
@@ -18,6 +20,8 @@ mod lock;
 mod losses;
 mod neighbours;
 mod order;
+mod races;
+mod rehearsal;
 mod schema;
 mod storm;
 mod unreadable;

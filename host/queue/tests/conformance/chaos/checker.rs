@@ -2,15 +2,21 @@
 //!
 //! Two operations have an order only if one was answered before the other was asked. An operation without an answer may have happened at any
 //! moment after it was asked, or never.
+//!
+//! Where answers may be undone, as by a promotion that loses commits ([`Asked::Lose`]), an operation before and one after that prove nothing
+//! together. Leases are unique all the same, and no write under one that has ended is accepted; users' limits and ends are not looked at.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use laelaps_queue::State;
 
+use super::clock::Clock;
 use super::history::{Answer, Asked, End, Held, Left, Moment, Operation, Taken};
 
 /// More than these are not told.
 const FINDINGS_MAX: usize = 50;
+/// So long before a claim whoever finds that its lease has ended may have looked at the clock.
+const LOOKED_BEFORE: Moment = 5_000_000;
 
 /// What is known of one claim of a task.
 struct Claim<'h> {
@@ -36,9 +42,22 @@ struct Write {
 }
 
 impl Write {
+    /// When it was over for sure.
+    fn over(&self) -> Moment {
+        self.ended.unwrap_or(Moment::MAX)
+    }
+
     fn may_have_been(&self) -> bool {
         self.accepted != Some(false)
     }
+}
+
+/// A renewal that was accepted.
+struct Renewal {
+    held: Held,
+    begun: Moment,
+    ended: Moment,
+    alive_ms: i64,
 }
 
 /// What somebody did to a task by hand, unless it was refused.
@@ -56,6 +75,12 @@ struct Stories<'h> {
     writes: HashMap<i64, Vec<Write>>,
     by_hand: HashMap<&'h str, Vec<ByHand<'h>>>,
     deaths: HashMap<i64, Moment>,
+    renewals: Vec<Renewal>,
+    clock: Clock,
+    /// When answers may have been undone: from when to when.
+    losses: Vec<(Moment, Moment)>,
+    /// Keys of which two submits were told so.
+    new_twice: Vec<&'h str>,
     /// Keys that are there for sure.
     stored: HashSet<&'h str>,
     /// Keys of which a submit was told that they were new.
@@ -75,9 +100,12 @@ pub(super) fn check(history: &[Operation], left: &[Left]) -> Vec<String> {
     stories.sort();
     stories.leases_grow();
     stories.no_stale_write_was_accepted();
-    stories.users_kept_their_limits();
-    stories.every_run_is_explained();
-    stories.everything_came_to_its_end(left);
+    stories.everything_ended(left);
+    if stories.losses.is_empty() {
+        stories.users_kept_their_limits();
+        stories.every_run_is_explained();
+        stories.every_end_is_right(left);
+    }
     stories.findings.truncate(FINDINGS_MAX);
     stories.findings
 }
@@ -109,12 +137,12 @@ impl<'h> Stories<'h> {
                 }
             }
             (Asked::Claim(_), _) => {}
-            (Asked::Renew(leases, until), answer) => {
+            (Asked::Renew(leases, alive_ms), answer) => {
                 for (place, held) in leases.iter().enumerate() {
                     let accepted = accepted(answer, place);
                     self.write(Write { held: *held, begun, ended, accepted, end: None });
-                    if accepted == Some(true) {
-                        self.lasts(*held, *until);
+                    if let Some(ended) = ended.filter(|_| accepted == Some(true)) {
+                        self.renewals.push(Renewal { held: *held, begun, ended, alive_ms: *alive_ms });
                     }
                 }
             }
@@ -134,6 +162,8 @@ impl<'h> Stories<'h> {
             (Asked::Cancel(key) | Asked::ForceFinish(key) | Asked::Retry(key) | Asked::Damage(key), _) => {
                 self.by_hand.entry(key).or_default().push(ByHand { asked, begun, ended });
             }
+            (Asked::Clock(ahead_ms), _) => self.clock.step(begun, ended, *ahead_ms),
+            (Asked::Lose, _) => self.losses.push((begun, ended.unwrap_or(Moment::MAX))),
             (Asked::Die(host), _) => self.deaths.extend(host.map(|host| (host, begun))),
         }
     }
@@ -144,7 +174,7 @@ impl<'h> Stories<'h> {
         for (key, created) in keys.iter().zip(created) {
             self.stored.insert(key);
             if *created && !self.created.insert(key) {
-                self.find(format!("task {key:?} was new twice"));
+                self.new_twice.push(key);
             }
         }
     }
@@ -153,15 +183,19 @@ impl<'h> Stories<'h> {
         self.writes.entry(write.held.task).or_default().push(write);
     }
 
-    /// Operations come in the order in which they were asked, so the claim is there already.
-    fn lasts(&mut self, held: Held, until: i64) {
-        let claims = self.claims.get_mut(&held.task).into_iter().flatten();
-        for claim in claims.filter(|claim| claim.taken.held == held) {
-            claim.until = claim.until.max(until);
-        }
+    /// Whether what was answered in this time may have been undone by its end, or done where it was undone.
+    fn is_uncertain(&self, from: Moment, to: Moment) -> bool {
+        self.losses.iter().any(|(begun, ended)| *begun <= to && from <= *ended)
     }
 
     fn sort(&mut self) {
+        for Renewal { held, begun, ended, alive_ms } in std::mem::take(&mut self.renewals) {
+            let until = self.clock.earliest(begun, ended).saturating_add(alive_ms);
+            let claims = self.claims.get_mut(&held.task).into_iter().flatten();
+            for claim in claims.filter(|claim| claim.taken.held == held) {
+                claim.until = claim.until.max(until);
+            }
+        }
         for (task, claims) in &mut self.claims {
             claims.sort_by_key(|claim| claim.taken.held.lease);
             let accepted = self.writes.get(task).into_iter().flatten().filter(|write| write.accepted == Some(true));
@@ -189,7 +223,7 @@ impl<'h> Stories<'h> {
             let held = claim.taken.held;
             if let Some(other) = given.insert(held.lease, claim) {
                 found.push(format!("lease {} was given out twice: {:?} and {:?}", held.lease, other.taken, claim.taken));
-            } else if greatest >= Some(held.lease) {
+            } else if greatest >= Some(held.lease) && self.losses.is_empty() {
                 found.push(format!("lease {} was given out after lease {greatest:?}: {:?}", held.lease, claim.taken));
             }
         }
@@ -204,7 +238,7 @@ impl<'h> Stories<'h> {
             let mut settled: HashMap<i64, &Write> = HashMap::new();
             for write in writes.iter().filter(|write| write.accepted == Some(true)) {
                 let Held { lease, .. } = write.held;
-                if let Some(later) = claims.iter().find(|claim| claim.taken.held.lease > lease && claim.ended < write.begun) {
+                if let Some(later) = self.later_claim(claims, write) {
                     found.push(format!(
                         "a write under lease {lease} of task {task} was accepted after the claim {:?}",
                         later.taken
@@ -213,13 +247,16 @@ impl<'h> Stories<'h> {
                 if let Some(ended) = self.ended_by_hand(claims, write) {
                     found.push(format!("a write under lease {lease} of task {task} was accepted after {:?}", ended.asked));
                 }
-                if write.end.is_some() && settled.insert(lease, write).is_some() {
+                if write.end.is_some()
+                    && let Some(before) = settled.insert(lease, write)
+                    && !self.is_uncertain(before.begun, write.over())
+                {
                     found.push(format!("lease {lease} of task {task} was settled twice"));
                 }
             }
             for write in writes.iter().filter(|write| write.accepted == Some(true) && write.end.is_none()) {
-                let end = settled.get(&write.held.lease).and_then(|settled| settled.ended);
-                if end.is_some_and(|end| end < write.begun) {
+                let Some(settled) = settled.get(&write.held.lease) else { continue };
+                if settled.over() < write.begun && !self.is_uncertain(settled.begun, write.over()) {
                     found.push(format!(
                         "a write under lease {} of task {task} was accepted after it was settled",
                         write.held.lease
@@ -230,11 +267,28 @@ impl<'h> Stories<'h> {
         found.into_iter().for_each(|finding| self.find(finding));
     }
 
+    /// A claim of the same task that came after the one that this was written under, and before it was written.
+    fn later_claim<'c>(&self, claims: &'c [Claim<'h>], write: &Write) -> Option<&'c Claim<'h>> {
+        let own = claims.iter().find(|claim| claim.taken.held == write.held);
+        claims.iter().find(|claim| {
+            // Numbers of leases may go back where answers are undone.
+            let comes_after = if self.losses.is_empty() {
+                claim.taken.held.lease > write.held.lease
+            } else {
+                own.is_some_and(|own| own.ended < claim.begun)
+            };
+            comes_after && claim.ended < write.begun && !self.is_uncertain(claim.begun, write.over())
+        })
+    }
+
     /// What ended the task by hand after this lease was given out and before this was written.
     fn ended_by_hand(&self, claims: &[Claim<'h>], write: &Write) -> Option<&ByHand<'h>> {
         let claim = claims.iter().find(|claim| claim.taken.held == write.held)?;
         let by_hand = self.by_hand.get(claim.taken.key.as_str())?;
-        let between = |done: &&ByHand<'h>| claim.ended < done.begun && done.ended.is_some_and(|ended| ended < write.begun);
+        let between = |done: &&ByHand<'h>| {
+            let comes_between = claim.ended < done.begun && done.ended.is_some_and(|ended| ended < write.begun);
+            comes_between && !self.is_uncertain(done.begun, write.over())
+        };
         by_hand.iter().filter(|done| matches!(done.asked, Asked::Cancel(_) | Asked::ForceFinish(_))).find(between)
     }
 
@@ -283,7 +337,7 @@ impl<'h> Stories<'h> {
                     continue;
                 }
                 let waits = ends().any(|write| write.end == Some(End::Again)) || revived;
-                let over = u64::try_from(claim.until).is_ok_and(|until| until.saturating_mul(1_000) <= next.ended);
+                let over = self.clock.latest(claim.begun.saturating_sub(LOOKED_BEFORE), next.ended) >= claim.until;
                 let dead = self.deaths.get(&claim.host).is_some_and(|death| *death < next.ended);
                 if !(waits || over || dead) {
                     found.push(format!("task {key:?} was handed out as {:?} while it ran as {:?}", next.taken, claim.taken));
@@ -293,24 +347,29 @@ impl<'h> Stories<'h> {
         found.into_iter().for_each(|finding| self.find(finding));
     }
 
-    fn everything_came_to_its_end(&mut self, left: &[Left]) {
-        let mut there: HashMap<&str, &Left> = HashMap::with_capacity(left.len());
+    fn everything_ended(&mut self, left: &[Left]) {
+        let mut there: HashSet<&str> = HashSet::with_capacity(left.len());
         for one in left {
-            if there.insert(&one.key, one).is_some() {
+            if !there.insert(&one.key) {
                 self.find(format!("key {:?} is there twice", one.key));
             }
             if !one.state.is_terminal() {
                 self.find(format!("task {:?} is {} and comes to no end", one.key, one.state.as_str()));
-            } else if let Some(wrong) = self.wrong_end(one) {
-                self.find(wrong);
+            }
+            if !self.asked.contains(one.key.as_str()) {
+                self.find(format!("nobody submitted task {:?}", one.key));
             }
         }
-        let mut missing: Vec<&str> = self.stored.iter().filter(|key| !there.contains_key(**key)).copied().collect();
+    }
+
+    fn every_end_is_right(&mut self, left: &[Left]) {
+        let wrong: Vec<String> = left.iter().filter_map(|one| self.wrong_end(one)).collect();
+        let there: HashSet<&str> = left.iter().map(|one| one.key.as_str()).collect();
+        let mut missing: Vec<&str> = self.stored.iter().filter(|key| !there.contains(**key)).copied().collect();
         missing.sort_unstable();
-        missing.into_iter().for_each(|key| self.find(format!("task {key:?} was stored and is gone")));
-        let unheard = left.iter().filter(|one| !self.asked.contains(one.key.as_str()));
-        let unheard: Vec<String> = unheard.map(|one| format!("nobody submitted task {:?}", one.key)).collect();
-        unheard.into_iter().for_each(|finding| self.find(finding));
+        let missing = missing.into_iter().map(|key| format!("task {key:?} was stored and is gone"));
+        let new_twice = std::mem::take(&mut self.new_twice).into_iter().map(|key| format!("task {key:?} was new twice"));
+        wrong.into_iter().chain(missing).chain(new_twice).for_each(|finding| self.find(finding));
     }
 
     /// Whether a task's state does not follow from what was done to it.

@@ -4,11 +4,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use laelaps_queue::{ClaimedTask, State};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 /// A moment by this machine's clock, in microseconds. All processes of a run are on one machine.
@@ -42,7 +43,7 @@ pub(super) enum Asked {
     /// Tasks of these keys.
     Submit(Vec<String>),
     Claim(i64),
-    /// To renew these, so that each lasts at least until then by the server's clock.
+    /// To renew these for so many milliseconds.
     Renew(Vec<Held>, i64),
     /// To settle these, and to store tasks of these keys with them.
     Settle(Vec<(Held, End, Vec<String>)>),
@@ -52,6 +53,10 @@ pub(super) enum Asked {
     Retry(String),
     /// Nothing: somebody wrote nonsense into its data.
     Damage(String),
+    /// That the queue's clock is so many milliseconds ahead of ours.
+    Clock(i64),
+    /// Nothing: what was answered may be undone.
+    Lose,
     /// Nothing: from now on this host may be taken for dead. In a file: every host of its process.
     Die(Option<i64>),
 }
@@ -179,10 +184,17 @@ impl Asking<'_> {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "it is not about leases, and several processes share no other clock")]
+/// As the kernel says: a process whose clock steps must not date what it writes by that.
 fn now() -> Moment {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
+    let since = clock_gettime(ClockId::Realtime);
+    let since =
+        Duration::new(u64::try_from(since.tv_sec).expect("after 1970"), u32::try_from(since.tv_nsec).expect("nanoseconds"));
     u64::try_from(since.as_micros()).expect("not that late")
+}
+
+/// The file of a process.
+pub(super) fn history_of(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!("{name}.jsonl"))
 }
 
 /// All that was written down in a folder, a file for each process.

@@ -6,14 +6,17 @@ use laelaps_queue::{Claim, ClaimedTask, HostId, LeaseAnswer, State};
 use tempfile::TempDir;
 
 use super::checker::check;
-use super::history::{Answer, Asked, End, Held, Left, Moment, Operation, Recorder, Taken, read};
-use super::worker::{Ending, claim_as, history_of, settle, submit};
+use super::history::{Answer, Asked, End, Held, Left, Moment, Operation, Recorder, Taken, history_of, read};
+use super::place::number_by_moment;
+use super::worker::{Ending, claim_as, settle, submit};
 use crate::fixture::{Database, Fixture, LONG, task, task_of};
 
 /// A history that is written by hand: everything takes a millisecond, and leases last for a second.
 #[derive(Default)]
 struct Book {
     at: Moment,
+    /// How far ahead the queue's clock is.
+    ahead_ms: i64,
     history: Vec<Operation>,
     left: Vec<Left>,
 }
@@ -30,7 +33,7 @@ impl Book {
     }
 
     fn now_ms(&self) -> i64 {
-        i64::try_from(self.at / 1_000).expect("a small number")
+        i64::try_from(self.at / 1_000).expect("a small number") + self.ahead_ms
     }
 
     fn submit(&mut self, task: i64) {
@@ -173,6 +176,109 @@ fn leases_that_go_back_are_found() {
 }
 
 #[test]
+fn a_step_of_the_clock_ends_a_lease_before_its_time() {
+    let run_again = |steps: &[i64]| {
+        let mut book = Book::default();
+        book.submit(1);
+        let lost = book.claim(1, 10);
+        for ahead_ms in steps {
+            book.ask(Asked::Clock(*ahead_ms), Answer::Done);
+        }
+        let again = book.claim(1, 20);
+        book.settle(lost, End::Finish, Some(false));
+        book.settle(again, End::Finish, Some(true));
+        book
+    };
+    run_again(&[3_600_000]).holds();
+    run_again(&[3_600_000, 0]).holds();
+    run_again(&[]).shows("was handed out as");
+    run_again(&[500]).shows("was handed out as");
+    run_again(&[-3_600_000]).shows("was handed out as");
+}
+
+#[test]
+fn a_lease_that_was_given_out_by_a_clock_that_went_back_lasts() {
+    let mut book = Book::default();
+    book.ask(Asked::Clock(3_600_000), Answer::Done);
+    book.submit(1);
+    book.ahead_ms = 3_600_000;
+    let lost = book.claim(1, 10);
+    book.at += 10_000_000;
+    book.ask(Asked::Clock(0), Answer::Done);
+    book.lease_ends();
+    book.ahead_ms = 0;
+    let again = book.claim(1, 20);
+    book.settle(lost, End::Finish, Some(false));
+    book.settle(again, End::Finish, Some(true));
+    book.holds();
+    // Had the clock gone back at once, nothing would have ended the lease.
+    let step = book.history.iter().position(|operation| operation.asked == Asked::Clock(0)).unwrap();
+    (book.history[step].begun, book.history[step].ended) = (5_500, Some(5_600));
+    book.shows("was handed out as");
+}
+
+#[test]
+fn a_renewal_lasts_by_the_clock_of_its_moment() {
+    let mut book = Book::default();
+    book.submit(1);
+    let held = book.claim(1, 10);
+    book.ask(Asked::Renew(vec![held], 10 * ALIVE_MS), Answer::Held(vec![true]));
+    book.lease_ends();
+    let again = book.claim(1, 20);
+    book.settle(again, End::Finish, Some(true));
+    book.shows("was handed out as");
+}
+
+/// A promotion undoes what was answered last.
+#[test]
+fn what_was_lost_with_a_primary_is_no_fault_where_that_may_be() {
+    let mut book = Book::default();
+    for task in 1..=3 {
+        book.submit(task);
+    }
+    let held = [10, 20, 30].map(|lease| book.claim(lease / 10, lease));
+    book.settle(held[0], End::Finish, Some(true));
+    book.settle(held[1], End::Again, Some(true));
+    let again = book.claim(2, 40);
+    // The keys and ends of these were lost, and the numbers of leases go back.
+    book.settle(held[0], End::Finish, Some(true));
+    book.settle(held[1], End::Finish, Some(true));
+    book.settle(again, End::Finish, Some(false));
+    let third = book.claim(3, 25);
+    book.settle(third, End::Finish, Some(true));
+    book.left.pop();
+    book.left.push(Left { task: 3, key: key(3), state: State::Failed });
+    let found = check(&book.history, &book.left);
+    assert!(found.len() > 3, "{found:#?}");
+    // Between what was answered and what contradicts it.
+    let place = book.history.len() - 5;
+    let at = book.history[place].begun;
+    book.history.insert(place, Operation { begun: at - 1, ended: Some(at - 1), asked: Asked::Lose, answer: Answer::Done });
+    book.holds();
+}
+
+#[test]
+fn a_removed_fence_and_a_repeated_lease_are_found_after_a_loss_as_well() {
+    let mut book = Book::default();
+    book.submit(1);
+    let lost = book.claim(1, 10);
+    book.ask(Asked::Lose, Answer::Done);
+    let again = book.claim(1, 5);
+    book.settle(lost, End::Again, Some(true));
+    book.settle(again, End::Finish, Some(true));
+    book.shows("a write under lease 10 of task 1 was accepted after the claim");
+
+    let mut book = Book::default();
+    for task in 1..=2 {
+        book.submit(task);
+        let held = book.claim(task, 10);
+        book.settle(held, End::Finish, Some(true));
+        book.ask(Asked::Lose, Answer::Done);
+    }
+    book.shows("lease 10 was given out twice");
+}
+
+#[test]
 fn an_ignored_user_limit_is_found() {
     let mut book = Book::default();
     let held: Vec<Held> = (1..=2)
@@ -182,7 +288,7 @@ fn an_ignored_user_limit_is_found() {
         })
         .collect();
     // The first may have ended when nobody heard of it.
-    let unsure = Book { at: book.at, history: book.history.clone(), left: Vec::new() };
+    let unsure = Book { at: book.at, history: book.history.clone(), ..Book::default() };
     for (mut book, answer, findings) in [(book, Some(true), 1), (unsure, None, 0)] {
         book.left = (1..=2).map(|task| Left { task, key: key(task), state: State::Finished }).collect();
         for held in &held {
@@ -331,4 +437,34 @@ async fn a_user_limit_that_the_tables_forget_is_found() {
     desk.finish(second).await;
     let found = desk.found();
     assert!(found.len() == 1 && found[0].contains("2 tasks of user \"u\" ran"), "{found:#?}");
+}
+
+/// Leases of PerfectQueue's table: tokens that are drawn, one for all tasks of a claim. Whose is the later claim is told by its moment.
+#[test]
+fn drawn_leases_are_told_by_their_moments() {
+    let claimed = |accepted: bool| {
+        let mut book = Book::default();
+        book.submit(1);
+        book.submit(2);
+        let (lost, with_it) = (book.claim(1, 77), book.claim(2, 77));
+        book.lease_ends();
+        let again = book.claim(1, 33);
+        book.settle(with_it, End::Finish, Some(true));
+        book.settle(lost, End::Again, Some(accepted));
+        book.settle(again, End::Finish, Some(true));
+        number_by_moment(&mut book.history);
+        book
+    };
+    claimed(false).holds();
+    claimed(true).shows("a write under lease 1 of task 1 was accepted after the claim");
+    let mut book = Book::default();
+    book.submit(1);
+    book.claim(1, 77);
+    book.lease_ends();
+    let twice = book.claim(1, 77);
+    book.settle(twice, End::Again, Some(true));
+    let again = book.claim(1, 99);
+    book.settle(again, End::Finish, Some(true));
+    number_by_moment(&mut book.history);
+    book.shows("lease 1 was given out twice");
 }

@@ -1,7 +1,7 @@
 //! A process that works, is killed and stopped, and writes down what it asked and heard. It is this test binary, started once more.
 
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,16 +9,19 @@ use std::time::Duration;
 
 use laelaps_queue::{
     Attempt, Backend, Backoff, Beat, Claim, ClaimedTask, Config, Connections, Error, Event, FailureKind, HostDescription, HostId,
-    LeaseAnswer, NewTask, Policy, Queue, Settlement, Submitted, Tls,
+    Kind, LeaseAnswer, NewTask, PerfectQueue, Policy, Queue, Settlement, Submitted, Tls,
 };
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 
-use super::history::{Answer, Asked, End, Held, Recorder, Taken};
+use super::history::{Answer, Asked, End, Held, Recorder, Taken, history_of};
+use crate::explorer::is_full;
 use crate::fixture::{PATIENCE, patient};
 
 /// Leases of a run: short, so that what is lost comes back while the run goes on.
 pub(super) const ALIVE: Duration = Duration::from_millis(1_500);
+/// Nothing is cleaned up, by whatever clock.
+const RETENTION: Duration = Duration::from_secs(365 * 86_400);
 /// Between two looks for lost tasks.
 const RECLAIM_EVERY: Duration = Duration::from_millis(300);
 /// A worker that found nothing to do rests.
@@ -26,6 +29,9 @@ const REST: Duration = Duration::from_millis(10);
 /// Users, of whom each may have so many running.
 const USERS: u64 = 8;
 const MAX_RUNNING: u32 = 2;
+/// One of so many tasks has a user. Their limits are what takes most of the time.
+const OF_ALL: u64 = 2;
+const OF_ALL_FULL: u64 = 8;
 /// Where a worker finds what it is to do.
 const ORDERS: &str = "LAELAPS_CHAOS_WORKER";
 
@@ -39,6 +45,8 @@ pub(super) struct Orders {
     pub(super) seed: u64,
     /// It also submits tasks of its own now and then.
     pub(super) submits: bool,
+    /// What it has in its environment besides.
+    pub(super) environment: Vec<(String, String)>,
 }
 
 impl Orders {
@@ -47,7 +55,7 @@ impl Orders {
         let mut command = Command::new(std::env::current_exe().expect("this program has a file"));
         // The thread that tests would run in is named after the test; the test's output is nobody's.
         command.args(["chaos::worker::works_until_its_input_ends", "--exact", "--nocapture", "--test-threads=1"]);
-        command.env(ORDERS, serde_json::to_string(self).expect("JSON"));
+        command.env(ORDERS, serde_json::to_string(self).expect("JSON")).envs(self.environment.iter().cloned());
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
         command.spawn().expect("this program can be started")
     }
@@ -59,16 +67,34 @@ pub(super) fn config(url: &str) -> Config {
         backoff: Backoff::Fixed(Duration::ZERO),
         retry_wait: Duration::from_millis(50),
         suspicion: Duration::ZERO,
-        retention: Duration::from_secs(86_400),
+        retention: RETENTION,
+        failed_retention: RETENTION,
         ..Policy::default()
     };
     let connections = Connections { tls: Some(Tls::Disabled), connect_timeout: Duration::from_secs(2), ..patient() };
-    Config { policy, connections, patience: PATIENCE, ..Config::new(url) }
+    let (url, kind) = match url.split_once(TABLE) {
+        Some((url, table)) => {
+            (url, Kind::PerfectQueue(PerfectQueue { table: table.to_owned(), cleanup_interval: 20, side_table: true }))
+        }
+        None => (url, Kind::Native),
+    };
+    Config { kind, policy, connections, patience: PATIENCE, ..Config::new(url) }
+}
+
+/// What stands between a URL and the name of PerfectQueue's table.
+const TABLE: &str = "#";
+
+/// A database's URL, with the name of PerfectQueue's table if it has that: for [`config`].
+pub(super) fn place_of(config: &Config) -> String {
+    match &config.kind {
+        Kind::Native => config.url.clone(),
+        Kind::PerfectQueue(table) => format!("{}{TABLE}{}", config.url, table.table),
+    }
 }
 
 /// A task of some user, or of none.
 pub(super) fn new_task(key: String, random: &mut fastrand::Rng) -> NewTask {
-    let user = random.u64(..USERS * 2);
+    let user = random.u64(..USERS * if is_full() { OF_ALL_FULL } else { OF_ALL });
     let user = (user < USERS).then(|| format!("u{user}"));
     NewTask { max_running: user.is_some().then_some(MAX_RUNNING), user, ..NewTask::new(key, "chaos", r#"{"n":1}"#) }
 }
@@ -312,8 +338,8 @@ impl Worker {
     }
 
     async fn renew(&self, task: &ClaimedTask) {
-        let Ok(now) = self.backend().now().await else { return };
-        let asking = self.recorder.ask(Asked::Renew(vec![Held::of(task)], now.plus(ALIVE).0));
+        let alive_ms = i64::try_from(ALIVE.as_millis()).expect("a short time");
+        let asking = self.recorder.ask(Asked::Renew(vec![Held::of(task)], alive_ms));
         let beat = Beat { lease_ref: task.lease_ref, alive_time: ALIVE, progress: None };
         asking.answered(held(&self.backend().heartbeat(&[beat]).await));
     }
@@ -324,9 +350,4 @@ fn held(answers: &Result<Vec<LeaseAnswer>, Error>) -> Answer {
         Ok(answers) => Answer::Held(answers.iter().map(|answer| *answer == LeaseAnswer::Held).collect()),
         Err(_) => Answer::Unknown,
     }
-}
-
-/// The file of a process.
-pub(super) fn history_of(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("{name}.jsonl"))
 }

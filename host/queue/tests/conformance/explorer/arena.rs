@@ -70,12 +70,16 @@ impl Run {
 }
 
 impl Arena {
-    pub(super) async fn open(database: Database) -> Self {
-        let fixture = Fixture::new(database).await;
+    pub(super) async fn open(fixture: Fixture, database: Database) -> Self {
         let mut watcher = Watcher::open(&fixture, database).await;
         let forget = forget(database, &watcher.tables().await);
         let sides = [Process::open(&fixture, database).await, Process::open(&fixture, database).await];
         Self { fixture: Arc::new(fixture), watcher, forget, sides, blocked: 0 }
+    }
+
+    /// What the two processes have.
+    pub(super) fn queues(&self) -> [&Queue; 2] {
+        self.sides.each_ref().map(|side| &side.queue)
     }
 
     /// Let both operations do their statements in the order of the schedule.
@@ -86,7 +90,7 @@ impl Arena {
             let (scene, queue, operation) = (scene.clone(), process.queue.clone(), operations[side.place()]);
             let (end, ended) = watch::channel(false);
             let acting = tokio::spawn(async move {
-                let outcome = scene.act(operation, &queue).await;
+                let outcome = scene.act(operation, side, &queue).await;
                 end.send_replace(true);
                 outcome
             });
@@ -152,6 +156,11 @@ impl Arena {
         }
     }
 
+    /// One of the processes, and the gate before it.
+    pub(super) fn process(&self) -> (&Gate, &Queue) {
+        (&self.sides[0].gate, &self.sides[0].queue)
+    }
+
     /// Take all tasks away.
     pub(super) async fn forget(&mut self) {
         let sql = AssertSqlSafe(self.forget.clone());
@@ -160,6 +169,11 @@ impl Arena {
             Watcher::MariaDb(connection) => sqlx::raw_sql(sql).execute(connection).await.map(drop),
         };
         done.expect("the tables can be emptied");
+    }
+
+    /// What stands before each process.
+    pub(super) fn gates(&self) -> impl Iterator<Item = &Gate> {
+        self.sides.iter().map(|side| &side.gate)
     }
 
     pub(super) async fn close(self) {
@@ -212,16 +226,23 @@ impl Watcher {
             }
             Self::MariaDb(connection) => {
                 // The tables of information_schema are as old as 100 ms, and older when asked again before.
-                let status = sqlx::raw_sql("SHOW ENGINE INNODB STATUS").fetch_one(connection).await;
+                let status = sqlx::raw_sql("SHOW ENGINE INNODB STATUS").fetch_one(&mut *connection).await;
                 let status: String = status.and_then(|row| row.try_get(2)).expect("a superuser sees the engine's status");
-                in_flight.iter().filter_map(|statement| statement.session).any(|session| is_waiting(&status, session))
+                let mut sessions = in_flight.iter().filter_map(|statement| statement.session);
+                sessions.clone().any(|session| is_waiting(&status, session)) || {
+                    // The lock of PerfectQueue's table is none of the engine's.
+                    const LOCKS: &str = "SELECT id FROM information_schema.processlist WHERE state = 'User lock'";
+                    let waiting = sqlx::query_scalar::<_, i64>(LOCKS).fetch_all(connection).await;
+                    let waiting = waiting.expect("a superuser sees all sessions");
+                    sessions.any(|session| waiting.contains(&i64::from(session)))
+                }
             }
         }
     }
 }
 
 /// Whether InnoDB's status tells that a session waits for a lock.
-fn is_waiting(status: &str, session: u32) -> bool {
+pub(crate) fn is_waiting(status: &str, session: u32) -> bool {
     let name = format!("thread id {session},");
     status
         .split("\n---TRANSACTION ")

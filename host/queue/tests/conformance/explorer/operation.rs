@@ -1,13 +1,14 @@
 //! What is set against each other: every operation on one task, and every state in which the task may be.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use laelaps_queue::{
-    Beat, Claim, ClaimedTask, Error, Event, HostId, LeaseAnswer, LeaseRef, NewTask, PluginVersion, Policy, Progress, Queue,
-    Settlement, State, TaskId, Timestamp,
+    Beat, Claim, ClaimedTask, Error, Event, HostDescription, HostId, LeaseAnswer, LeaseRef, NewTask, PluginVersion, Policy,
+    Progress, Queue, Settlement, State, TaskId, Timestamp,
 };
 
-use crate::fixture::{Fixture, LONG, finish, settled, task_of, with_follow_ups};
+use super::schedule::Side;
+use crate::fixture::{Fixture, LONG, PATIENCE, finish, settled, task_of, with_follow_ups};
 
 /// What is done to the task. Some do more: a claim moves what is due, takes others of its user, and folds users' changes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,22 @@ impl Operation {
         Self::NoteRunning,
     ];
 
+    /// Whether it writes under the lease of the task.
+    fn names_a_lease(self) -> bool {
+        matches!(
+            self,
+            Self::Heartbeat | Self::Finish | Self::FinishWithFollowUps | Self::GiveBack | Self::UpdateData | Self::Excuse
+        )
+    }
+
+    /// Whether the pair is worth a look on PerfectQueue's table. A lease is known there only to the process that claimed, and a process does one
+    /// thing at a time under one lease.
+    pub(super) fn is_beside(self, other: Self) -> bool {
+        // To reclaim is to do nothing.
+        let is_idle = [self, other].contains(&Self::Reclaim);
+        !(is_idle || self.names_a_lease() && other.names_a_lease())
+    }
+
     /// Whether it does anything to a task in this state, so that the pair is worth a look.
     pub(super) fn meets(self, place: Place) -> bool {
         match self {
@@ -72,7 +89,9 @@ impl Operation {
                 matches!(place, Place::Running | Place::Overdue | Place::Lost)
             }
             Self::Cancel | Self::ForceFinish | Self::Retry => place != Place::Nowhere,
-            Self::CancelById | Self::RetryById => matches!(place, Place::Due | Place::Running | Place::Lost | Place::Ended),
+            Self::CancelById | Self::RetryById => {
+                matches!(place, Place::Due | Place::Running | Place::Lost | Place::Ended | Place::Damaged)
+            }
             Self::Excuse => matches!(place, Place::Overdue | Place::Lost),
             Self::Reclaim => matches!(place, Place::Overdue | Place::Running | Place::Ready | Place::Lost),
             Self::HandOn => matches!(place, Place::Running | Place::Overdue | Place::Ready | Place::Lost),
@@ -105,10 +124,12 @@ pub(super) enum Place {
     Lost,
     /// Cancelled, and its retention has ended.
     Ended,
+    /// It waits, and its data cannot be read. Only on PerfectQueue's table, where that is seen by the claim.
+    Damaged,
 }
 
 impl Place {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Nowhere,
         Self::Ready,
         Self::Due,
@@ -120,16 +141,21 @@ impl Place {
         Self::Overdue,
         Self::Lost,
         Self::Ended,
+        Self::Damaged,
     ];
 }
 
 /// One task and its company, made anew for each schedule.
 #[derive(Clone, Debug)]
 pub(super) struct Scene {
+    of_perfectqueue: bool,
     number: usize,
     user: &'static str,
-    host: HostId,
-    /// What a watchdog knows the host by.
+    /// For which host each side claims.
+    hosts: [HostId; 2],
+    /// The side for whose host the task runs, if it does.
+    holder: Side,
+    /// What a watchdog knows that host by.
     identity: String,
     claimed: Option<ClaimedTask>,
     /// The task's number.
@@ -150,10 +176,30 @@ pub(super) enum Outcome {
 impl Scene {
     /// Bring the task to its place, by operations of the queue, with nobody beside them. `with_user`: it belongs to a user of whom one task may
     /// run, and another one waits.
-    pub(super) async fn set(fixture: &Fixture, number: usize, place: Place, with_user: bool) -> Self {
+    pub(super) async fn set(
+        fixture: &Fixture,
+        sides: [&Queue; 2],
+        operations: [Operation; 2],
+        number: usize,
+        (place, with_user): (Place, bool),
+    ) -> Self {
         let identity = format!("host {number}");
-        let host = fixture.host_as(&identity).await;
-        let mut scene = Self { number, user: if with_user { "user" } else { "" }, host, identity, claimed: None, id: TaskId(0) };
+        let holder = Side::BOTH.into_iter().find(|side| operations[side.place()].names_a_lease()).unwrap_or(Side::Left);
+        let of_perfectqueue = fixture.is_perfectqueue();
+        let hosts = if of_perfectqueue {
+            // What a process has not entered, and not claimed, it knows nothing of.
+            let mut hosts = [HostId(0); 2];
+            for side in Side::BOTH {
+                let name = if side == holder { &identity } else { &format!("beside {number}") };
+                hosts[side.place()] = register(sides[side.place()], name).await;
+            }
+            hosts
+        } else {
+            [fixture.host_as(&identity).await; 2]
+        };
+        let user = if with_user { "user" } else { "" };
+        let holding = if of_perfectqueue { sides[holder.place()] } else { &fixture.queue };
+        let mut scene = Self { of_perfectqueue, number, user, hosts, holder, identity, claimed: None, id: TaskId(0) };
         let now = fixture.backend().now().await.unwrap();
         match place {
             Place::Nowhere => {}
@@ -167,11 +213,22 @@ impl Scene {
             Place::Held => fixture.submit(&[scene.task().on_hold()]).await,
             Place::Suspect => scene.make_suspect(fixture, None).await,
             Place::DueSuspect => scene.make_suspect(fixture, Some(Duration::from_millis(4))).await,
-            Place::Running => scene.run(fixture, LONG).await,
-            Place::Overdue => scene.run_over(fixture).await,
+            Place::Running => scene.run(fixture, holding, LONG).await,
+            Place::Overdue => scene.run_over(fixture, holding).await,
+            Place::Lost if of_perfectqueue => {
+                scene.run(fixture, holding, LONG).await;
+                let lost = [scene.identity.clone()];
+                assert_eq!(fixture.backend().hand_on(&lost, &fixture.config.policy).await.unwrap().tasks.len(), 1);
+                scene.identity = format!("back {number}");
+                scene.hosts[holder.place()] = register(holding, &scene.identity).await;
+            }
             Place::Lost => {
-                scene.run_over(fixture).await;
+                scene.run_over(fixture, holding).await;
                 fixture.backend().reclaim(&fixture.config.policy).await.unwrap();
+            }
+            Place::Damaged => {
+                fixture.submit(&[scene.task()]).await;
+                fixture.damage_every_task().await;
             }
             Place::Ended => {
                 fixture.submit(&[scene.task()]).await;
@@ -202,15 +259,16 @@ impl Scene {
         task_of(self.user, &self.key(), (!self.user.is_empty()).then_some(1))
     }
 
-    async fn run(&mut self, fixture: &Fixture, alive_time: Duration) {
+    async fn run(&mut self, fixture: &Fixture, holding: &Queue, alive_time: Duration) {
         fixture.submit(&[self.task()]).await;
-        self.claimed = fixture.claim_for(self.host, 1, alive_time).await.pop();
+        let claim = Claim { limit: 1, alive_time, ..self.claim(self.holder) };
+        self.claimed = self.take(holding, &claim).await.unwrap().pop();
         assert!(self.claimed.is_some(), "the only task is claimed");
     }
 
     /// Run it until its lease has ended.
-    async fn run_over(&mut self, fixture: &Fixture) {
-        self.run(fixture, Duration::from_millis(1)).await;
+    async fn run_over(&mut self, fixture: &Fixture, holding: &Queue) {
+        self.run(fixture, holding, Duration::from_millis(1)).await;
         fixture.passes(self.claimed().until).await;
     }
 
@@ -219,7 +277,8 @@ impl Scene {
         fixture.submit(&[self.task()]).await;
         for lost in 0..Policy::LOST_MAX {
             let host = fixture.host_as(&format!("lost {} {lost}", self.number)).await;
-            assert_eq!(fixture.claim(host, 1).await.len(), 1);
+            let claim = Claim { host, limit: 1, ..self.claim(self.holder) };
+            assert_eq!(self.take(&fixture.queue, &claim).await.unwrap().len(), 1);
             let lost = [format!("lost {} {lost}", self.number)];
             fixture.backend().hand_on(&lost, &fixture.config.policy).await.unwrap();
         }
@@ -227,10 +286,11 @@ impl Scene {
         let waits = fixture.get(&self.key()).await;
         assert_eq!(waits.state, State::Waiting);
         fixture.passes(waits.run_at).await;
-        let claim = |alone| Claim { limit: 1, alone, ..self.claim() };
-        fixture.backend().claim(&claim(false)).await.unwrap();
+        let host = fixture.host_as(&format!("next {}", self.number)).await;
+        let claim = |alone| Claim { host, limit: 1, alone, ..self.claim(self.holder) };
+        self.take(&fixture.queue, &claim(false)).await.unwrap();
         if let Some(delay) = delay {
-            let task = fixture.backend().claim(&claim(true)).await.unwrap().tasks.pop().expect("it may run alone");
+            let task = self.take(&fixture.queue, &claim(true)).await.unwrap().pop().expect("it may run alone");
             let stopped = Event::Unrouted { message: String::new() };
             let policy = Policy { retry_wait: delay, ..fixture.config.policy.clone() };
             let facts = laelaps_queue::Attempt::of(&task);
@@ -240,8 +300,18 @@ impl Scene {
         }
     }
 
-    fn claim(&self) -> Claim {
-        Claim { host: self.host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None }
+    fn claim(&self, side: Side) -> Claim {
+        let host = self.hosts[side.place()];
+        Claim { host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None }
+    }
+
+    async fn take(&self, queue: &Queue, claim: &Claim) -> Result<Vec<ClaimedTask>, Error> {
+        if self.of_perfectqueue { claim_again(queue, claim).await } else { Ok(queue.backend().claim(claim).await?.tasks) }
+    }
+
+    /// The host for which the task runs.
+    fn host(&self) -> HostId {
+        self.hosts[self.holder.place()]
     }
 
     fn claimed(&self) -> &ClaimedTask {
@@ -249,16 +319,16 @@ impl Scene {
     }
 
     /// Do it, as a process that has `queue` would.
-    pub(super) async fn act(&self, operation: Operation, queue: &Queue) -> Result<Outcome, Error> {
-        let (backend, key) = (queue.backend(), self.key());
+    pub(super) async fn act(&self, operation: Operation, side: Side, queue: &Queue) -> Result<Outcome, Error> {
+        let (backend, key, claim) = (queue.backend(), self.key(), self.claim(side));
         // Long enough that clean-up leaves it, except where it was over before.
         let (retention, policy) = (LONG, Policy { backoff: laelaps_queue::Backoff::Fixed(Duration::ZERO), ..Policy::default() });
         let other = |outcome: &dyn std::fmt::Debug| Outcome::Other(format!("{outcome:?}"));
         Ok(match operation {
             Operation::Submit => other(&backend.submit(&[self.task()]).await?),
-            Operation::Claim => claimed(backend.claim(&self.claim()).await?.tasks),
-            Operation::ClaimAlone => claimed(backend.claim(&Claim { alone: true, ..self.claim() }).await?.tasks),
-            Operation::ClaimOldest => claimed(backend.claim(&Claim { ignore_users: true, ..self.claim() }).await?.tasks),
+            Operation::Claim => claimed(self.take(queue, &claim).await?),
+            Operation::ClaimAlone => claimed(self.take(queue, &Claim { alone: true, ..claim }).await?),
+            Operation::ClaimOldest => claimed(self.take(queue, &Claim { ignore_users: true, ..claim }).await?),
             Operation::Heartbeat => {
                 let progress = Some(Progress { done: 1, total: None, note: "half".to_owned() });
                 let beat = Beat { lease_ref: self.claimed().lease_ref, alive_time: LONG * 2, progress };
@@ -283,12 +353,32 @@ impl Scene {
             Operation::CleanUp => other(&backend.clean_up(10).await?),
             Operation::CancelById => other(&backend.cancel_by_id(self.id, retention).await?),
             Operation::RetryById => other(&backend.retry_by_id(self.id).await?),
-            Operation::Excuse => other(&backend.excuse(self.host, &[self.claimed().lease_ref]).await?),
+            Operation::Excuse => other(&backend.excuse(self.host(), &[self.claimed().lease_ref]).await?),
             Operation::NoteRunning => {
                 let version = PluginVersion { name: "plugin".to_owned(), digest: "d1".to_owned() };
-                other(&backend.note_running(self.host, &[version]).await?)
+                other(&backend.note_running(self.host(), &[version]).await?)
             }
         })
+    }
+}
+
+async fn register(queue: &Queue, name: &str) -> HostId {
+    let name = name.to_owned();
+    let description = HostDescription { name: name.clone(), process_id: std::process::id(), identity: Some(name) };
+    queue.backend().register_host(&description).await.unwrap()
+}
+
+/// Claim as a host does from PerfectQueue's table: again at once while it is said to be worth it, as when the lock is waited for; and once more after
+/// nothing was had, since what a claim meets first may be gone, or has to run alone.
+async fn claim_again(queue: &Queue, claim: &Claim) -> Result<Vec<ClaimedTask>, Error> {
+    let (begun, mut once_more) = (Instant::now(), true);
+    loop {
+        let claimed = queue.backend().claim(claim).await?;
+        let is_told_to = claimed.next_due_in == Some(Duration::ZERO);
+        if !claimed.tasks.is_empty() || !(is_told_to || once_more) || begun.elapsed() > PATIENCE {
+            return Ok(claimed.tasks);
+        }
+        once_more &= is_told_to;
     }
 }
 
