@@ -1,4 +1,4 @@
-//! The threads on which guests run: one queue of guests that have something to do, and threads that take them in turn.
+//! The threads on which guests run: queues of guests that have something to do, and threads that take them in turn.
 //!
 //! A thread holds nothing but the guest that it runs at this moment. That is why they are not the workers of a tokio runtime, which keep
 //! things to themselves that nobody can take from them: the guest that was woken last (tokio's LIFO slot), guests that gave up their turn

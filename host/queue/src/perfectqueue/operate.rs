@@ -339,8 +339,8 @@ pub(super) async fn remove(mut over: Vec<String>, names: &Names, connection: &mu
     Ok(removed)
 }
 
-/// Remove what is noted of keys that have no row; answers of how many something was. Looks first, since a statement that looks for rows while it deletes would wait for those that others
-/// have locked.
+/// Remove what is noted of keys that have no row, and answer how many keys that were. Looks first, since a statement that looks for rows while
+/// it deletes would wait for those that others have locked.
 pub(super) async fn forget(keys: &[String], names: &Names, connection: &mut MySqlConnection) -> Result<usize, sqlx::Error> {
     const STRAY: &str =
         "SELECT s.id, CAST(s.created_at AS SIGNED) FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f

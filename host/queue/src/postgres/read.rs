@@ -41,8 +41,7 @@ macro_rules! with_data {
 }
 pub(super) use with_data;
 
-/// The task of a row. A row that cannot be read is shown as far as it can be, and says so.
-/// A task's row, without data.
+/// The task of a row, without data. A row that cannot be read is shown as far as it can be, and says so.
 pub(super) fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
     let mut task = known(row)?;
     let number = |place: usize| row.try_get::<i32, _>(place).map(|number| Some(i64::from(number)));

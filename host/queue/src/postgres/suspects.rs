@@ -16,7 +16,7 @@ use crate::HostId;
 /// Tasks looked at for one whose user's limit allows it.
 const SUSPECTS_MAX: i64 = 100;
 /// How long a task is reserved for a host that drains for it.
-const RESERVED_MS: i64 = 60_000;
+const RESERVED_MS: i64 = 300_000;
 
 pub(super) const SUSPECTS: &str = "SELECT suspect.task, suspect.place, task.user_name, task.max_running
     FROM (SELECT run_at, task, ctid::text AS place FROM laelaps.suspect ORDER BY run_at, task LIMIT $1 FOR UPDATE SKIP LOCKED) AS suspect

@@ -177,6 +177,38 @@ fn busy_guests_leave_threads_to_others() {
 }
 
 #[test]
+fn a_guest_that_counted_on_a_thread_which_takes_a_busy_one_gets_another() {
+    let threads = Arc::new(Threads::start(4, 2).expect("threads"));
+    // One that is still starting would look for guests by itself.
+    eventually("all wait", || threads.shared.state().idle == 4);
+    let first = block(&threads);
+    let (end, ends) = sync_channel::<()>(1);
+    let (begun, begins) = sync_channel::<()>(1);
+    let (release, released) = sync_channel::<()>(1);
+    let spawn = threads.clone();
+    threads.spawn(async move {
+        // Behind these, which all go to its own thread, it is a busy guest's turn; the first two turns were the one above and this one.
+        for _ in 3..TURNS_BEFORE_BUSY {
+            spawn.spawn(async {});
+        }
+        spawn.spawn(async move {
+            begun.send(()).expect("the test listens");
+            let _ = ends.recv();
+        });
+        tokio::task::yield_now().await;
+        let _ = released.recv();
+    });
+    begins.recv_timeout(PATIENCE).expect("the last of them has the thread");
+    let waits = serves(&threads);
+    eventually("it waits", || threads.shared.state().ready.len() == 1);
+    end.send(()).expect("it waits");
+    waits.recv_timeout(PATIENCE).expect("a third thread serves it");
+    assert_eq!(threads.shared.state().running_busy, 1, "the second one has the busy guest");
+    drop((first, release));
+    eventually("they end", || threads.shared.state().alive == 0);
+}
+
+#[test]
 fn a_guest_that_panics_ends_alone() {
     let threads = Threads::start(1, 1).expect("threads");
     threads.spawn(async { panic!("on purpose") });
