@@ -26,7 +26,7 @@ use crate::config::{Config, Routes};
 use crate::fleet::Membership;
 use crate::leases::Leases;
 use crate::plugin::usage::{Purpose, Share};
-use crate::plugin::{self, Cancellation, Control, Digest};
+use crate::plugin::{self, Cancellation, Control};
 use crate::pulse::Turning;
 use crate::settler::Settler;
 use crate::signals::Manner;
@@ -120,9 +120,11 @@ pub(crate) struct Dispatcher {
 /// A claimed task whose lease this host renews.
 struct Held {
     task: ClaimedTask,
+    /// The task's key, for the log.
+    key: Arc<str>,
     control: Arc<Control>,
-    /// Its data, as a part of what this process holds.
-    data: Share,
+    /// Its data, as a part of what this process holds. None once the guest is done with it.
+    data: Option<Share>,
     /// When its claim was sent: its lease lasts at least `alive_time` from then on.
     claimed_at: Instant,
 }
@@ -130,10 +132,10 @@ struct Held {
 /// An attempt under way.
 struct Running {
     lease_ref: LeaseRef,
-    key: String,
+    key: Arc<str>,
     control: Arc<Control>,
     /// The version it runs on; None while it has no plugin.
-    version: Option<(String, Digest)>,
+    version: Option<Arc<plugin::Version>>,
 }
 
 struct Ending {
@@ -354,9 +356,9 @@ impl Dispatcher {
         }
         for task in claimed.tasks {
             let control = Arc::new(Control::new());
-            self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
-            let data = Share::new(Purpose::Data, task.data.len() as u64);
-            self.buffer.push(Held { task, control, data, claimed_at: sent });
+            let key = self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
+            let data = Some(Share::new(Purpose::Data, task.data.len() as u64));
+            self.buffer.push(Box::new(Held { task, key, control, data, claimed_at: sent }));
         }
         // On PerfectQueue's table its claims count for themselves, as Ruby's do.
         if found && self.shared.config.queue.kind == Kind::Native {
@@ -390,14 +392,14 @@ impl Dispatcher {
         }
     }
 
-    fn begin(&mut self, held: Held) {
+    fn begin(&mut self, held: Box<Held>) {
         let route = self.shared.routes.route(&held.task.task_type).cloned();
         let version = route.as_ref().and_then(|route| self.shared.store.current(&route.plugin));
         let running = Running {
             lease_ref: held.task.lease_ref,
-            key: held.task.key.clone(),
+            key: Arc::clone(&held.key),
             control: Arc::clone(&held.control),
-            version: version.as_ref().map(|version| (version.plugin().to_owned(), version.digest())),
+            version: version.clone(),
         };
         let shared = Arc::clone(&self.shared);
         // Large, and moved several times on its way to a thread.
@@ -413,7 +415,7 @@ impl Dispatcher {
         let Some(running) = self.running.remove(&id) else { return };
         if let Some(error) = defect {
             // A defect of ours, not of a guest. The lease runs out, and the task is tried again.
-            tracing::error!(task = running.key, %error, "an attempt ended without an outcome; the task comes back when its lease ends");
+            tracing::error!(task = &*running.key, %error, "an attempt ended without an outcome; the task comes back when its lease ends");
             self.shared.leases.forget(running.lease_ref);
         }
     }
@@ -441,14 +443,12 @@ impl Dispatcher {
     }
 
     fn give_back_buffered(&mut self) {
-        for Held { task, control, .. } in self.buffer.take_all() {
-            let running =
-                Running { lease_ref: task.lease_ref, key: task.key.clone(), control: Arc::clone(&control), version: None };
-            let shared = Arc::clone(&self.shared);
-            let spawned = self.attempts.spawn(async move {
-                settle(&shared, &task, &shared.config.queue.policy, Event::Stopped, None, Submitted::default(), control).await;
-            });
-            self.running.insert(spawned.id(), running);
+        for held in self.buffer.take_all() {
+            let (key, control) = (Arc::clone(&held.key), Arc::clone(&held.control));
+            let running = Running { lease_ref: held.task.lease_ref, key, control, version: None };
+            let policy = &self.shared.config.queue.policy;
+            let settled = settle(&self.shared, &held, policy, Event::Stopped, None, Submitted::default());
+            self.running.insert(self.attempts.spawn(settled).id(), running);
         }
     }
 
@@ -457,10 +457,11 @@ impl Dispatcher {
             return;
         }
         for running in self.running.values() {
-            let Some((plugin, digest)) = &running.version else { continue };
+            let Some(version) = &running.version else { continue };
+            let (plugin, digest) = (version.plugin(), version.digest());
             let serving = self.shared.store.current(plugin).map(|version| version.digest());
-            if serving.is_some_and(|serving| serving != *digest) {
-                tracing::info!(task = running.key, plugin, from = %digest.short(), ?manner, "ending an attempt on a replaced version");
+            if serving.is_some_and(|serving| serving != digest) {
+                tracing::info!(task = &*running.key, plugin, from = %digest.short(), ?manner, "ending an attempt on a replaced version");
                 running.control.cancel(cancellation(manner));
                 if let (Manner::Graceful, Some(limit)) = (manner, self.shared.config.child_graceful_kill_limit) {
                     let control = Arc::clone(&running.control);
@@ -497,8 +498,8 @@ impl Dispatcher {
             if running.control.state() < Some(Cancellation::Immediate) {
                 given_up += 1;
                 tracing::error!(
-                    task = running.key,
-                    plugin = running.version.as_ref().map(|(plugin, _)| plugin),
+                    task = &*running.key,
+                    plugin = running.version.as_ref().map(|version| version.plugin()),
                     ?silence,
                     ?limit,
                     threads_lost = lost + given_up,

@@ -59,7 +59,7 @@ impl DerefMut for Table {
 }
 
 struct Held {
-    key: String,
+    key: Arc<str>,
     control: Arc<Control>,
     alive_time: Duration,
     /// When the lease ends if no renewal gets through, on this machine's monotonic clock.
@@ -83,10 +83,11 @@ impl Leases {
         leases
     }
 
-    /// Hold a claimed task's lease from now on, until [`Leases::forget`]. Loss is told to `control`.
-    pub(crate) fn hold(&self, task: &ClaimedTask, claimed_at: Instant, alive_time: Duration, control: Arc<Control>) {
+    /// Hold a claimed task's lease from now on, until [`Leases::forget`]. Loss is told to `control`. Returns the task's key, for others who name it.
+    pub(crate) fn hold(&self, task: &ClaimedTask, claimed_at: Instant, alive_time: Duration, control: Arc<Control>) -> Arc<str> {
+        let key: Arc<str> = task.key.as_str().into();
         let held = Held {
-            key: task.key.clone(),
+            key: Arc::clone(&key),
             control,
             alive_time,
             ends: claimed_at + alive_time,
@@ -95,6 +96,7 @@ impl Leases {
             progress: None,
         };
         self.lock().insert(task.lease_ref, held);
+        key
     }
 
     /// The attempt's settlement is on its way. The lease is renewed until it is written; that it has ended then is no loss.

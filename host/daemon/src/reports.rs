@@ -107,15 +107,14 @@ pub(crate) fn captured(task: &ClaimedTask, version: &Version, captured: &Capture
 /// How an attempt ended.
 pub(crate) fn ended(task: &ClaimedTask, version: &Version, event: &Event) {
     let (key, task_type, plugin, attempt) = (task.key.as_str(), task.task_type.as_str(), version.plugin(), task.attempt);
-    let digest = version.digest().short();
     let event_name = event.name();
     match event {
         Event::Finish { .. } | Event::Retry { .. } | Event::Release { .. } | Event::Stopped | Event::Lost | Event::Overdue => {
-            tracing::debug!(task = key, task_type, plugin, %digest, attempt, event = event_name, "attempt ended");
+            tracing::debug!(task = key, task_type, plugin, digest = %version.digest().short(), attempt, event = event_name, "attempt ended");
         }
         Event::Failure { kind, code, message } => {
             let rejected = *kind == FailureKind::Reject;
-            tracing::warn!(task = key, task_type, plugin, %digest, attempt, code, rejected, "attempt failed: {message}");
+            tracing::warn!(task = key, task_type, plugin, digest = %version.digest().short(), attempt, code, rejected, "attempt failed: {message}");
         }
         Event::Trap { .. }
         | Event::TimedOut { .. }
@@ -123,7 +122,7 @@ pub(crate) fn ended(task: &ClaimedTask, version: &Version, event: &Event) {
         | Event::Malformed { .. }
         | Event::Unrouted { .. } => {
             let message = event.error().map(|(_, message)| message).unwrap_or_default();
-            tracing::warn!(task = key, task_type, plugin, %digest, attempt, event = event_name, "attempt failed: {message}");
+            tracing::warn!(task = key, task_type, plugin, digest = %version.digest().short(), attempt, event = event_name, "attempt failed: {message}");
         }
     }
 }

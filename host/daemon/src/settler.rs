@@ -37,7 +37,7 @@ pub(crate) struct Settled {
     /// What is to be written.
     pub settlement: Settlement,
     /// The task's key, for the log.
-    pub key: String,
+    pub key: Arc<str>,
     /// The facts and rules from which the settlement was decided.
     pub attempt: Attempt,
     /// The same.
@@ -60,14 +60,14 @@ pub(crate) struct Settler {
 /// Where settlements enter a lane.
 #[derive(Clone)]
 struct Entrance {
-    sender: mpsc::Sender<(Settlement, Known)>,
+    sender: mpsc::Sender<Box<(Settlement, Known)>>,
     places: Arc<Semaphore>,
     kib: Arc<Semaphore>,
 }
 
 /// What is known of a settlement beside itself.
 struct Known {
-    key: String,
+    key: Arc<str>,
     attempt: Attempt,
     policy: Policy,
     control: Arc<Control>,
@@ -111,13 +111,10 @@ impl Settler {
     }
 
     /// Hand over an attempt's end. Waits while too many, or too large ones, are unwritten.
-    pub(crate) async fn settle(&self, settled: Settled) {
+    pub(crate) fn settle(&self, settled: Settled) -> impl Future<Output = ()> + Send + use<> {
         let Settled { settlement, key, attempt, policy, control, unstored, is_limited } = settled;
-        let entrance = if settlement.follow_ups.is_empty() { &self.plain } else { &self.with_follow_ups };
+        let entrance = if settlement.follow_ups.is_empty() { self.plain.clone() } else { self.with_follow_ups.clone() };
         let kib = u32::try_from(bytes_of(&settlement) / 1024).unwrap_or(u32::MAX).min(UNFLUSHED_KIB_MAX);
-        // They are never closed.
-        let place = Arc::clone(&entrance.places).acquire_owned().await.ok();
-        let kib = if kib == 0 { None } else { Arc::clone(&entrance.kib).acquire_many_owned(kib).await.ok() };
         let known = Known {
             key,
             attempt,
@@ -126,12 +123,21 @@ impl Settler {
             is_limited,
             is_failure: false,
             is_told: false,
-            _place: place,
-            _kib: kib,
+            _place: None,
+            _kib: None,
             _unstored: unstored,
         };
-        // The writer outlives every sender, so the channel is open.
-        let _ = entrance.sender.send((settlement, known)).await;
+        // It is moved from hand to hand from here on.
+        let mut settled = Box::new((settlement, known));
+        async move {
+            // They are never closed.
+            settled.1._place = entrance.places.acquire_owned().await.ok();
+            if kib > 0 {
+                settled.1._kib = entrance.kib.acquire_many_owned(kib).await.ok();
+            }
+            // The writer outlives every sender, so the channel is open; and it has room for as many as there are places.
+            let _ = entrance.sender.try_send(settled);
+        }
     }
 }
 
@@ -146,7 +152,7 @@ struct Writer {
 }
 
 impl Writer {
-    async fn run(mut self, mut receiver: mpsc::Receiver<(Settlement, Known)>) {
+    async fn run(mut self, mut receiver: mpsc::Receiver<Box<(Settlement, Known)>>) {
         let mut arriving = Vec::with_capacity(GROUP_MAX);
         let mut is_open = true;
         loop {
@@ -161,18 +167,18 @@ impl Writer {
                     () = sleep_until_some(due) => {}
                 }
                 // A task of the same user waits for it.
-                let is_awaited = arriving.iter().any(|(_, known)| known.is_limited);
+                let is_awaited = arriving.iter().any(|arrived| arrived.1.is_limited);
                 if !arriving.is_empty() && !is_awaited {
                     tokio::time::sleep(GROUPING).await;
                 }
-                for (settlement, known) in arriving.drain(..) {
-                    self.lane.push(settlement, known);
+                for arrived in arriving.drain(..) {
+                    self.lane.push(arrived);
                 }
             }
             while self.lane.room() > 0
-                && let Ok((settlement, known)) = receiver.try_recv()
+                && let Ok(arrived) = receiver.try_recv()
             {
-                self.lane.push(settlement, known);
+                self.lane.push(arrived);
             }
             if let Some((until, _)) = self.outage {
                 tokio::time::sleep_until(until).await;
@@ -228,7 +234,7 @@ impl Writer {
         {
             let hint = error.hint().unwrap_or_default();
             tracing::warn!(
-                task = known.key,
+                task = &*known.key,
                 error = crate::log::chain(error),
                 hint,
                 "an outcome waits for somebody else's transaction; others go on"
@@ -243,7 +249,7 @@ impl Writer {
     fn write_as_failure(&mut self, refused: Settlement, known: Known, error: &Error) {
         if known.is_failure {
             tracing::error!(
-                task = known.key,
+                task = &*known.key,
                 error = crate::log::chain(error),
                 "the failure cannot be stored either; the task comes back when its lease ends"
             );
@@ -252,14 +258,14 @@ impl Writer {
         }
         let event = Event::Malformed { message: format!("the outcome cannot be stored: {}", crate::log::chain(error)) };
         tracing::error!(
-            task = known.key,
+            task = &*known.key,
             error = crate::log::chain(error),
             "an outcome cannot be stored; the attempt counts as malformed"
         );
         let digest = refused.plugin_digest;
         let random = fastrand::f64();
         let settlement = Settlement::of(refused.lease_ref, event, known.attempt, &known.policy, random, digest, Vec::new());
-        self.lane.push(settlement, Known { is_failure: true, ..known });
+        self.lane.push(Box::new((settlement, Known { is_failure: true, ..known })));
     }
 
     /// What the database has called lost meanwhile need not be written any more. None if nothing is left.
@@ -282,7 +288,7 @@ impl Writer {
         if answer == LeaseAnswer::Lost {
             self.leases.note_lost(settlement.lease_ref);
             tracing::warn!(
-                task = known.key,
+                task = &*known.key,
                 event = settlement.event,
                 "the lease had ended before the outcome was stored; the outcome does not count"
             );

@@ -39,7 +39,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Set {
-    running: HashMap<(Digest, String), Entry>,
+    running: HashMap<(Digest, Arc<str>), Entry>,
     /// The database has another set, or may have.
     is_changed: bool,
 }
@@ -57,7 +57,7 @@ struct Entry {
 /// An attempt on, or the admission of, a version. As long as it lives, the version is in the set.
 pub(crate) struct Running {
     shared: Arc<Shared>,
-    version: (Digest, String),
+    version: (Digest, Arc<str>),
 }
 
 impl Versions {
@@ -74,15 +74,15 @@ impl Versions {
     }
 
     /// An attempt on the version is about to begin. Returns when the database knows; None if the attempt was told to stop before.
-    pub(crate) async fn begin(&self, plugin: &str, digest: Digest, control: &Control) -> Option<Running> {
-        let (running, is_noted) = self.0.enter(plugin, digest);
+    pub(crate) async fn begin(&self, plugin: Arc<str>, digest: Digest, control: &Control) -> Option<Running> {
+        let (running, is_noted) = self.0.enter(Arc::clone(&plugin), digest);
         if is_noted {
             return Some(running);
         }
         let mut wait = RETRY_FIRST;
         while let Err(error) = self.0.write(false).await {
             tracing::warn!(
-                plugin,
+                plugin = &*plugin,
                 error = crate::log::chain(&error),
                 "cannot note that this plugin version runs here; trying again in {wait:?}"
             );
@@ -97,10 +97,10 @@ impl Versions {
     }
 
     /// The version is about to be admitted. One try: a database that does not answer must not keep new versions from serving.
-    async fn begin_admission(&self, plugin: &str, digest: Digest) -> Running {
-        let (running, is_noted) = self.0.enter(plugin, digest);
+    async fn begin_admission(&self, plugin: Arc<str>, digest: Digest) -> Running {
+        let (running, is_noted) = self.0.enter(Arc::clone(&plugin), digest);
         if !is_noted && let Err(error) = self.0.write(false).await {
-            tracing::debug!(plugin, error = crate::log::chain(&error), "cannot note that this plugin version is admitted here");
+            tracing::debug!(plugin = &*plugin, error = crate::log::chain(&error), "cannot note that this plugin version is admitted here");
         }
         running
     }
@@ -145,14 +145,14 @@ impl Versions {
 
 impl Admissions for Versions {
     fn begin(&self, plugin: &str, digest: Digest) -> Pin<Box<dyn Future<Output = Box<dyn Send>> + Send>> {
-        let (versions, plugin) = (self.clone(), plugin.to_owned());
-        Box::pin(async move { Box::new(versions.begin_admission(&plugin, digest).await) as Box<dyn Send> })
+        let (versions, plugin) = (self.clone(), Arc::from(plugin));
+        Box::pin(async move { Box::new(versions.begin_admission(plugin, digest).await) as Box<dyn Send> })
     }
 }
 
 impl Shared {
-    fn enter(self: &Arc<Self>, plugin: &str, digest: Digest) -> (Running, bool) {
-        let version = (digest, plugin.to_owned());
+    fn enter(self: &Arc<Self>, plugin: Arc<str>, digest: Digest) -> (Running, bool) {
+        let version = (digest, plugin);
         let mut set = self.lock();
         let entry = set.running.entry(version.clone()).or_default();
         entry.count += 1;
@@ -167,7 +167,8 @@ impl Shared {
     async fn write(&self, shrinks: bool) -> laelaps_queue::Result<()> {
         let _writing = self.writing.lock().await;
         let Some(versions) = self.lock().changed(shrinks) else { return Ok(()) };
-        let described = |(digest, plugin): &(Digest, String)| PluginVersion { name: plugin.clone(), digest: digest.to_string() };
+        let described =
+            |(digest, plugin): &(Digest, Arc<str>)| PluginVersion { name: plugin.to_string(), digest: digest.to_string() };
         let written: BTreeSet<PluginVersion> = versions.iter().map(described).collect();
         self.backend.note_running(self.host, &written.into_iter().collect::<Vec<_>>()).await?;
         let mut set = self.lock();
@@ -187,7 +188,7 @@ impl Shared {
 
 impl Set {
     /// The versions that the database is to have, if it has others.
-    fn changed(&mut self, shrinks: bool) -> Option<Vec<(Digest, String)>> {
+    fn changed(&mut self, shrinks: bool) -> Option<Vec<(Digest, Arc<str>)>> {
         if shrinks {
             let before = self.running.len();
             let is_over =

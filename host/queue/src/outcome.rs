@@ -1,6 +1,7 @@
 //! What a verdict means for a task's row, whatever the database.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::batch::Batch;
@@ -75,7 +76,7 @@ pub(crate) struct Entry {
     pub(crate) output: Option<Vec<u8>>,
     pub(crate) error_code: Option<String>,
     pub(crate) error_message: Option<String>,
-    pub(crate) plugin_digest: Option<String>,
+    pub(crate) plugin_digest: Option<Arc<str>>,
     pub(crate) follow_ups: Batch,
 }
 

@@ -1,5 +1,6 @@
 //! What follows an outcome. The only place that decides it, and pure: no clock, no database.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::{Backoff, ClaimedTask, LeaseRef, NewTask};
@@ -258,7 +259,7 @@ pub struct Settlement {
     /// The failure in words, at most 4,096 bytes.
     pub error_message: Option<String>,
     /// The plugin version (sha256, hexadecimal) that ran it; None if none did.
-    pub plugin_digest: Option<String>,
+    pub plugin_digest: Option<Arc<str>>,
     /// Follow-up tasks, stored in the same transaction if the lease holds. A key that exists counts as submitted.
     pub follow_ups: Vec<NewTask>,
 }
@@ -278,7 +279,7 @@ impl Settlement {
         attempt: Attempt,
         policy: &Policy,
         random: f64,
-        plugin_digest: Option<String>,
+        plugin_digest: Option<Arc<str>>,
         follow_ups: Vec<NewTask>,
     ) -> Self {
         let verdict = decide(&event, attempt, policy, random);

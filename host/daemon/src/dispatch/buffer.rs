@@ -11,14 +11,14 @@ const BYTES_MAX: u64 = 32 << 20;
 /// The tasks of a host that wait for a processor. Those of users with a limit stand first: each keeps back others of its user, on all hosts.
 #[derive(Default)]
 pub(super) struct Buffer {
-    tasks: VecDeque<Held>,
+    tasks: VecDeque<Box<Held>>,
     /// How many of the first have such a user.
     limited: usize,
     bytes: u64,
 }
 
 impl Buffer {
-    pub(super) fn push(&mut self, held: Held) {
+    pub(super) fn push(&mut self, held: Box<Held>) {
         self.bytes += held.task.data.len() as u64;
         if is_limited(&held.task) {
             self.tasks.insert(self.limited, held);
@@ -28,14 +28,14 @@ impl Buffer {
         }
     }
 
-    pub(super) fn pop(&mut self) -> Option<Held> {
+    pub(super) fn pop(&mut self) -> Option<Box<Held>> {
         let held = self.tasks.pop_front()?;
         self.limited = self.limited.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(held.task.data.len() as u64);
         Some(held)
     }
 
-    pub(super) fn take_all(&mut self) -> VecDeque<Held> {
+    pub(super) fn take_all(&mut self) -> VecDeque<Box<Held>> {
         std::mem::take(self).tasks
     }
 
@@ -74,7 +74,7 @@ mod tests {
     use crate::plugin::Control;
     use crate::plugin::usage::{Purpose, Share};
 
-    fn held(number: i64, max_running: Option<u32>, bytes: usize) -> Held {
+    fn held(number: i64, max_running: Option<u32>, bytes: usize) -> Box<Held> {
         let task = ClaimedTask {
             lease_ref: LeaseRef { task: TaskId(number), lease: Lease(number) },
             key: number.to_string(),
@@ -94,7 +94,8 @@ mod tests {
             claimed_at: Timestamp(0),
             until: Timestamp(0),
         };
-        Held { task, control: Arc::new(Control::new()), data: Share::new(Purpose::Data, 0), claimed_at: Instant::now() }
+        let data = Some(Share::new(Purpose::Data, 0));
+        Box::new(Held { task, key: "k".into(), control: Arc::new(Control::new()), data, claimed_at: Instant::now() })
     }
 
     fn numbers(buffer: &mut Buffer) -> Vec<i64> {

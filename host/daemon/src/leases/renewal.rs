@@ -183,7 +183,7 @@ impl Renewer {
 
 fn lose(held: &Held, why: &str) {
     if held.control.state() != Some(Cancellation::LeaseLost) {
-        tracing::warn!(task = held.key, why, "lease lost; stopping the attempt");
+        tracing::warn!(task = &*held.key, why, "lease lost; stopping the attempt");
         held.control.cancel(Cancellation::LeaseLost);
     }
 }

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use laelaps_queue::{Backend, LeaseAnswer, LeaseRef, NewTask, Progress, TaskId, Timestamp};
 
 use super::Leases;
+use crate::config::Routes;
 use crate::plugin::Services;
 use crate::unstored::Share;
 use crate::updates::Updates;
@@ -28,8 +29,10 @@ pub(crate) struct LeasedTask {
     pub at: Instant,
     /// The producer's task from which its own comes.
     pub root: TaskId,
-    /// Whether the host's routes lead a type to the plugin of this attempt.
-    pub leads_here: Box<dyn Fn(&str) -> bool + Send + Sync>,
+    /// The host's routes, and nothing else of the host whose end it waits for.
+    pub routes: Arc<Routes>,
+    /// The plugin of this attempt.
+    pub plugin: Arc<str>,
     /// What it has submitted.
     pub share: Arc<Share>,
     /// Its plugin version runs on this host, as long as the guest is there: also one that is stuck may end the host.
@@ -63,7 +66,7 @@ impl Services for LeasedTask {
     }
 
     fn leads_here(&self, task_type: &str) -> bool {
-        (self.leads_here)(task_type)
+        self.routes.route(task_type).is_some_and(|route| *route.plugin == *self.plugin)
     }
 
     fn check(&self, task: &NewTask) -> Result<(), laelaps_queue::Error> {

@@ -464,6 +464,7 @@ impl Engine {
         Ok(Version {
             plugin: plugin.into(),
             digest,
+            digest_text: digest.to_string().into(),
             order: self.next_order(),
             size_bytes: bytes.len() as u64,
             retired: AtomicBool::new(false),

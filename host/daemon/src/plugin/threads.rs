@@ -77,8 +77,10 @@ struct State {
     threads: usize,
     /// Threads there should be: a stated number, and one for each that is lost.
     wanted: usize,
-    /// Threads that wait for a guest.
+    /// Threads that wait for a guest and have not been told of one.
     idle: usize,
+    /// Threads that were told of a guest and have not looked for it yet. They count as awake: else a burst of guests would wake one thread each.
+    told: usize,
     /// Threads that are woken as soon as there is a guest for them, those with busy guests not counted; also the most that run busy ones. One more
     /// for each that is lost.
     eager: usize,
@@ -129,6 +131,7 @@ impl Threads {
             threads: 0,
             wanted: 0,
             idle: 0,
+            told: 0,
             eager: eager.max(2),
             turns: 0,
             alive: 0,
@@ -173,7 +176,7 @@ impl Relief {
         let mut state = self.shared.state();
         let nobody_had_a_turn = state.turns == self.turns;
         self.turns = state.turns;
-        let wake = nobody_had_a_turn && state.somebody_waits() && state.idle > 0;
+        let wake = nobody_had_a_turn && state.somebody_waits() && state.tell();
         state.relieved = if wake {
             state.relieved + 1
         } else if nobody_had_a_turn {
@@ -244,26 +247,26 @@ impl Shared {
             if state.threads > state.wanted || state.ended && state.alive == 0 {
                 state.threads -= 1;
                 // It may have been the one that was told of a guest.
-                let told = state.somebody_waits();
+                let wake = state.somebody_waits() && state.tell();
                 drop(state);
-                if told {
+                if wake {
                     self.changed.notify_one();
                 }
                 return None;
             }
             if let Some(next) = state.take() {
                 state.turns += 1;
-                let wake = !state.ready.is_empty() && state.may_wake();
-                drop(state);
                 // This thread may have been the one that a guest counted on.
-                if next.1 && wake {
+                let wake = next.1 && !state.ready.is_empty() && state.may_wake() && state.tell();
+                drop(state);
+                if wake {
                     self.changed.notify_one();
                 }
                 return Some(next);
             }
             state.idle += 1;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            state.idle -= 1;
+            state.awake();
         }
     }
 
@@ -271,7 +274,7 @@ impl Shared {
     fn push(&self, task: Arc<Task>) {
         let mut state = self.state();
         state.ready.push_back(task);
-        let wake = state.may_wake();
+        let wake = state.may_wake() && state.tell();
         drop(state);
         if wake {
             self.changed.notify_one();
@@ -303,6 +306,25 @@ impl State {
     /// Whether a thread is to be woken for a guest that is not busy.
     fn may_wake(&self) -> bool {
         self.idle > 0 && self.threads - self.idle - self.running_busy < self.eager
+    }
+
+    /// Count one of the waiting threads as awake, if there is one. Whoever does has to notify it.
+    fn tell(&mut self) -> bool {
+        let can = self.idle > 0;
+        if can {
+            self.idle -= 1;
+            self.told += 1;
+        }
+        can
+    }
+
+    /// A thread has woken: told of a guest, or by itself, which takes the word from the one that was told. That one then counts itself.
+    fn awake(&mut self) {
+        if self.told > 0 {
+            self.told -= 1;
+        } else {
+            self.idle -= 1;
+        }
     }
 
     /// The guest whose turn it is, and whether it is a busy one.

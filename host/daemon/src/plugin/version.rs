@@ -31,7 +31,6 @@ impl Digest {
 
 impl fmt::Display for Digest {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Written for every settlement.
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let text: String =
             self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|half| DIGITS[usize::from(half)] as char).collect();
@@ -55,6 +54,8 @@ impl serde::Serialize for Digest {
 pub struct Version {
     pub(super) plugin: Arc<str>,
     pub(super) digest: Digest,
+    /// The same in hexadecimal digits, which stands in every settlement.
+    pub(super) digest_text: Arc<str>,
     pub(super) order: u64,
     pub(super) size_bytes: u64,
     /// Another version serves now, or none.
@@ -72,10 +73,22 @@ impl Version {
         &self.plugin
     }
 
+    /// The same, to be kept.
+    #[must_use]
+    pub fn plugin_shared(&self) -> Arc<str> {
+        Arc::clone(&self.plugin)
+    }
+
     /// The digest of its file.
     #[must_use]
     pub fn digest(&self) -> Digest {
         self.digest
+    }
+
+    /// The same in hexadecimal digits.
+    #[must_use]
+    pub fn digest_text(&self) -> &Arc<str> {
+        &self.digest_text
     }
 
     /// Its place in the order of admission in this process, over all plugins: 1 is the first.

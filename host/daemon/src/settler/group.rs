@@ -68,7 +68,7 @@ impl<K> Group<K> {
 pub(super) struct Lane<K> {
     /// Settlements of one transaction at most.
     group_max: usize,
-    arrived: VecDeque<(Settlement, K)>,
+    arrived: VecDeque<Box<(Settlement, K)>>,
     /// Refused groups by the moment of their next try; the number tells those of one moment apart.
     refused: BTreeMap<(Instant, u64), Group<K>>,
     number: u64,
@@ -81,8 +81,8 @@ impl<K> Lane<K> {
         Self { group_max, arrived: VecDeque::new(), refused: BTreeMap::new(), number: 0, took_arrived: false }
     }
 
-    pub(super) fn push(&mut self, settlement: Settlement, known: K) {
-        self.arrived.push_back((settlement, known));
+    pub(super) fn push(&mut self, arrived: Box<(Settlement, K)>) {
+        self.arrived.push_back(arrived);
     }
 
     /// How many more can arrive before a group is full.
@@ -111,13 +111,19 @@ impl<K> Lane<K> {
 
     fn take_arrived(&mut self) -> Group<K> {
         let (mut bytes, mut follow_ups) = (0, 0);
-        let fits = |(settlement, _): &&(Settlement, K)| {
+        let fits = |settlement: &&Settlement| {
             bytes += bytes_of(settlement);
             follow_ups += settlement.follow_ups.len();
             bytes <= BYTES_MAX && follow_ups <= FOLLOW_UPS_MAX
         };
-        let fitting = self.arrived.iter().take(self.group_max).take_while(fits).count().max(1);
-        let (settlements, known) = self.arrived.drain(..fitting.min(self.arrived.len())).unzip();
+        let fitting = self.arrived.iter().map(|arrived| &arrived.0).take(self.group_max).take_while(fits).count().max(1);
+        let fitting = fitting.min(self.arrived.len());
+        let (mut settlements, mut known) = (Vec::with_capacity(fitting), Vec::with_capacity(fitting));
+        for arrived in self.arrived.drain(..fitting) {
+            let (settlement, what_is_known) = *arrived;
+            settlements.push(settlement);
+            known.push(what_is_known);
+        }
         Group::of(settlements, known)
     }
 
@@ -196,7 +202,7 @@ mod tests {
         let mut lane = Lane::new(500);
         for settlement in settlements {
             let number = settlement.lease_ref.task.0;
-            lane.push(settlement, number);
+            lane.push(Box::new((settlement, number)));
         }
         lane
     }
@@ -261,7 +267,7 @@ mod tests {
         for _ in 0..9 {
             let busy = lane.take(now).unwrap();
             assert!(matches!(lane.refused(busy, Refusal::Busy, now), Next::Waits));
-            lane.push(settlement(2, 0, 0), 2);
+            lane.push(Box::new((settlement(2, 0, 0), 2)));
             assert_eq!(numbers(&lane.take(now).unwrap()), [2]);
             assert!(lane.take(now).is_none(), "not before its time");
             let due = lane.next_due().unwrap();
@@ -279,7 +285,7 @@ mod tests {
         let _ = lane.refused(group, Refusal::Busy, now);
         let mut order = Vec::new();
         for number in 10..14 {
-            lane.push(settlement(number, 0, 0), number);
+            lane.push(Box::new((settlement(number, 0, 0), number)));
             order.extend(numbers(&lane.take(now).unwrap()));
         }
         assert_eq!(order, [1, 10, 11, 2, 12, 13]);

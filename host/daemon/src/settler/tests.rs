@@ -8,7 +8,7 @@ fn settled(task: &ClaimedTask, lease_ref: laelaps_queue::LeaseRef, follow_ups: V
     let (attempt, policy) = (Attempt::of(task), Policy { max_attempts: Some(1), ..Policy::default() });
     let event = Event::Finish { output: None, retention: Some(LONG) };
     let settlement = Settlement::of(lease_ref, event, attempt, &policy, 0.0, None, follow_ups);
-    let (key, control) = (task.key.clone(), Arc::clone(control));
+    let (key, control) = (task.key.as_str().into(), Arc::clone(control));
     Settled { settlement, key, attempt, policy, control, unstored: None, is_limited: false }
 }
 

@@ -61,7 +61,7 @@ async fn work(queue: Queue, batch: usize, ignore_users: bool) -> usize {
 
 /// Finish what was claimed; answers how many leases held.
 pub(crate) async fn finish(queue: &Queue, tasks: &[ClaimedTask]) -> usize {
-    let (policy, digest) = (Policy::default(), Some("0123456789abcdef".repeat(4)));
+    let (policy, digest) = (Policy::default(), Some("0123456789abcdef".repeat(4).into()));
     let event = Event::Finish { output: None, retention: None };
     let settle = |task: &ClaimedTask| {
         Settlement::of(task.lease_ref, event.clone(), Attempt::of(task), &policy, 0.0, digest.clone(), Vec::new())

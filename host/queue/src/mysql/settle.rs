@@ -61,7 +61,7 @@ impl Group {
     }
 
     fn plugin(&self, entry: &Entry) -> Option<i64> {
-        entry.plugin_digest.as_ref().and_then(|digest| self.plugins.get(digest)).copied()
+        entry.plugin_digest.as_deref().and_then(|digest| self.plugins.get(digest)).copied()
     }
 
     /// Write those whose lease holds, with what belongs to them. `in_doubt` names leases that may have been settled by an earlier try.

@@ -48,7 +48,7 @@ struct Entry {
     event: &'static str,
     error_code: Option<String>,
     error_message: Option<String>,
-    plugin_digest: Option<String>,
+    plugin_digest: Option<Arc<str>>,
     follow_ups: Batch,
 }
 
@@ -402,7 +402,7 @@ impl Entry {
     fn noted(&self, mut side: Side, settled: &Settled, now_ms: i64) -> Side {
         let attempt = side.attempts.saturating_add(1);
         let record = Record::new(attempt, self.held.token, self.host.clone(), now_ms, self.event).with(
-            self.plugin_digest.clone(),
+            self.plugin_digest.as_deref().map(str::to_owned),
             self.error_code.clone(),
             self.error_message.clone(),
         );
@@ -424,8 +424,8 @@ impl Entry {
         }
         side.timeout = Some(self.outcome.timeout(now_ms));
         side.progress = None;
-        if self.plugin_digest.is_some() {
-            side.plugin.clone_from(&self.plugin_digest);
+        if let Some(digest) = &self.plugin_digest {
+            side.plugin = Some(digest.to_string());
         }
         if self.error_code.is_some() {
             (side.error_code, side.error_message) = (self.error_code.clone(), self.error_message.clone());

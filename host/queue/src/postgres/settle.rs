@@ -388,7 +388,7 @@ fn whole(number: usize) -> i32 {
 }
 
 fn plugin(entry: &Entry, plugins: &HashMap<String, i32>) -> Option<i32> {
-    entry.plugin_digest.as_ref().and_then(|digest| plugins.get(digest)).copied()
+    entry.plugin_digest.as_deref().and_then(|digest| plugins.get(digest)).copied()
 }
 
 /// Text as PostgreSQL can hold it: all but the character zero.

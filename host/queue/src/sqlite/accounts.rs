@@ -35,6 +35,9 @@ struct Account {
 #[derive(Default)]
 pub(super) struct Changes {
     accounts: BTreeMap<String, Account>,
+    /// Of the tasks without user, which most are: apart, since to look up an empty name is the dearest look-up there is (to compare nothing at a
+    /// dangling address takes the processor an assist).
+    nobody: Option<Account>,
     types: BTreeMap<String, i64>,
     ended: BTreeMap<&'static str, i64>,
     /// Users whose counts are not known, and have to be taken.
@@ -93,6 +96,9 @@ impl Changes {
     }
 
     fn account(&mut self, user: &str) -> &mut Account {
+        if user.is_empty() {
+            return self.nobody.get_or_insert_default();
+        }
         if !self.accounts.contains_key(user) {
             self.accounts.insert(user.to_owned(), Account::default());
         }
@@ -136,12 +142,10 @@ impl Changes {
         session.wake |= self.woken;
         let types = self.types.iter().map(|(name, tasks)| ("type", name.as_str(), *tasks));
         let ended = self.ended.iter().map(|(name, tasks)| ("ended", *name, *tasks));
+        let nobody = self.nobody.iter().map(|change| ("", change));
+        let users = self.accounts.iter().map(|(user, change)| (user.as_str(), change));
         let written = Written {
-            accounts: self
-                .accounts
-                .iter()
-                .map(|(user, change)| (user.as_str(), change.ready, change.running, change.picked))
-                .collect(),
+            accounts: nobody.chain(users).map(|(user, change)| (user, change.ready, change.running, change.picked)).collect(),
             tally: types.chain(ended).filter(|(_, _, tasks)| *tasks != 0).collect(),
         };
         if written.accounts.iter().any(|(user, _, running, _)| !user.is_empty() && *running < 0) {

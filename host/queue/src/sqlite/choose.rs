@@ -229,6 +229,9 @@ fn pick_within(accounts: &mut Vec<Account>, wanted: usize, limited: &mut Option<
     let has_limit = |accounts: &[Account], account: usize, candidate: &Candidate| {
         candidate.max_running.is_some() && !accounts[account].user.is_empty()
     };
+    if !accounts.iter().enumerate().any(|(place, account)| account.candidates.iter().any(|one| has_limit(accounts, place, one))) {
+        return fair::pick(accounts, wanted, number);
+    }
     let before = accounts.clone();
     let mut picks = fair::pick(accounts, wanted, number);
     let of_limited = |pick: &&Pick| has_limit(&before, pick.account, &pick.candidate);
@@ -336,9 +339,15 @@ async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[u
         several => sqlx::query(CANDIDATES_OF_SEVERAL).bind(json(several)).fetch_all(session.db()).await?,
     };
     let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
-    for row in &rows {
-        let candidate = Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? };
-        found.entry(row.try_get(0)?).or_default().push(candidate);
+    let candidate =
+        |row: &SqliteRow| Ok(Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? });
+    if let [(user, ..)] = wanted.as_slice() {
+        let all = rows.iter().map(candidate).collect::<Result<_, sqlx::Error>>()?;
+        found.insert((*user).to_owned(), all);
+    } else {
+        for row in &rows {
+            found.entry(row.try_get(0)?).or_default().push(candidate(row)?);
+        }
     }
     let asked: HashMap<String, i64> = wanted.iter().map(|(user, _, _, more)| ((*user).to_owned(), *more)).collect();
     for account in accounts.iter_mut() {

@@ -253,6 +253,8 @@ async fn take(
     };
     let rows = sqlx::query(AssertSqlSafe(TAKE_ALL.as_str())).bind(one_json(&take)).fetch_all(session.db()).await?;
     *counter = Counter { lease: take.lease, pick: take.pick };
+    // A list that grows to its size moves all of it several times.
+    tasks.reserve(rows.len());
     let mut changes = Changes::default();
     let mut unreadable = Vec::new();
     let mut misplaced: Vec<Place> = Vec::new();

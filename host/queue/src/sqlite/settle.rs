@@ -166,7 +166,7 @@ async fn update_tasks(
     ended_too: bool,
 ) -> Result<(), Failure> {
     let now = session.now;
-    let plugin = |entry: &Entry| entry.plugin_digest.as_ref().and_then(|digest| plugins.get(digest)).copied();
+    let plugin = |entry: &Entry| entry.plugin_digest.as_deref().and_then(|digest| plugins.get(digest)).copied();
     let first = kept.iter().find(|entry| entry.row.state == State::Finished);
     let is_alike = |entry: &Entry| {
         entry.row.state == State::Finished
@@ -264,7 +264,7 @@ async fn write_beside(
             && let Some(Settled(.., attempts, host, alone, _)) = settled.get(&entry.lease_ref)
         {
             let attempt = attempts.saturating_add(1);
-            let plugin = entry.plugin_digest.as_ref().and_then(|digest| plugins.get(digest)).copied();
+            let plugin = entry.plugin_digest.as_deref().and_then(|digest| plugins.get(digest)).copied();
             let (code, message) = (entry.error_code.as_deref(), entry.error_message.as_deref());
             records.push((task.0, lease.0, attempt, *host, plugin, entry.row.event, code, message, *alone));
         }

@@ -20,7 +20,7 @@ promises! {
         let claimed = fixture.claim(host, 1).await.remove(0);
         let event = Event::Finish { output: Some(b"\x00\xff out".to_vec()), retention: Some(Duration::from_secs(9)) };
         let mut settlement = settled(&claimed, event);
-        settlement.plugin_digest = Some("d1".to_owned());
+        settlement.plugin_digest = Some("d1".into());
         assert_eq!(fixture.backend().settle(&[settlement]).await.unwrap(), [LeaseAnswer::Held]);
         let finished = fixture.get("a").await;
         assert_eq!(finished.output.as_deref(), Some(&b"\x00\xff out"[..]));

@@ -24,7 +24,7 @@ async fn a_finished_task_is_finished_to_ruby_and_keeps_its_output_beside() {
     let before = ruby.now().await;
     let with = Event::Finish { output: Some(b"\x00\xff out".to_vec()), retention: Some(Duration::from_secs(9)) };
     let mut settlement = settled(&claimed[0], with);
-    settlement.plugin_digest = Some("d1".to_owned());
+    settlement.plugin_digest = Some("d1".into());
     let empty = Event::Finish { output: Some(Vec::new()), retention: None };
     let answers = site.backend().settle(&[settlement, settled(&claimed[1], empty)]).await.unwrap();
     assert_eq!(answers, [LeaseAnswer::Held, LeaseAnswer::Held]);

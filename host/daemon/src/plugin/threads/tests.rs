@@ -89,6 +89,22 @@ fn a_stuck_thread_holds_no_other_guest() {
 }
 
 #[test]
+fn a_burst_of_guests_wakes_no_more_threads_than_are_eager() {
+    let threads = Threads::start(8, 2).expect("threads");
+    eventually("all wait", || threads.shared.state().idle == 8);
+    // Whoever is told cannot look before the lock is free, as in a burst that is faster than the threads wake.
+    let mut state = threads.shared.state();
+    let told = (0..8).filter(|_| state.may_wake() && state.tell()).count();
+    assert_eq!((told, state.idle), (2, 6));
+    drop(state);
+    for _ in 0..told {
+        threads.shared.changed.notify_one();
+    }
+    eventually("they look, and wait again", || threads.shared.state().idle == 8);
+    serves(&threads).recv_timeout(PATIENCE).expect("it serves");
+}
+
+#[test]
 fn a_thread_more_is_woken_when_those_that_are_awake_do_not_get_on() {
     let threads = Threads::start(4, 2).expect("threads");
     let mut relief = threads.relief();
