@@ -118,6 +118,15 @@ has_mariadb() {
   command -v mariadbd >/dev/null && command -v mariadb-install-db >/dev/null
 }
 
+# A pooler before PostgreSQL. Debian keeps it where only root's path leads.
+need_pgbouncer() {
+  has_pgbouncer || { apt_install pgbouncer && has_pgbouncer; }
+}
+
+has_pgbouncer() {
+  PATH=$PATH:/usr/sbin command -v pgbouncer >/dev/null
+}
+
 # Clocks that tests set.
 need_faketime() {
   has_faketime || { apt_install libfaketime && has_faketime; }

@@ -51,29 +51,16 @@ impl Site {
     /// # Panics
     /// If the program is not built.
     pub async fn laelaps_with_input<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>, input: &str) -> Answer {
-        use tokio::io::AsyncWriteExt;
+        answer(self.command().args(arguments), input).await
+    }
 
-        let mut child = self
-            .command()
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("laelaps starts");
-        let mut stdin = child.stdin.take().expect("stdin is piped");
-        let feed = async {
-            // A program that does not read its input closes it, which is its right.
-            let _ = stdin.write_all(input.as_bytes()).await;
-            drop(stdin);
-        };
-        let ((), output) = tokio::join!(feed, child.wait_with_output());
-        let output = output.expect("laelaps ends");
-        Answer {
-            code: output.status.code(),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
+    /// The same as [`Site::laelaps`] with a fault to order (host/daemon/src/fault.rs).
+    ///
+    /// # Panics
+    /// If the program is not built, or has no faults.
+    pub async fn laelaps_with_fault<A: AsRef<OsStr>>(&self, fault: &str, arguments: impl IntoIterator<Item = A>) -> Answer {
+        assert!(has_faults(), "the program has no faults; build it with `cargo build --features fault-injection`");
+        answer(self.command().args(arguments).env("LAELAPS_FAULT", fault), "").await
     }
 
     /// A command that runs `laelaps` in this site, with nothing of the tests' own environment but `PATH`.
@@ -84,6 +71,26 @@ impl Site {
             command.env("PATH", path);
         }
         command
+    }
+}
+
+/// Run a command to its end.
+async fn answer(command: &mut Command, input: &str) -> Answer {
+    use tokio::io::AsyncWriteExt;
+
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("laelaps starts");
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    let feed = async {
+        // A program that does not read its input closes it, which is its right.
+        let _ = stdin.write_all(input.as_bytes()).await;
+        drop(stdin);
+    };
+    let ((), output) = tokio::join!(feed, child.wait_with_output());
+    let output = output.expect("laelaps ends");
+    Answer {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
 

@@ -219,7 +219,8 @@ async fn what_no_waiting_mends_ends_a_start_at_once() {
     assert!(told.contains("hint: "), "{told}");
     let queue = site.queue_at(&url).await;
     queue.close().await;
-    let newer = "INSERT INTO laelaps@schema@ (version, applied_at) VALUES (999, 0)";
+    let newer =
+        "INSERT INTO laelaps@schema@ (version, oldest_program, applied_at, program, fingerprint) VALUES (999, 999, 0, '', '')";
     if site.database() == Database::Postgres {
         let newer = newer.replace("@schema@", ".schema_version");
         let mut connection = PgConnection::connect(&url).await.unwrap();

@@ -454,19 +454,43 @@ async fn a_database_of_another_program() {
     assert_told!(&site, ["-c", "laelaps.yml", "init"], ["-c", "laelaps.yml", "list"]);
 }
 
+/// What these commands say of a database whose schema somebody has changed by this statement.
+async fn told_of_schema(sql: &'static str, commands: &[&str]) -> String {
+    let site = site_with_task().await;
+    let mut changed = database(&site).await;
+    changed.execute(sql).await.expect("another schema");
+    let mut told = String::new();
+    for command in commands {
+        let arguments: Vec<&str> = ["-c", "laelaps.yml"].into_iter().chain(command.split(' ')).collect();
+        told.push_str(&tell(&site, &arguments, "").await);
+    }
+    changed.execute("DELETE FROM laelaps_schema WHERE version <> 1").await.expect("the schema as it was");
+    if sql.contains("schema_was") {
+        changed.execute("UPDATE laelaps_schema SET fingerprint = (SELECT was FROM schema_was)").await.expect("likewise");
+    }
+    changed.close().await.expect("closed");
+    assert_nothing_lost(&site).await;
+    told.replace(&format!("Laelaps {}", env!("CARGO_PKG_VERSION")), "Laelaps VERSION")
+}
+
 #[tokio::test]
 async fn a_schema_of_a_newer_program() {
-    let site = site_with_task().await;
-    let mut newer = database(&site).await;
-    newer.execute("INSERT INTO laelaps_schema (version, applied_at) VALUES (99, 0)").await.expect("a newer schema");
-    let mut told = String::new();
-    for command in ["list", "init", "check", "run"] {
-        told.push_str(&tell(&site, &["-c", "laelaps.yml", command], "").await);
-    }
-    insta::assert_snapshot!(told);
-    newer.execute("DELETE FROM laelaps_schema WHERE version = 99").await.expect("the schema as it was");
-    newer.close().await.expect("closed");
-    assert_nothing_lost(&site).await;
+    let sql =
+        "INSERT INTO laelaps_schema (version, oldest_program, applied_at, program, fingerprint) VALUES (99, 98, 0, '9.9.0', '')";
+    insta::assert_snapshot!(told_of_schema(sql, &["list", "init", "init --dry-run", "check", "run", "submit k echo {}"]).await);
+}
+
+#[tokio::test]
+async fn a_schema_of_a_newer_program_that_admits_this_one() {
+    let sql =
+        "INSERT INTO laelaps_schema (version, oldest_program, applied_at, program, fingerprint) VALUES (99, 1, 0, '9.9.0', '')";
+    insta::assert_snapshot!(told_of_schema(sql, &["submit k echo {}", "init", "init --dry-run", "check"]).await);
+}
+
+#[tokio::test]
+async fn a_schema_of_a_development_build() {
+    let sql = "CREATE TABLE schema_was AS SELECT fingerprint AS was FROM laelaps_schema; UPDATE laelaps_schema SET fingerprint = '00000000'";
+    insta::assert_snapshot!(told_of_schema(sql, &["list", "init", "init --dry-run", "check", "run", "submit k echo {}"]).await);
 }
 
 #[tokio::test]

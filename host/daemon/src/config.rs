@@ -88,7 +88,10 @@ pub struct Config {
     pub cleanup_interval: u32,
     /// Where the plugins are.
     pub plugins: plugin::Config,
-    /// The fleet that this host is in.
+    /// How long this host may go without a sign of life in the database before others hand on what it had: 1 s to 1 h. None: they do not go by
+    /// such signs.
+    pub host_timeout: Option<Duration>,
+    /// The fleet in ZooKeeper that this host is in.
     pub watchdog: Option<fleet::Config>,
     /// The queue of ZooKeeper's whose items become tasks.
     pub watchdog_queue: Option<intake::Config>,

@@ -113,6 +113,8 @@ pub(crate) struct Dispatcher {
     membership: Option<Membership>,
     /// Who watches over this loop; None if nobody does.
     turning: Option<Turning>,
+    /// When a turn came so late that what is claimed may be others' by now, unless the fleet has confirmed it since.
+    woke_at: Option<Instant>,
     /// Why it ends by itself, if it does.
     broken: Option<Broken>,
 }
@@ -170,6 +172,7 @@ impl Dispatcher {
             awake_since: Instant::now(),
             membership,
             turning,
+            woke_at: None,
             broken: None,
         }
     }
@@ -183,8 +186,8 @@ impl Dispatcher {
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut turns = self.turning.as_ref().map(|turning| tokio::time::interval(turning.interval()));
         loop {
-            if let Some(turning) = &self.turning {
-                turning.turned();
+            if self.turning.as_ref().is_some_and(Turning::turned) {
+                self.woke_at = Some(Instant::now());
             }
             self.look_at_membership();
             self.begin_buffered(u32::from(self.is_turn()));
@@ -217,11 +220,24 @@ impl Dispatcher {
 
     /// What was claimed under an identity that is over is lost: its guests are stopped, and somebody else has or gets their tasks.
     fn look_at_membership(&mut self) {
-        if self.broken.is_none() && self.membership.as_ref().is_some_and(Membership::is_over) {
-            tracing::warn!(running = self.running.len(), "this host's ZooKeeper session is over: stopping what it runs");
-            self.broken = Some(Broken::IdentityOver);
-            self.end(Manner::Immediate);
+        if self.broken.is_some() {
+            return;
         }
+        let Some(broken) = self.membership.as_ref().and_then(Membership::over) else { return };
+        let running = self.running.len();
+        match broken {
+            Broken::IdentityOver => tracing::warn!(running, "this host's ZooKeeper session is over: stopping what it runs"),
+            _ => tracing::warn!(running, "this host was struck off: stopping what it runs"),
+        }
+        self.broken = Some(broken);
+        self.end(Manner::Immediate);
+    }
+
+    /// Whether this host was frozen or stuck for so long that others may run by now what it has claimed: it begins nothing until its fleet says
+    /// that it lives.
+    fn may_be_dead(&self) -> bool {
+        let unconfirmed = |woke_at| self.membership.as_ref().is_some_and(|membership| !membership.is_confirmed_since(woke_at));
+        self.woke_at.is_some_and(unconfirmed)
     }
 
     /// Whether the fleet lets this host take on work: not while ZooKeeper does not answer, nor while the host is not well.
@@ -384,6 +400,9 @@ impl Dispatcher {
 
     /// Begin what waits, on all processors but so many: those a claim has offered, or is about to offer.
     fn begin_buffered(&mut self, kept: u32) {
+        if self.may_be_dead() {
+            return;
+        }
         let kept = if self.buffer.has_limited() { 0 } else { kept };
         while self.idle_processors() > kept
             && let Some(held) = self.buffer.pop()

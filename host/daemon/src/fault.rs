@@ -15,6 +15,7 @@
 //! | `block-at=STEP:N` | the same, where one does so for the Nth time |
 //! | `block-file=PATH` | a file operation of a guest's that opens this path below a granted folder does not come back, as on a mount that hangs |
 //! | `block-file=PATH:N` | the same for the first N such operations |
+//! | `later-build=FILE` | the program plays a later build, whose schema goes on with the steps of this file: JSON, a list of `[version, oldest_program, sql]` |
 //!
 //! Blocked threads come back once there is a file `unblock` in the working directory.
 
@@ -22,9 +23,9 @@
 mod injection;
 
 #[cfg(feature = "fault-injection")]
-pub(crate) use injection::{VERSION, arm, block_file, block_thread, reach};
+pub(crate) use injection::{VERSION, arm, block_file, block_thread, later_steps, reach};
 #[cfg(not(feature = "fault-injection"))]
-pub(crate) use none::{VERSION, arm, block_file, block_thread, reach};
+pub(crate) use none::{VERSION, arm, block_file, block_thread, later_steps, reach};
 
 #[cfg(all(feature = "fault-injection", not(debug_assertions)))]
 compile_error!("the feature fault-injection is for tests: a release build must not have it");
@@ -51,4 +52,10 @@ mod none {
     /// A guest opens this path below a granted folder; a test may have ordered that this does not come back.
     #[inline]
     pub(crate) const fn block_file(_path: &std::path::Path) {}
+
+    /// Steps of the schema after those of this build.
+    #[inline]
+    pub(crate) const fn later_steps() -> Vec<laelaps_queue::SchemaStep> {
+        Vec::new()
+    }
 }

@@ -1,4 +1,5 @@
-//! This host in its fleet: present before its first claim, and the one that hands on what dead hosts had, if it is the acting one.
+//! This host in its fleet: present before its first claim, and the one that hands on what dead hosts had, if it is the acting one. [`database`] is
+//! the fleet of those who have no ZooKeeper.
 //!
 //! Authority: ZooKeeper says who is alive (see [`laelaps_watchdog::fleet`]); the database says who owns what, and takes from the dead, fenced.
 //! A service registers with the database under the identity that it has in the fleet, and ends when that identity does: what it claimed is
@@ -14,7 +15,10 @@ use laelaps_watchdog::{Access, Digest, Root};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
+use crate::dispatch::Broken;
 use crate::pulse::Pulse;
+
+pub(crate) mod database;
 
 /// How ZooKeeper is reached.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,29 +90,60 @@ impl Presence {
 
 /// A dispatcher's side of the fleet: under whom it claims, and whether it may.
 pub(crate) struct Membership {
-    identity: Identity,
-    standing: watch::Receiver<Standing>,
+    place: Place,
+}
+
+enum Place {
+    /// Under an identity of ours in ZooKeeper.
+    ZooKeeper { identity: Identity, standing: watch::Receiver<Standing> },
+    /// As a host that gives signs in the database, until it is struck off.
+    Database { struck_off: watch::Receiver<bool>, given: watch::Receiver<Option<Instant>> },
 }
 
 impl Membership {
     pub(crate) fn new(identity: Identity, standing: watch::Receiver<Standing>) -> Self {
-        Self { identity, standing }
+        Self { place: Place::ZooKeeper { identity, standing } }
     }
 
-    /// Whether new work may be claimed: not while no server answers.
+    fn in_database(struck_off: watch::Receiver<bool>, given: watch::Receiver<Option<Instant>>) -> Self {
+        Self { place: Place::Database { struck_off, given } }
+    }
+
+    /// Whether we know by a sign that was taken since this moment that what we had claimed before is still ours. In ZooKeeper the end of our
+    /// session tells.
+    pub(crate) fn is_confirmed_since(&self, moment: Instant) -> bool {
+        match &self.place {
+            Place::ZooKeeper { .. } => true,
+            Place::Database { given, .. } => given.borrow().is_some_and(|given| given >= moment),
+        }
+    }
+
+    /// Whether new work may be claimed: not while no server of ZooKeeper answers.
     pub(crate) fn may_claim(&self) -> bool {
-        self.standing.borrow().may_claim() == Some(self.identity)
+        match &self.place {
+            Place::ZooKeeper { identity, standing } => standing.borrow().may_claim() == Some(*identity),
+            Place::Database { struck_off, .. } => !*struck_off.borrow(),
+        }
     }
 
-    /// Whether the identity under which we claimed is over, and all that was claimed under it is lost.
-    pub(crate) fn is_over(&self) -> bool {
-        self.standing.borrow().identity() != Some(self.identity)
+    /// Why all that we claimed is lost, if it is.
+    pub(crate) fn over(&self) -> Option<Broken> {
+        match &self.place {
+            Place::ZooKeeper { identity, standing } => {
+                (standing.borrow().identity() != Some(*identity)).then_some(Broken::IdentityOver)
+            }
+            Place::Database { struck_off, .. } => struck_off.borrow().then_some(Broken::StruckOff),
+        }
     }
 
     /// Wait for the next change of our standing. Cancel-safe.
     pub(crate) async fn changed(&mut self) {
-        if self.standing.changed().await.is_err() {
-            // The fleet is gone with its service; nothing will change any more.
+        let changed = match &mut self.place {
+            Place::ZooKeeper { standing, .. } => standing.changed().await,
+            Place::Database { struck_off, .. } => struck_off.changed().await,
+        };
+        if changed.is_err() {
+            // The fleet is gone with its service, or has said its last; nothing will change any more.
             std::future::pending().await
         }
     }
@@ -139,18 +174,23 @@ impl fleet::Host for Side {
     async fn hand_on(&self, dead: &[Dead]) -> Result<(), HostError> {
         let identities: Vec<String> = dead.iter().map(|dead| dead.identity.to_string()).collect();
         crate::fault::reach("hand-on");
-        let mut count = 0;
-        loop {
-            let reclaimed = self.backend.hand_on(&identities, &self.policy).await?;
-            count += reclaimed.tasks.len();
-            crate::reports::reclaimed(&reclaimed);
-            if reclaimed.tasks.is_empty() {
-                break;
-            }
-        }
-        tracing::warn!(hosts = identities.join(", "), tasks = count, "the tasks of dead hosts are handed on");
-        Ok(())
+        Ok(hand_on(self.backend.as_ref(), &self.policy, &identities).await?)
     }
+}
+
+/// Hand on all that hosts had which are dead.
+async fn hand_on(backend: &dyn Backend, policy: &Policy, identities: &[String]) -> laelaps_queue::Result<()> {
+    let mut count = 0;
+    loop {
+        let reclaimed = backend.hand_on(identities, policy).await?;
+        count += reclaimed.tasks.len();
+        crate::reports::reclaimed(&reclaimed);
+        if reclaimed.tasks.is_empty() {
+            break;
+        }
+    }
+    tracing::warn!(hosts = identities.join(", "), tasks = count, "the tasks of dead hosts are handed on");
+    Ok(())
 }
 
 /// What the other hosts see of this one.

@@ -137,7 +137,7 @@ pub(crate) struct Parts {
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) engine: Arc<plugin::Engine>,
     pub(crate) store: Arc<plugin::Store>,
-    /// The signs of life that ZooKeeper's watchdogs ask for; none without one.
+    /// Whether this host is well, which its fleet and a WatchdogQueue ask before each sign of life; none if it is in neither.
     pub(crate) pulse: Option<Arc<Pulse>>,
     /// The queue of ZooKeeper's whose items are taken.
     pub(crate) intake: Option<Arc<Intake>>,
@@ -195,10 +195,10 @@ impl Parts {
 fn pulse_limit(config: &Config) -> Option<Duration> {
     let fleet = config.watchdog.as_ref().map(|fleet| fleet.timer);
     let intake = config.watchdog_queue.as_ref().map(|intake| intake.kick_interval * 5);
-    fleet.into_iter().chain(intake).min().map(|timer| timer / 2)
+    fleet.into_iter().chain(config.host_timeout).chain(intake).min().map(|timer| timer / 2)
 }
 
-/// The queue of a configuration, which has to be there with the schema that this program needs: only `laelaps init` makes one.
+/// The queue of a configuration, which has to be there with a schema that admits this program: only `laelaps init` makes one.
 pub(crate) async fn open_queue(config: &Config) -> anyhow::Result<Queue> {
     if let Database::Sqlite(path) = config.queue.database()?
         && !path.exists()
@@ -216,13 +216,7 @@ pub(crate) async fn open_queue(config: &Config) -> anyhow::Result<Queue> {
 
 /// The version of a schema that this program can use.
 pub(crate) fn fit(config: &Config, status: &SchemaStatus) -> anyhow::Result<i64> {
-    let unfit = match *status {
-        SchemaStatus::Current(version) => return Ok(version),
-        SchemaStatus::Missing => laelaps_queue::Error::NotInitialised,
-        SchemaStatus::Old { found, needed } => laelaps_queue::Error::SchemaTooOld { found, needed },
-        SchemaStatus::New { found, known } => laelaps_queue::Error::SchemaTooNew { found, known },
-    };
-    Err(unfit).with_context(|| format!("cannot use the database {}", config.queue.place()))
+    status.fits().with_context(|| format!("cannot use the database {}", config.queue.place()))
 }
 
 /// The process number in a file, locked while the host runs, so that a second host refuses the same file and a stale one does not matter.

@@ -15,6 +15,8 @@ use crate::versions::Versions;
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Looks in a row that this host may leave to others, because it has not heard about its own leases.
 const PASSED_OVER_MAX: u32 = 10;
+/// Between two looks whether another program has moved the schema on: one small query.
+const SCHEMA_INTERVAL: Duration = Duration::from_secs(10);
 /// Tasks whose retention has ended are removed after `cleanup_interval` fruitful claims, and at the latest after this time.
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
 /// Tasks removed in one transaction.
@@ -54,6 +56,31 @@ pub(crate) async fn look_after(backend: Arc<dyn Backend>, policy: Policy, leases
                     tracing::warn!(error = chain(&error), "cannot ask which plugin versions are under quarantine; trying again");
                 }
             }
+        }
+    }
+}
+
+/// Wait until another program has moved the schema on to one that this program must not work with; why.
+pub(crate) async fn shut_out(backend: Arc<dyn Backend>) -> laelaps_queue::Error {
+    let mut ticks = tokio::time::interval(SCHEMA_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut known = None;
+    loop {
+        ticks.tick().await;
+        let status = match backend.schema_status().await {
+            Ok(status) => status,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "cannot look at the schema; trying again");
+                continue;
+            }
+        };
+        // Tables that are missing or older are an accident, which claims tell of and somebody may yet mend.
+        match status.fits() {
+            Err(error @ (laelaps_queue::Error::SchemaTooNew { .. } | laelaps_queue::Error::OtherSchema { .. })) => return error,
+            Ok(version) if known.replace(version).is_some_and(|known| known != version) => {
+                tracing::info!(schema = version, "another program has moved the schema on; this host goes on working");
+            }
+            _ => {}
         }
     }
 }

@@ -114,9 +114,11 @@ pub(crate) struct Turning {
 }
 
 impl Turning {
-    /// Another turn.
-    pub(crate) fn turned(&self) {
+    /// Another turn. Answers whether it came so late that whoever watches over this host may have taken it for dead.
+    pub(crate) fn turned(&self) -> bool {
+        let late = self.signs.age(&self.signs.turned_ms) > self.signs.limit;
         self.signs.turned();
+        late
     }
 
     /// A claim was sent.

@@ -18,9 +18,10 @@ use crate::budget::Budget;
 use crate::config::{Config, Routes};
 use crate::dispatch::{Broken, Dispatcher, Order, Shared};
 use crate::excuses::Excuses;
+use crate::fleet::database::{self, Signs};
 use crate::fleet::{Membership, Presence};
 use crate::host::{self, Options, Parts};
-use crate::housekeeping::{clean_up, look_after, note_plugins};
+use crate::housekeeping::{clean_up, look_after, note_plugins, shut_out};
 use crate::leases::Leases;
 use crate::log::{Log, chain};
 use crate::settler::Settler;
@@ -63,7 +64,8 @@ pub(crate) async fn serve(
 ) -> anyhow::Result<Next> {
     let backend = &parts.backend;
     let (orders, received) = mpsc::channel(16);
-    let mut service = Service { config, parts, options, log, orders, ending: None, next: Next::End, rebuilding: None };
+    let mut service =
+        Service { config, parts, options, log, orders, ending: None, next: Next::End, rebuilding: None, shut_out: None };
     let presence = join(config, parts)?;
     let identity = match &presence {
         Some(presence) => service.until_present(presence.standing(), signals).await,
@@ -75,8 +77,7 @@ pub(crate) async fn serve(
     }
     // Only a defect ends the wait otherwise. Going on without an identity would leave the tasks to their leases, silently.
     anyhow::ensure!(presence.is_none() || identity.is_some(), "this host's part in its fleet broke down");
-    let name = config.host_name.clone();
-    let description = HostDescription { name, process_id: std::process::id(), identity: identity.map(|id| id.to_string()) };
+    let description = describe(config, identity);
     let Some(host) = service.registered(&description, is_first, signals).await? else {
         leave(presence).await;
         return Ok(service.next);
@@ -115,7 +116,9 @@ pub(crate) async fn serve(
         tokio::spawn(versions.clone().shrink()),
     ];
     parts.store.note_admissions(Some(Box::new(versions.clone())));
-    let membership = presence.as_ref().zip(identity).map(|(presence, identity)| Membership::new(identity, presence.standing()));
+    let signs = give_signs(config, parts, host);
+    let in_zookeeper = presence.as_ref().zip(identity).map(|(presence, identity)| Membership::new(identity, presence.standing()));
+    let membership = in_zookeeper.or_else(|| signs.as_ref().map(Signs::membership));
     let turning = parts.pulse.as_ref().map(|pulse| pulse.turning());
     let dispatcher = tokio::spawn(Dispatcher::new(shared, membership, turning).run(received));
     ready(config, parts);
@@ -127,10 +130,14 @@ pub(crate) async fn serve(
     }
     parts.store.note_admissions(None);
     excuses.settle(backend.as_ref(), host, policy, FLUSH_PATIENCE).await;
+    drop(signs);
     if flushed && let Err(error) = backend.unregister_host(host).await {
         tracing::warn!(error = chain(&error), "cannot strike this host off; the next host does it");
     }
     leave(presence).await;
+    if let Some(error) = service.shut_out {
+        return Err(error).with_context(|| format!("cannot work on the database {} any more", config.queue.place()));
+    }
     if let Err(error) = ended {
         if !matches!(error.downcast_ref(), Some(Broken::StruckOff | Broken::IdentityOver)) {
             return Err(error);
@@ -149,6 +156,18 @@ fn join(config: &Config, parts: &Parts) -> anyhow::Result<Option<Presence>> {
     let description = crate::fleet::description(config);
     let (backend, policy) = (Arc::clone(&parts.backend), config.queue.policy.clone());
     Presence::join(fleet, description, backend, policy, Arc::clone(pulse)).map(Some)
+}
+
+/// Who this host is to the database, and to whoever hands on what it had.
+fn describe(config: &Config, identity: Option<Identity>) -> HostDescription {
+    let identity = identity.map(|identity| identity.to_string()).or_else(|| config.host_timeout.map(|_| database::identity()));
+    HostDescription { name: config.host_name.clone(), process_id: std::process::id(), identity }
+}
+
+/// The fleet in the database, if that is the configuration's.
+fn give_signs(config: &Config, parts: &Parts, host: HostId) -> Option<Signs> {
+    let (timeout, pulse) = config.host_timeout.zip(parts.pulse.as_ref())?;
+    Some(Signs::start(Arc::clone(&parts.backend), config.queue.policy.clone(), Arc::clone(pulse), host, timeout))
 }
 
 async fn leave(presence: Option<Presence>) {
@@ -183,6 +202,8 @@ struct Service<'a> {
     /// How it was told to end, if it was.
     ending: Option<Manner>,
     next: Next,
+    /// Why this program must not work on the database any more.
+    shut_out: Option<laelaps_queue::Error>,
     /// The next configuration's parts, while they are built, and how to end once they stand.
     rebuilding: Option<(Manner, Building)>,
 }
@@ -240,8 +261,11 @@ impl Service<'_> {
         mut dispatcher: JoinHandle<Result<(), Broken>>,
         signals: &mut Signals,
     ) -> anyhow::Result<()> {
+        let schema = shut_out(Arc::clone(&self.parts.backend));
+        tokio::pin!(schema);
         loop {
             tokio::select! {
+                error = &mut schema, if self.shut_out.is_none() => self.leave_to_others(error).await,
                 ended = &mut dispatcher => return Ok(ended.context("the dispatcher broke down")??),
                 verb = signals.next() => self.obey(verb).await,
                 (manner, built) = rebuilt(&mut self.rebuilding) => self.restart(manner, built).await,
@@ -269,20 +293,32 @@ impl Service<'_> {
         match verb {
             Verb::Shutdown(manner) => {
                 tracing::info!(?manner, "shutting down");
-                let _ = sd_notify::notify(&[NotifyState::Stopping]);
-                self.next = Next::End;
-                if let Some(intake) = &self.parts.intake {
-                    intake.drain();
-                }
-                if let Some((_, building)) = self.rebuilding.take() {
-                    building.abort();
-                }
-                self.end(manner).await;
+                self.end_process(manner).await;
             }
             Verb::Restart(manner) => self.rebuild(manner).await,
             Verb::Replace(manner) => self.replace(manner),
             Verb::ReopenLogs => host::reopen_logs(self.log),
         }
+    }
+
+    /// Another program has moved the schema on past this one: claim nothing more, let what runs end, and end the process.
+    async fn leave_to_others(&mut self, error: laelaps_queue::Error) {
+        let hint = error.hint().unwrap_or_default();
+        tracing::error!(error = chain(&error), hint, "this host claims nothing more and ends once its attempts have");
+        self.shut_out = Some(error);
+        self.end_process(Manner::Graceful).await;
+    }
+
+    async fn end_process(&mut self, manner: Manner) {
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        self.next = Next::End;
+        if let Some(intake) = &self.parts.intake {
+            intake.drain();
+        }
+        if let Some((_, building)) = self.rebuilding.take() {
+            building.abort();
+        }
+        self.end(manner).await;
     }
 
     async fn end(&mut self, manner: Manner) {

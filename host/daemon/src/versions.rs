@@ -100,7 +100,11 @@ impl Versions {
     async fn begin_admission(&self, plugin: Arc<str>, digest: Digest) -> Running {
         let (running, is_noted) = self.0.enter(Arc::clone(&plugin), digest);
         if !is_noted && let Err(error) = self.0.write(false).await {
-            tracing::debug!(plugin = &*plugin, error = crate::log::chain(&error), "cannot note that this plugin version is admitted here");
+            tracing::debug!(
+                plugin = &*plugin,
+                error = crate::log::chain(&error),
+                "cannot note that this plugin version is admitted here"
+            );
         }
         running
     }

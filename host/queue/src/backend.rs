@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use serde::Serialize;
 
 use crate::{
-    AttemptRecord, ClaimedTask, Filter, HostId, LeaseRef, NewTask, Page, Policy, Progress, Result, Settlement, Stats, Submitted,
-    Task, TaskId, Timestamp,
+    AttemptRecord, ClaimedTask, Filter, HostId, LeaseRef, NewTask, Page, Policy, Progress, Result, Settlement, Sign, Stats,
+    Submitted, Task, TaskId, Timestamp,
 };
 
 /// Whether a write about an attempt still counted.
@@ -222,6 +222,8 @@ pub struct Reclaimed {
 /// What `init` did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Migration {
+    /// The schema's version before; 0 if there was none.
+    pub from: i64,
     /// The versions applied now, oldest first; empty if there was nothing to do.
     pub applied: Vec<i64>,
     /// The schema's version from now on.
@@ -233,6 +235,8 @@ pub struct Migration {
 pub struct PlannedStep {
     /// The schema's version after it.
     pub version: i64,
+    /// The least version that a program must know to go on working after it.
+    pub oldest_program: i64,
     /// What it runs.
     pub sql: String,
 }
@@ -284,12 +288,30 @@ pub enum SchemaStatus {
         /// The version needed.
         needed: i64,
     },
-    /// A newer program made it.
-    New {
+    /// A newer program moved it on, and programs as old as this one can work with it.
+    Newer {
         /// The schema's version.
         found: i64,
         /// The newest version known here.
         known: i64,
+        /// The version of Laelaps that made it, if that is written down.
+        program: Option<String>,
+    },
+    /// A newer program moved it on, and this one cannot work with it any more.
+    TooNew {
+        /// The schema's version.
+        found: i64,
+        /// The newest version known here.
+        known: i64,
+        /// The least version that a program must know to work with it.
+        oldest: i64,
+        /// The version of Laelaps that made it, if that is written down.
+        program: Option<String>,
+    },
+    /// A build from between two releases made it: its number is known here, and its tables are others.
+    Other {
+        /// The version whose tables are others.
+        found: i64,
     },
 }
 
@@ -298,14 +320,15 @@ pub enum SchemaStatus {
 /// All operations can be called at once from many threads. Dropping the future of a write leaves it either wholly done or not done.
 #[async_trait]
 pub trait Backend: Debug + Send + Sync {
-    /// Bring the schema up to what this program needs. Safe to call twice, and by several hosts at once.
+    /// Bring the schema up to what this program needs. Safe to call twice, and by several hosts at once, also while hosts work. A newer schema
+    /// that admits this program is left as it is.
     async fn init(&self) -> Result<Migration>;
 
     /// What [`Backend::init`] would do now, oldest step first; empty if nothing. Changes nothing.
     async fn plan(&self) -> Result<Vec<PlannedStep>>;
 
     /// How the tables differ from those that [`Backend::init`] makes, each difference in words; empty if they do not. Somebody may have
-    /// altered or dropped one by hand. Only sensible while [`Backend::schema_status`] is [`SchemaStatus::Current`].
+    /// altered or dropped one by hand. Only sensible while [`Backend::schema_status`] is [`SchemaStatus::Current`]: of a newer schema this program does not know the tables.
     async fn drift(&self) -> Result<Vec<String>>;
 
     /// Compare the schema with what this program needs.
@@ -426,6 +449,28 @@ pub trait Backend: Debug + Send + Sync {
     /// [`LeaseAnswer::Lost`]. Hosts with another identity, or none, are left alone. `policy` decides what follows, by [`crate::decide`]. Worth calling again
     /// until it answers no more tasks; identities that are not known (any more) are passed over.
     async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed>;
+
+    /// Give a sign of life for a host, which may go without another one for `timeout`: as long as whoever watches over it says.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownHost`] if the host was struck off, or has left; [`crate::Error::NotSupported`] if this queue keeps no signs.
+    async fn give_sign(&self, host: HostId, timeout: Duration) -> Result<()> {
+        let _ = (host, timeout);
+        Err(crate::Error::NotSupported { what: "giving a sign of life", why: "this queue has no place for it".to_owned() })
+    }
+
+    /// The latest sign of life of every host that gives some and has not left, in the order of their numbers.
+    async fn signs(&self) -> Result<Vec<Sign>> {
+        Ok(Vec::new())
+    }
+
+    /// Mark as gone those hosts that have given no sign since these were read: from now on they claim nothing, and what they hold is taken back by
+    /// [`Backend::hand_on`] or [`Backend::reclaim`]. One that has given another sign is left alone. Answers which of them have left by now, also
+    /// by the word of others.
+    async fn mark_dead(&self, silent: &[Sign]) -> Result<Vec<HostId>> {
+        let _ = silent;
+        Ok(Vec::new())
+    }
 
     /// Make a held task claimable now. False if the queue has no held task of this key: it was released or dropped before.
     async fn release_held(&self, key: &str) -> Result<bool>;

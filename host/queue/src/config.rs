@@ -21,6 +21,9 @@ pub struct Config {
     pub patience: Duration,
     /// How a database server is spoken to; an embedded one needs none of it.
     pub connections: Connections,
+    /// Steps of the schema after those of this program: a test of upgrades has it play a later one.
+    #[doc(hidden)]
+    pub later_steps: Vec<crate::SchemaStep>,
 }
 
 /// Whose tables the tasks are kept in.
@@ -133,6 +136,7 @@ impl Config {
             policy: Policy::default(),
             patience: Self::PATIENCE,
             connections: Connections::default(),
+            later_steps: Vec::new(),
         }
     }
 

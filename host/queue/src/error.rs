@@ -68,13 +68,29 @@ pub enum Error {
         /// The version needed.
         needed: i64,
     },
-    /// The schema was made by a newer program.
-    #[error("the database has schema {found}, newer than the {known} that this program knows")]
+    /// A newer program moved the schema on, and programs as old as this one cannot work with it.
+    #[error(
+        "the database has schema {found}{}, for programs that know schema {oldest} or a later one; this one, Laelaps {}, knows schema {known}",
+        program.as_ref().map(|program| format!(", made by Laelaps {program}")).unwrap_or_default(), crate::schema::PROGRAM
+    )]
     SchemaTooNew {
         /// The schema's version.
         found: i64,
         /// The newest version known here.
         known: i64,
+        /// The least version that a program must know to work with it.
+        oldest: i64,
+        /// The version of Laelaps that made it, if that is written down.
+        program: Option<String>,
+    },
+    /// The schema has a number that is known here, and other tables: a build from between two releases made it.
+    #[error(
+        "the database's schema {found} is not the schema {found} of this program, Laelaps {}: a development build made it",
+        crate::schema::PROGRAM
+    )]
+    OtherSchema {
+        /// The version whose tables are others.
+        found: i64,
     },
     /// The database answered with an error or could not be reached.
     #[error("{doing}")]
@@ -225,9 +241,19 @@ impl Error {
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NotInitialised => Some("create the tables with `laelaps init`, or with Queue::init"),
+            Self::NotInitialised => Some(
+                "create the tables with `laelaps init`, or with Queue::init; if that was done, `laelaps check` names what is missing",
+            ),
             Self::SchemaTooOld { .. } => Some("bring the tables up to date with `laelaps init`, or with Queue::init"),
-            Self::SchemaTooNew { .. } => Some("use the program that made the database, or a newer one; nothing was changed"),
+            Self::SchemaTooNew { .. } => {
+                Some("upgrade this program to the version that made the schema, or to a later one; nothing was changed")
+            }
+            Self::OtherSchema { .. } => {
+                Some("use the build that made the database, or a new database, made by `laelaps init`; nothing was changed")
+            }
+            Self::Database { source, .. } if is_about_tables(source) => {
+                Some("`laelaps check` tells how the tables differ from those that `laelaps init` makes")
+            }
             Self::Connect { hint, .. } | Self::Denied { hint, .. } => Some(hint),
             Self::NoSuchId(_) => Some("`laelaps list` shows the numbers; the task's retention may have ended"),
             Self::Busy { .. } => Some("a producer or another host keeps a transaction open; it is tried again"),
@@ -287,6 +313,20 @@ fn is_passing(error: &dyn DatabaseError) -> bool {
     }
     // SQLite: busy, locked, out of memory, interrupted, I/O error, full.
     code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 7 | 9 | 10 | 13))
+}
+
+/// Whether a statement names something that the database does not have, or has in another shape: somebody changed the tables.
+fn is_about_tables(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    if let Some(error) = error.try_downcast_ref::<MySqlDatabaseError>() {
+        // No such column, no default for one, no such key, procedure or partition; columns and values differ in number.
+        return matches!(error.number(), 1054 | 1072 | 1136 | 1176 | 1305 | 1364);
+    }
+    if error.try_downcast_ref::<PgDatabaseError>().is_some() {
+        return error.code().is_some_and(|code| matches!(&*code, "42703" | "42P01" | "42P10" | "42704" | "42883" | "42804"));
+    }
+    let message = error.message();
+    ["no such column", "no such index", "no such table", " has no column named "].iter().any(|words| message.contains(words))
 }
 
 /// Whether a database's complaint is about the values of a statement, or about the rows that it names.

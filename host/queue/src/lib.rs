@@ -32,7 +32,9 @@ mod perfectqueue;
 mod postgres;
 mod queue;
 mod retry;
+mod schema;
 mod settlement;
+mod signs;
 mod sqlite;
 mod task;
 
@@ -44,7 +46,10 @@ pub use config::{Config, Connections, Database, Kind, PerfectQueue, Tls};
 pub use error::{Error, Result};
 pub use queue::{AcquiredTask, PollOptions, Queue};
 pub use retry::Backoff;
+#[doc(hidden)]
+pub use schema::SchemaStep;
 pub use settlement::{Attempt, Event, FailureKind, Policy, Settlement, Verdict, decide};
+pub use signs::Sign;
 pub use task::{
     AttemptRecord, ClaimedTask, Compression, Descent, Filter, HostId, Lease, LeaseRef, NewTask, Page, Progress, State, Stats,
     Submitted, Task, TaskId, Timestamp,

@@ -32,6 +32,7 @@ mod schema;
 mod served;
 mod session;
 mod settle;
+mod signs;
 mod submit;
 mod suspects;
 mod together;
@@ -55,10 +56,11 @@ use self::mark::{Mark, Marks};
 use self::operate::Name;
 use self::session::{Runner, Session, Waiting, Work, now};
 use crate::batch::Batch;
+use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
-    Settlement, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
+    Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
 };
 
 /// Submits at once that somebody may be in the way of: fewer than there are connections.
@@ -68,6 +70,7 @@ const ALONE_MAX: usize = 2;
 #[derive(Clone, Debug)]
 pub(crate) struct MySql {
     access: Arc<Access>,
+    steps: Arc<Steps>,
     runner: Runner,
     marks: Arc<Mutex<Marks>>,
     claims: Arc<Mutex<Claims>>,
@@ -101,6 +104,7 @@ impl MySql {
         let runner = Runner::new(Arc::clone(&access), &server, config.patience, config.connections.statement_timeout);
         Ok(Self {
             access,
+            steps: Arc::new(Steps::new(&schema::STEPS, config)),
             runner,
             marks: Arc::default(),
             claims: Arc::default(),
@@ -282,6 +286,18 @@ impl Backend for MySql {
 
     async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
         self.hand_hosts_on(identities, policy).await
+    }
+
+    async fn give_sign(&self, host: HostId, timeout: Duration) -> Result<()> {
+        self.leave_sign(host, timeout).await
+    }
+
+    async fn signs(&self) -> Result<Vec<Sign>> {
+        self.read_signs().await
+    }
+
+    async fn mark_dead(&self, silent: &[Sign]) -> Result<Vec<HostId>> {
+        self.mark_hosts_dead(silent).await
     }
 
     async fn release_held(&self, key: &str) -> Result<bool> {

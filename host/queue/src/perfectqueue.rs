@@ -144,12 +144,8 @@ impl Shared {
     async fn names(&self, connection: &mut MySqlConnection) -> Result<Arc<Names>, Failure> {
         let find = async {
             let columns = Columns::find(&self.config, connection).await?;
-            match columns.status(&self.config) {
-                SchemaStatus::Current(_) => Ok(Arc::new(Names::with(&self.config, &columns)?)),
-                SchemaStatus::Old { found, needed } => Err(Failure::from(Error::SchemaTooOld { found, needed })),
-                SchemaStatus::New { found, known } => Err(Failure::from(Error::SchemaTooNew { found, known })),
-                SchemaStatus::Missing => Err(Failure::from(Error::NotInitialised)),
-            }
+            columns.status(&self.config).fits()?;
+            Ok(Arc::new(Names::with(&self.config, &columns)?))
         };
         self.names.get_or_try_init(|| find).await.cloned()
     }
@@ -201,9 +197,7 @@ impl Backend for PerfectQueue {
             let (mut connection, _) = shared.access.connect_with_patience(shared.patience).await?;
             schema::migrate(&shared.config, &mut connection).await
         };
-        let (applied, version) =
-            done.await.map_err(|failure: Failure| failure.into_error("making the tables", &shared.access.place))?;
-        Ok(Migration { applied, version })
+        done.await.map_err(|failure: Failure| failure.into_error("making the tables", &shared.access.place))
     }
 
     async fn plan(&self) -> Result<Vec<PlannedStep>> {

@@ -22,11 +22,13 @@ mod listen;
 mod mark;
 mod mend;
 mod operate;
+mod pooled;
 mod read;
 mod rehearse;
 mod schema;
 mod session;
 mod settle;
+mod signs;
 mod submit;
 mod suspects;
 mod tally;
@@ -41,13 +43,15 @@ use async_trait::async_trait;
 
 use self::connections::Connections;
 use self::operate::Name;
+use self::pooled::Db;
 use self::session::Shared;
 use crate::batch::Batch;
 use crate::earlier::Earlier;
+use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
-    Settlement, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
+    Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
 };
 
 /// A PostgreSQL database with tasks.
@@ -60,14 +64,17 @@ impl Postgres {
     /// Connect, with patience if the server cannot be reached.
     pub(crate) async fn open(config: &Config) -> Result<Self> {
         let connections = Connections::open(config).await?;
-        Ok(Self { shared: Shared::new(connections, config.patience, config.connections.listen) })
+        Ok(Self {
+            shared: Shared::new(connections, Steps::new(&schema::STEPS, config), config.patience, config.connections.listen),
+        })
     }
 }
 
 #[async_trait]
 impl Backend for Postgres {
     async fn init(&self) -> Result<Migration> {
-        self.shared.run("creating the tables", |session| Box::pin(schema::migrate(session))).await
+        let making = schema::MAKING_MAX;
+        self.shared.run_long("creating the tables", making, |session| Box::pin(schema::migrate(session))).await
     }
 
     async fn plan(&self) -> Result<Vec<PlannedStep>> {
@@ -84,6 +91,13 @@ impl Backend for Postgres {
 
     async fn rehearse(&self) -> Result<Vec<String>> {
         self.shared.run("rehearsing what a host does", |session| Box::pin(rehearse::rehearse(session))).await
+    }
+
+    async fn warnings(&self) -> Result<Vec<String>> {
+        let connections = &self.shared.connections;
+        let mut warnings = connections.pooler().map(pooled::Pooler::warnings).unwrap_or_default();
+        warnings.extend(self.shared.listener.deafness(connections).map(str::to_owned));
+        Ok(warnings)
     }
 
     async fn now(&self) -> Result<Timestamp> {
@@ -118,7 +132,7 @@ impl Backend for Postgres {
     async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
         let Transaction::Postgres(connection) = transaction else { return Err(transaction.foreign("PostgreSQL")) };
         let batch = Batch::new(tasks)?;
-        let stored = submit::submit_in(connection, &batch).await;
+        let stored = submit::submit_in(Db::of_caller(connection), &batch).await;
         stored.map_err(|failure| failure.into_error("submitting tasks", self.shared.connections.place()))
     }
 
@@ -231,6 +245,24 @@ impl Backend for Postgres {
             Box::pin(async move { hosts::hand_on(session, &asked.0, &asked.1, &asked.2).await })
         });
         handed_on.await
+    }
+
+    async fn give_sign(&self, host: HostId, timeout: Duration) -> Result<()> {
+        let doing = "giving a sign of life";
+        self.shared.run(doing, move |session| Box::pin(async move { signs::give(session, host, timeout).await })).await
+    }
+
+    async fn signs(&self) -> Result<Vec<Sign>> {
+        self.shared.run("reading signs of life", |session| Box::pin(signs::read(session))).await
+    }
+
+    async fn mark_dead(&self, silent: &[Sign]) -> Result<Vec<HostId>> {
+        let silent = silent.to_vec();
+        let marked = self.shared.run("marking hosts as dead", move |session| {
+            let silent = silent.clone();
+            Box::pin(async move { signs::mark_dead(session, &silent).await })
+        });
+        marked.await
     }
 
     async fn release_held(&self, key: &str) -> Result<bool> {

@@ -18,6 +18,8 @@ use crate::{
 
 /// Between two looks of a polling program for tasks of dead hosts and ended leases.
 const RECLAIM_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two looks of a polling program whether another one has moved the schema on.
+const SCHEMA_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two removals of tasks whose retention has ended, by a polling program.
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(10);
 /// Tasks removed at once.
@@ -70,6 +72,8 @@ struct Worker {
 #[derive(Debug, Default)]
 struct WorkerState {
     host: Option<HostId>,
+    /// When the schema was last seen to admit this program.
+    admitted_at: Option<Instant>,
     reclaimed_at: Option<Instant>,
     cleaned_at: Option<Instant>,
 }
@@ -126,12 +130,14 @@ impl Queue {
     /// Create the tables, or bring them up to what this program needs. Safe to call twice, and by several programs at once.
     ///
     /// # Errors
-    /// [`Error::SchemaTooNew`] if a newer program made them, and errors of the database.
+    /// [`Error::SchemaTooNew`] if a newer program made them and does not admit this one, [`Error::OtherSchema`] if a development build did, and
+    /// errors of the database.
     pub async fn init(&self) -> Result<Migration> {
         self.backend.init().await
     }
 
-    /// Compare the tables with what this program needs.
+    /// Compare the tables with what this program needs; [`SchemaStatus::fits`] says whether it can work with them. [`Queue::poll_many`] looks
+    /// by itself, a producer may look before its first submit.
     ///
     /// # Errors
     /// [`Error::Corrupt`] if the file is a database of something else, and errors of the database.
@@ -178,7 +184,7 @@ impl Queue {
     /// hold, and remove tasks whose retention has ended. Nothing is acquired while this program holds a task that has to run alone.
     ///
     /// # Errors
-    /// Those of the database.
+    /// As [`SchemaStatus::fits`], looked at with the first poll and then at most every 10 s, and those of the database.
     pub async fn poll_many(&self, options: &PollOptions) -> Result<Vec<AcquiredTask>> {
         let mut state = self.worker.state.lock().await;
         if self.worker.held_alone.load(Ordering::SeqCst) > 0 {
@@ -223,6 +229,10 @@ impl Queue {
 
     async fn house_keeping(&self, state: &mut WorkerState) -> Result<()> {
         let due = |last: Option<Instant>, interval| last.is_none_or(|last| last.elapsed() >= interval);
+        if due(state.admitted_at, SCHEMA_INTERVAL) {
+            self.backend.schema_status().await?.fits()?;
+            state.admitted_at = Some(Instant::now());
+        }
         if due(state.reclaimed_at, RECLAIM_INTERVAL) {
             self.backend.reclaim(&self.config.policy).await?;
             state.reclaimed_at = Some(Instant::now());

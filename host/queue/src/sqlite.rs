@@ -9,6 +9,7 @@
 mod accounts;
 mod aside;
 mod audit;
+mod checkpoint;
 mod choose;
 mod claim;
 mod failure;
@@ -43,6 +44,7 @@ use self::neighbours::{Seen, Watch};
 use self::operate::Named;
 use self::writer::{Access, Original, Writer};
 use crate::batch::Batch;
+use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
@@ -55,8 +57,6 @@ const READERS: u32 = 4;
 const BUSY_TIMEOUT: Duration = Duration::from_millis(50);
 /// The log is cut back to this after a checkpoint.
 const LOG_BYTES_MAX: &str = "67108864";
-/// Pages in the log after which they are moved into the database.
-const CHECKPOINT_PAGES: &str = "4000";
 /// Rows that SQLite's thread may be ahead of their reader, so that a batch does not bounce between two threads.
 const ROWS_AHEAD: usize = 1_024;
 /// Memory for pages of the writer's connection, in KiB (negative, as SQLite has it).
@@ -66,6 +66,7 @@ const WRITER_CACHE: &str = "-65536";
 #[derive(Debug)]
 pub(crate) struct Sqlite {
     path: Arc<PathBuf>,
+    steps: Arc<Steps>,
     readers: SqlitePool,
     writer: Writer,
     submits: Arc<together::Together>,
@@ -131,6 +132,7 @@ impl Sqlite {
             hosts,
             repaired: Mutex::default(),
             path,
+            steps: Arc::new(Steps::new(&schema::STEPS, config)),
             file,
             seen,
             watch: Mutex::default(),
@@ -186,7 +188,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(false)
         .busy_timeout(BUSY_TIMEOUT)
         .pragma("journal_size_limit", LOG_BYTES_MAX)
-        .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
+        .pragma("wal_autocheckpoint", checkpoint::WITHIN_COMMIT_PAGES)
         .pragma("cache_size", WRITER_CACHE)
         .pragma("temp_store", "MEMORY")
         .statement_cache_capacity(100)
@@ -228,15 +230,15 @@ async fn connect_with_patience(
 #[async_trait]
 impl Backend for Sqlite {
     async fn init(&self) -> Result<Migration> {
-        let path = Arc::clone(&self.path);
+        let (steps, path) = (Arc::clone(&self.steps), Arc::clone(&self.path));
         self.writer
-            .run("creating the tables", move |session| Box::pin(async move { schema::migrate(session, &path).await }))
+            .run("creating the tables", move |session| Box::pin(async move { schema::migrate(&steps, session, &path).await }))
             .await
     }
 
     async fn schema_status(&self) -> Result<SchemaStatus> {
         let mut connection = self.readers.acquire().await.map_err(self.reading("looking at the schema"))?;
-        schema::status(&mut connection, &self.path)
+        schema::status(&self.steps, &mut connection, &self.path)
             .await
             .map_err(|failure| failure.into_error("looking at the schema", &self.path))
     }
@@ -244,13 +246,13 @@ impl Backend for Sqlite {
     async fn plan(&self) -> Result<Vec<PlannedStep>> {
         let doing = "planning the schema";
         let mut connection = self.readers.acquire().await.map_err(self.reading(doing))?;
-        schema::plan(&mut connection, &self.path).await.map_err(|failure| failure.into_error(doing, &self.path))
+        schema::plan(&self.steps, &mut connection, &self.path).await.map_err(|failure| failure.into_error(doing, &self.path))
     }
 
     async fn drift(&self) -> Result<Vec<String>> {
         let doing = "comparing the schema";
         let mut connection = self.readers.acquire().await.map_err(self.reading(doing))?;
-        schema::drift(&mut connection).await.map_err(|failure| failure.into_error(doing, &self.path))
+        schema::drift(&self.steps, &mut connection).await.map_err(|failure| failure.into_error(doing, &self.path))
     }
 
     async fn now(&self) -> Result<Timestamp> {

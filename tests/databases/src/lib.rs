@@ -6,6 +6,7 @@ mod clock;
 pub mod gate;
 #[path = "../../src/guarded.rs"]
 mod guarded;
+mod later;
 pub mod mariadb;
 #[path = "../../src/names.rs"]
 mod names;
@@ -18,6 +19,7 @@ mod server;
 
 pub use certificates::Certificates;
 pub use clock::Clock;
+pub use later::later_step;
 pub use names::unique_name;
 pub use patience::{LONG, PATIENCE, eventually, waiting_for};
 pub use server::{Durability, Going, Replication};

@@ -1,5 +1,6 @@
 //! PostgreSQL.
 
+mod bouncer;
 mod pair;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use crate::ports::{PORT_TRIES, free_ports};
 use crate::server::{self, Durability, Extras};
 use crate::{Certificates, LONG, eventually, unique_name};
 
+pub use self::bouncer::Bouncer;
 pub use self::pair::Pair;
 
 /// The port of a server that all test processes share.
@@ -23,9 +25,15 @@ pub const SHARED_PORT: &str = "LAELAPS_TEST_POSTGRES_PORT";
 /// The server that all tests share, each in a database of its own: the one that `tests/run` has started, else one for this process.
 pub async fn shared() -> &'static Server {
     static SERVER: OnceCell<Server> = OnceCell::const_new();
-    let server = async || match server::shared_port(SHARED_PORT) {
-        Some(port) => Server::at(port),
-        None => Server::start(Durability::Process).await,
+    let server = async || {
+        let mut server = match server::shared_port(SHARED_PORT) {
+            Some(port) => Server::at(port),
+            None => Server::start(Durability::Process).await,
+        };
+        if let Some(program) = bouncer::wanted() {
+            server.bouncer = Some(Bouncer::before(server.port, &program).await);
+        }
+        server
     };
     SERVER.get_or_init(server).await
 }
@@ -39,6 +47,8 @@ pub struct Server {
     durability: Durability,
     extras: Extras,
     process: Option<Guarded>,
+    /// What clients are led through.
+    bouncer: Option<Bouncer>,
 }
 
 impl Server {
@@ -61,7 +71,7 @@ impl Server {
 
     /// One that another process started.
     fn at(port: u16) -> Self {
-        Self { folder: None, port, durability: Durability::Process, extras: Extras::default(), process: None }
+        Self { folder: None, port, durability: Durability::Process, extras: Extras::default(), process: None, bouncer: None }
     }
 
     async fn start_with(durability: Durability, extras: Extras) -> Self {
@@ -84,7 +94,7 @@ impl Server {
 
     /// Starts a server on the data in its folder.
     async fn start_in(folder: TempDir, durability: Durability, extras: Extras) -> Self {
-        let mut server = Self { folder: Some(folder), port: 0, durability, extras, process: None };
+        let mut server = Self { folder: Some(folder), port: 0, durability, extras, process: None, bouncer: None };
         for _ in 0..PORT_TRIES {
             server.port = free_ports(1)[0];
             server.launch();
@@ -95,9 +105,23 @@ impl Server {
         panic!("PostgreSQL did not start: {}", server.log());
     }
 
-    /// Where programs connect: a database of this server.
+    /// Where an administrator connects: a database of this server.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// Where programs connect: the same, or the bouncer before it (LAELAPS_POSTGRES_THROUGH).
+    pub fn client_url(&self, database: &str) -> String {
+        let port = self.bouncer.as_ref().map_or(self.port, Bouncer::port);
+        format!("postgres://postgres@127.0.0.1:{port}/{database}")
+    }
+
+    /// From where programs connect to where an administrator does.
+    pub fn directly(&self, url: &str) -> String {
+        match &self.bouncer {
+            Some(bouncer) => url.replace(&format!(":{}/", bouncer.port()), &format!(":{}/", self.port)),
+            None => url.to_owned(),
+        }
     }
 
     /// The port on 127.0.0.1.
@@ -123,7 +147,7 @@ impl Server {
         let create = format!("CREATE DATABASE {name}");
         sqlx::query(AssertSqlSafe(create)).execute(&mut connection).await.expect("a superuser may make databases");
         connection.close().await.expect("the connection ends");
-        self.url(&name)
+        self.client_url(&name)
     }
 
     /// Kills it (`kill -9`), with all its processes.

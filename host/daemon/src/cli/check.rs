@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use laelaps_queue::{Filter, Kind, Quarantine, Queue, SchemaStatus, State, Task, Timestamp};
+use laelaps_queue::{Database, Filter, Kind, Quarantine, Queue, SchemaStatus, State, Task, Timestamp};
 use laelaps_watchdog::{Root, Session, WatchdogQueue, fleet};
 
 use super::output::{Output, counted, in_one_line, moment, table};
@@ -57,6 +57,9 @@ impl Arguments {
                 for problem in Box::pin(look_into(&queue, &config, self.data, &mut output)).await? {
                     note(Err(problem), &mut output)?;
                 }
+                if let Some(fleet) = fleet_in_database(&queue, &config).await.transpose() {
+                    note(fleet, &mut output)?;
+                }
                 queue.close().await;
             }
             Err(error) => note(Err(error), &mut output)?,
@@ -81,6 +84,30 @@ impl Arguments {
         output.close()?;
         Ok(first)
     }
+}
+
+/// How hosts of this fleet are told from dead ones, where neither ZooKeeper nor a lock beside a file does it.
+async fn fleet_in_database(queue: &Queue, config: &Config) -> anyhow::Result<Option<String>> {
+    let is_on_server = config.queue.kind == Kind::Native && !matches!(config.queue.database()?, Database::Sqlite(_));
+    let told = match config.host_timeout {
+        Some(timeout) => {
+            let signs = queue.backend().signs().await?;
+            let others = signs.iter().filter(|sign| sign.timeout != timeout).map(|sign| sign.host.0.to_string());
+            let others: Vec<String> = others.take(NAMED_MAX).collect();
+            if !others.is_empty() {
+                exit::warn(&format!(
+                    "hosts with another host_timeout than {timeout:?} (number {}): give all hosts of a fleet the same",
+                    others.join(", ")
+                ));
+            }
+            format!("in the database: {}, dead after {timeout:?} without a sign of life", counted(signs.len() as u64, "host"))
+        }
+        None if is_on_server && config.watchdog.is_none() => {
+            format!("none: a dead host's tasks come back when their leases end, after {:?}", config.alive_time)
+        }
+        None => return Ok(None),
+    };
+    Ok(Some(format!("fleet          {told}")))
 }
 
 /// What the configuration has in ZooKeeper.
@@ -124,13 +151,21 @@ async fn database(config: &Config) -> anyhow::Result<(String, Queue)> {
     let drift_counts = match status {
         SchemaStatus::Current(_) => true,
         SchemaStatus::Old { .. } => !is_ours,
-        SchemaStatus::Missing | SchemaStatus::New { .. } => false,
+        // What a newer program made is unknown here.
+        SchemaStatus::Missing | SchemaStatus::Newer { .. } | SchemaStatus::TooNew { .. } | SchemaStatus::Other { .. } => false,
     };
     if drift_counts && !drift.is_empty() {
         let message = format!("{}: the tables are not as init makes them: {}", config.queue.place(), drift.join("; "));
         return Err(Complaint::new(Exit::Database, message, hint.to_owned()).into());
     }
-    let version = host::fit(config, &status)?;
+    let version = match &status {
+        SchemaStatus::Newer { found, known, program } => {
+            let by =
+                program.as_ref().map(|program| format!(", made by Laelaps {}", in_one_line(program, 64))).unwrap_or_default();
+            format!("{found}{by}, admits this program, which knows schema {known}; its tables are not compared")
+        }
+        fit => host::fit(config, fit)?.to_string(),
+    };
     let clock = if is_ours { String::new() } else { format!("\nclock          {}", ahead(now?, asked, answered)) };
     Ok((format!("database       {}: schema {version}{clock}", config.queue.place()), queue))
 }

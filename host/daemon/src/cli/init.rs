@@ -1,5 +1,6 @@
 //! `laelaps init`.
 
+use anyhow::Context as _;
 use laelaps_queue::{Config, Database, Migration, PlannedStep, Queue};
 use serde_json::json;
 
@@ -26,9 +27,10 @@ impl Arguments {
         let migration = if self.wait { made_in_time(&config.queue).await? } else { made(&config.queue).await? };
         Place::note(&config, "init", json!({ "schema": migration.version, "steps": migration.applied.len() }));
         let mut output = Output::open();
-        output.line(&match migration.applied.as_slice() {
-            [] => format!("the queue is ready: schema {} was there already", migration.version),
-            _ => format!("the queue is ready: schema {}", migration.version),
+        output.line(&match (migration.from, migration.applied.as_slice()) {
+            (_, []) => format!("the queue is ready: schema {} was there already", migration.version),
+            (0, _) => format!("the queue is ready: schema {}", migration.version),
+            (from, _) => format!("the queue is ready: schema {}, brought up to date from {from}", migration.version),
         })?;
         output.close()?;
         Ok(Exit::Done)
@@ -39,7 +41,7 @@ async fn made(config: &Config) -> anyhow::Result<Migration> {
     let queue = Queue::open(config).await?;
     let migration = queue.backend().init().await;
     queue.backend().close().await;
-    Ok(migration?)
+    migration.with_context(|| format!("cannot make the tables in {}", config.place()))
 }
 
 /// As [`made`], once the database is there.
@@ -73,8 +75,13 @@ async fn dry_run(config: &Config) -> anyhow::Result<Exit> {
     if steps.is_empty() {
         output.line("-- nothing to do: the tables are there already")?;
     }
-    for PlannedStep { version, sql } in steps {
+    for PlannedStep { version, oldest_program, sql } in steps {
         output.line(&format!("-- {}: to schema {version}", config.place()))?;
+        if version > 1 && oldest_program == version {
+            output.line("-- stop the hosts and producers of older programs first: they cannot work on it")?;
+        } else if version > 1 {
+            output.line(&format!("-- programs that know schema {oldest_program} go on working"))?;
+        }
         output.line(sql.trim_end())?;
     }
     output.close()?;
@@ -85,5 +92,5 @@ async fn plan(config: &Config) -> anyhow::Result<Vec<PlannedStep>> {
     let queue = Queue::open(config).await?;
     let plan = queue.backend().plan().await;
     queue.backend().close().await;
-    Ok(plan?)
+    plan.with_context(|| format!("cannot plan the tables in {}", config.place()))
 }

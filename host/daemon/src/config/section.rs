@@ -16,7 +16,7 @@ use super::grants::{self, Own};
 use super::keys::{Keys, Unknown, describe};
 use super::quantity::{YEARS_10, tell_size};
 use super::{Config, Error, Lookup, Route, machine, route, watchdog};
-use crate::plugin;
+use crate::{fault, plugin};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -74,7 +74,9 @@ pub(super) fn validate(
             keys.warn(key, &format!("has no effect: {reason}"));
         }
     }
+    let has_watchdog = keys.has("watchdog");
     let fleet = watchdog::fleet(&mut keys, lookup);
+    let host_timeout = watchdog::host_timeout(&mut keys, has_watchdog, &url, &kind);
     let watchdog_queue = watchdog::intake(&mut keys, fleet.as_ref(), &host_name, lookup);
     let plugins = plugins(&mut keys, processors);
     let routes = route::read_all(&mut keys, &policy, &kind, lookup);
@@ -106,7 +108,7 @@ pub(super) fn validate(
         path,
         digest: String::new(),
         environment,
-        queue: laelaps_queue::Config { url, kind, policy, patience, connections },
+        queue: laelaps_queue::Config { url, kind, policy, patience, connections, later_steps: fault::later_steps() },
         log,
         audit_log,
         log_filter,
@@ -124,6 +126,7 @@ pub(super) fn validate(
         disable_resource_limit,
         cleanup_interval,
         plugins: plugin::Config { memory_bytes_max, ..plugins },
+        host_timeout,
         watchdog: fleet,
         watchdog_queue,
         routes,

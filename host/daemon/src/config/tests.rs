@@ -151,7 +151,9 @@ fn quantity(text: &str) -> Option<f64> {
 fn with_key(key: &str, value: Option<&str>, within: Within) -> Result<String, Error> {
     // Keys that have an effect only there, and keys that bound one another and have to stand far enough apart.
     let (base, other) = match key {
-        "connect_timeout" | "statement_timeout" | "max_connections" | "listen" => ("{type: rdb, url: 'postgres://joe@db/q'", ""),
+        "connect_timeout" | "statement_timeout" | "max_connections" | "listen" | "host_timeout" => {
+            ("{type: rdb, url: 'postgres://joe@db/q'", "")
+        }
         "side_table" => ("{type: rdb_compat, url: 'mysql://joe@db/q', table: tasks", ""),
         "task_heartbeat_interval" => ("{type: rdb, url: 'sqlite:queue.db'", ", alive_time: 604800"),
         _ => ("{type: rdb, url: 'sqlite:queue.db'", ""),
@@ -278,6 +280,38 @@ fn a_fleet_and_a_queue_of_items() {
     assert_eq!((queue.kick_interval, queue.json, queue.user.as_deref()), (Duration::from_secs(2), true, Some("u")));
     assert_eq!((queue.process.as_str(), queue.zookeeper.session_timeout), ("p", Duration::from_secs(3)));
     assert!(!format!("{queue:?}").contains("secret"));
+}
+
+#[test]
+fn a_fleet_on_a_server_is_in_the_database_unless_it_is_in_zookeeper_or_switched_off() {
+    let on = |url: &str, keys: &str| {
+        let text = format!("development: {{type: rdb, url: '{url}'{keys}, routes: [{{type: a, plugin: p}}]}}");
+        let config = load(&text).expect("valid");
+        (config.host_timeout.map(|timeout| timeout.as_secs()), config.warnings)
+    };
+    let (nothing, zookeeper) = (Vec::<String>::new(), "watchdog: {servers: 'zoo:2181', root: /fleet}");
+    for url in ["postgres://db/q", "mysql://db/q"] {
+        assert_eq!(on(url, ""), (Some(10), nothing.clone()));
+        assert_eq!(on(url, ", fleet: database, host_timeout: 1m"), (Some(60), nothing.clone()));
+        assert_eq!(on(url, ", fleet: none"), (None, nothing.clone()));
+        assert_eq!(on(url, &format!(", {zookeeper}")), (None, nothing.clone()));
+    }
+    assert_eq!(on("sqlite:queue.db", ""), (None, nothing.clone()));
+    let warned = |url: &str, keys: &str, told: &[&str]| {
+        let (timeout, warnings) = on(url, keys);
+        assert_eq!((timeout, warnings.len()), (None, told.len()), "{warnings:?}");
+        assert!(warnings.iter().zip(told).all(|(warning, told)| warning.contains(told)), "{warnings:?}");
+    };
+    let lock = "has no effect: on SQLite the lock of a file beside the database tells dead hosts at once";
+    warned(
+        "sqlite:queue.db",
+        ", fleet: database, host_timeout: 5",
+        &[&format!("fleet: {lock}"), &format!("host_timeout: {lock}")],
+    );
+    let switched_off = "host_timeout: has no effect: with `fleet: none` a dead host's tasks are left to their leases";
+    warned("postgres://db/q", ", fleet: none, host_timeout: 5", &[switched_off]);
+    let in_zookeeper = "host_timeout: has no effect: with `watchdog`, its `timer` and `session_timeout`";
+    warned("postgres://db/q", &format!(", host_timeout: 5, {zookeeper}"), &[in_zookeeper]);
 }
 
 #[test]

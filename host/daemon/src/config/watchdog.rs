@@ -3,16 +3,17 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use laelaps_queue::NewTask;
+use laelaps_queue::{Kind, NewTask};
 use laelaps_watchdog::{Access, Digest, Root};
 
 use super::Lookup;
-use super::keys::{Keys, Unknown};
+use super::keys::{Keys, Unknown, describe};
 use crate::fleet::{self, ZooKeeper};
 use crate::intake;
 
 const SESSION_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3_600);
 const TIMER: RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(3_600);
+const HOST_TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3_600);
 const KICK: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(3_600);
 
 /// Bytes of a root's path at most where its items become tasks, so that their keys stay short.
@@ -26,6 +27,46 @@ pub(super) fn fleet(keys: &mut Keys<'_>, lookup: &Lookup<'_>) -> Option<fleet::C
     let timer = keys.duration("timer", TIMER).unwrap_or(Duration::from_secs(15));
     keys.finish(Unknown::Refuse);
     Some(fleet::Config { zookeeper: zookeeper?, root: root?, timer })
+}
+
+/// How long a host may go without a sign of life in the database; none if the fleet does not go by such signs. `has_watchdog`: it has ZooKeeper.
+/// Where nothing is said, a fleet on a server has them unless it has ZooKeeper.
+pub(super) fn host_timeout(keys: &mut Keys<'_>, has_watchdog: bool, url: &str, kind: &Kind) -> Option<Duration> {
+    const EXPECTED: &str = "`database` or `none`";
+    let timeout = keys.duration("host_timeout", HOST_TIMEOUT);
+    let wanted = keys.take("fleet");
+    let wants = match wanted.as_ref().map(|value| (value, value.as_str())) {
+        None => None,
+        Some((_, Some("database"))) => Some(true),
+        Some((_, Some("none"))) => Some(false),
+        Some((other, _)) => {
+            let problem = format!("found {}, expected {EXPECTED}", describe(other));
+            keys.problem("fleet", problem, Some("for a fleet in ZooKeeper leave the key out, and add `watchdog`"));
+            return None;
+        }
+    };
+    if wants.is_some() && has_watchdog {
+        let problem = "`watchdog` stands beside it, by which ZooKeeper tells who is alive".to_owned();
+        keys.problem("fleet", problem, Some("remove one of them"));
+        return None;
+    }
+    let is_embedded = url.starts_with("sqlite:");
+    let (is_kept, instead) = match kind {
+        _ if has_watchdog => (false, "with `watchdog`, its `timer` and `session_timeout` say how long a host may be silent"),
+        _ if wants == Some(false) => (false, "with `fleet: none` a dead host's tasks are left to their leases"),
+        Kind::PerfectQueue(_) => (false, "PerfectQueue's table has no place for signs of life"),
+        Kind::Native if is_embedded => (false, "on SQLite the lock of a file beside the database tells dead hosts at once"),
+        Kind::Native => (true, ""),
+    };
+    if wants == Some(true) && matches!(kind, Kind::PerfectQueue(_)) {
+        keys.problem("fleet", instead.to_owned(), Some("remove the key; with `watchdog` and `side_table` ZooKeeper does it"));
+    } else if wants == Some(true) && !is_kept {
+        keys.warn("fleet", &format!("has no effect: {instead}"));
+    }
+    if timeout.is_some() && !is_kept {
+        keys.warn("host_timeout", &format!("has no effect: {instead}"));
+    }
+    is_kept.then(|| timeout.unwrap_or(Duration::from_secs(10)))
 }
 
 /// The queue whose items become tasks, if the section has one. Where it says nothing about ZooKeeper, the fleet's counts.

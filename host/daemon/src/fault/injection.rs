@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use laelaps_queue::SchemaStep;
 use rustix::process::{Signal, getpid, kill_process};
 
 /// What `laelaps --version` tells.
@@ -19,6 +20,7 @@ const UNBLOCK: &str = "unblock";
 const UNBLOCK_POLL: Duration = Duration::from_millis(10);
 
 static ORDERED: OnceLock<Vec<Fault>> = OnceLock::new();
+static LATER_STEPS: OnceLock<Vec<SchemaStep>> = OnceLock::new();
 
 /// One fault, and how often its place was reached.
 #[derive(Debug)]
@@ -36,15 +38,32 @@ enum Kind {
     BlockFile,
     AbortAt,
     BlockAt,
+    LaterBuild,
 }
 
 /// Read what is ordered. To be called once, before anything else.
 pub(crate) fn arm() -> Result<(), String> {
     let ordered = crate::config::environment_variable(VARIABLE).unwrap_or_default();
     let faults = parse(&ordered).map_err(|problem| format!("{VARIABLE} holds {ordered:?}: {problem}"))?;
+    if let Some(fault) = faults.iter().find(|fault| fault.kind == Kind::LaterBuild) {
+        let steps = read_steps(Path::new(&fault.place)).map_err(|problem| format!("{}: {problem}", fault.place))?;
+        let _ = LATER_STEPS.set(steps);
+    }
     // A second call changes nothing.
     let _ = ORDERED.set(faults);
     Ok(())
+}
+
+fn read_steps(path: &Path) -> Result<Vec<SchemaStep>, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    let steps: Vec<(i64, i64, String)> = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    let step = |(version, oldest_program, sql): (i64, i64, String)| SchemaStep { version, oldest_program, sql: sql.into() };
+    Ok(steps.into_iter().map(step).collect())
+}
+
+/// Steps of the schema after those of this build.
+pub(crate) fn later_steps() -> Vec<SchemaStep> {
+    LATER_STEPS.get().cloned().unwrap_or_default()
 }
 
 /// This step is reached; a test may have ordered that the process ends here, or does not get any further.
@@ -98,12 +117,14 @@ fn parse(ordered: &str) -> Result<Vec<Fault>, String> {
 
 impl Fault {
     fn parse(text: &str) -> Result<Self, String> {
-        const EXPECTED: &str = "expected block-thread=TYPE[:N], block-file=PATH[:N], abort-at=STEP[:N] or block-at=STEP[:N]";
+        const EXPECTED: &str =
+            "expected block-thread=TYPE[:N], block-file=PATH[:N], abort-at=STEP[:N], block-at=STEP[:N] or later-build=FILE";
         let (kind, place) = match text.split_once('=') {
             Some(("block-thread", place)) => (Kind::BlockThread, place),
             Some(("block-file", place)) => (Kind::BlockFile, place),
             Some(("abort-at", place)) => (Kind::AbortAt, place),
             Some(("block-at", place)) => (Kind::BlockAt, place),
+            Some(("later-build", place)) => (Kind::LaterBuild, place),
             _ => return Err(format!("{text:?} is no fault, {EXPECTED}")),
         };
         let (place, count) = match place.rsplit_once(':') {

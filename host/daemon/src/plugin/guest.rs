@@ -165,7 +165,7 @@ impl context::Host for Guest {
 
     async fn update_data(&mut self, members: Vec<u8>) -> wasmtime::Result<Result<(), context::Refusal>> {
         // Only what the contract's generated code asks for: guests are linked to `update::add_to_linker`.
-        self.update(members, None).await
+        self.update(members, super::update::Share::default()).await
     }
 
     async fn submit(

@@ -165,6 +165,15 @@ CREATE TABLE IF NOT EXISTS laelaps_host (
     KEY by_end (ended_at)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
+-- How often a host has said that it is alive, if its fleet goes by that. A host whose number stands still for timeout_ms is dead to those who
+-- watched it. A row of its own, since a claim holds its host's; gone when the host leaves.
+CREATE TABLE IF NOT EXISTS laelaps_host_sign (
+    host       BIGINT NOT NULL,
+    given      BIGINT NOT NULL,
+    timeout_ms BIGINT NOT NULL,
+    PRIMARY KEY (host)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
+
 CREATE TABLE IF NOT EXISTS laelaps_plugin_version (
     id     BIGINT         NOT NULL AUTO_INCREMENT,
     digest VARBINARY(255) NOT NULL,
@@ -345,9 +354,11 @@ BEGIN
             SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
         END IF;
     ELSEIF task_data IS NOT NULL THEN
-        IF NOT JSON_VALID(task_data) THEN
+        -- Its JSON functions take what follows a NUL, and refuse numbers beyond a double: with an exponent of 0 these are looked at once more.
+        SET rest = IF(JSON_VALID(task_data), task_data, REGEXP_REPLACE(task_data, '([0-9])[eE][+-]?[0-9]+', '$1e0'));
+        IF NOT JSON_VALID(rest) OR INSTR(CAST(task_data AS BINARY), x'00') > 0 THEN
             SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
-        ELSEIF JSON_TYPE(task_data) <> 'OBJECT' THEN
+        ELSEIF JSON_TYPE(rest) <> 'OBJECT' THEN
             SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
         END IF;
     END IF;

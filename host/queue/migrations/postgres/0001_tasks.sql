@@ -145,6 +145,14 @@ CREATE TABLE laelaps.host (
 
 CREATE INDEX host_here ON laelaps.host (id) WHERE ended_at IS NULL;
 
+-- How often a host has said that it is alive, if its fleet goes by that. A host whose number stands still for timeout_ms is dead to those who
+-- watched it. A row of its own, since a claim holds its host's; gone when the host leaves.
+CREATE TABLE laelaps.host_sign (
+    host       int8 NOT NULL PRIMARY KEY,
+    given      int8 NOT NULL,
+    timeout_ms int8 NOT NULL
+) WITH (fillfactor = 50);
+
 CREATE TABLE laelaps.plugin_version (
     id     int4 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     digest text COLLATE "C" NOT NULL UNIQUE,

@@ -14,7 +14,7 @@ use crate::Result;
 const FINDINGS_MAX: usize = 1_000;
 
 /// A rule, in words, and what breaks it: a list of names with numbers, with LIMIT at its end.
-const RULES: [(&str, &str); 16] = [
+const RULES: [(&str, &str); 17] = [
     (
         "a waiting task stands in exactly one place, any other in none",
         "SELECT CONCAT('task ', t.id, ', ', t.state, ', in ', COUNT(p.task)) FROM laelaps_task AS t LEFT JOIN (
@@ -68,7 +68,7 @@ const RULES: [(&str, &str); 16] = [
     (
         "a running task is looked at by the end of its lease",
         "SELECT CONCAT('task ', t.id) FROM laelaps_task AS t WHERE t.state = 'running' AND NOT EXISTS (SELECT 1 FROM laelaps_claim AS c
-            WHERE c.id = t.lease DIV 1048576 AND c.host = t.host AND IF(JSON_VALID(c.tasks), JSON_CONTAINS(c.tasks, t.id), 0)) LIMIT ?",
+            WHERE c.id = t.lease DIV 1048576 AND c.host = t.host AND IF(JSON_VALID(c.tasks), JSON_CONTAINS(c.tasks, CAST(t.id AS CHAR)), 0)) LIMIT ?",
     ),
     (
         "a task says by its state whether it has a lease, an end and losses",
@@ -108,6 +108,11 @@ const RULES: [(&str, &str); 16] = [
         "a follow-up counts for its root until it ends, and nothing else does",
         "SELECT CONCAT('task ', t.id) FROM laelaps_task AS t LEFT JOIN laelaps_descendant AS d ON d.task = t.id
             WHERE NOT (IF(t.state IN ('waiting', 'running'), t.root, NULL) <=> d.root) LIMIT ?",
+    ),
+    (
+        "a sign of life is of a host that has not ended",
+        "SELECT CONCAT('host ', s.host) FROM laelaps_host_sign AS s LEFT JOIN laelaps_host AS h ON h.id = s.host AND h.ended_at = 0
+            WHERE h.id IS NULL LIMIT ?",
     ),
     (
         "a host that has ended runs no plugin version",

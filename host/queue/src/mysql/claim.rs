@@ -18,7 +18,7 @@ use super::due::move_due;
 use super::failure::{self, Failure};
 use super::mark::Looks;
 use super::mend::{mend, unreadable_names, user_of};
-use super::rows::{Joined, count, ids, json, places};
+use super::rows::{Joined, count, ids, json, lockable, places};
 use super::session::{Session, Waiting as LockWait, now};
 use super::{MySql, locked};
 use crate::outcome::ms;
@@ -315,7 +315,7 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
 
 pub(super) const STILL_OF_USER: &str = concat!(
     "SELECT r.run_at, r.task FROM ",
-    places!(),
+    lockable!(places!()),
     " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_time) ON r.run_at = s.run_at AND r.task = s.task FOR UPDATE"
 );
 

@@ -9,7 +9,7 @@ use super::accounts::{Changes, Waiting};
 use super::choose::Ready;
 use super::failure::Failure;
 use super::mend::{mend, user_of};
-use super::rows::{ids, json, places};
+use super::rows::{ids, json, lockable, places};
 use super::session::Session;
 
 /// Tasks whose time has come that one claim moves over.
@@ -20,13 +20,13 @@ pub(super) const DUE: &str =
 
 pub(super) const DUE_TASKS: &str = concat!(
     "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone FROM ",
-    ids!(),
+    lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE SKIP LOCKED"
 );
 
 pub(super) const STILL_DUE: &str = concat!(
     "SELECT r.run_at, r.task FROM ",
-    places!(),
+    lockable!(places!()),
     " STRAIGHT_JOIN laelaps_scheduled AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task FOR UPDATE"
 );
 

@@ -8,7 +8,7 @@ use super::MySql;
 use super::accounts::Changes;
 use super::failure::Failure;
 use super::mend::place_anew;
-use super::rows::{ids, json};
+use super::rows::{ids, json, lockable};
 use super::session::Session;
 use super::settle::leases;
 use crate::earlier::Earlier;
@@ -43,13 +43,13 @@ impl MySql {
 
 pub(super) const TASKS: &str = concat!(
     "SELECT t.id, t.state = 'waiting', t.run_at, t.lost, t.lost_alone, t.alone, t.lost_at FROM ",
-    ids!(),
+    lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE"
 );
 
 pub(super) const LOST: &str = concat!(
     "SELECT a.task, a.alone, a.event = 'lost', a.ended_at FROM ",
-    leases!(),
+    lockable!(leases!()),
     " STRAIGHT_JOIN laelaps_attempt AS a FORCE INDEX (PRIMARY) ON a.task = s.task AND a.lease = s.lease
     WHERE a.host = ? AND a.event IN ('lost', 'excused') FOR UPDATE"
 );

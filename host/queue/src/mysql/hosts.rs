@@ -20,10 +20,10 @@ use super::connect::text;
 use super::deaths::note_deaths;
 use super::failure::Failure;
 use super::mend::{mend, numbers, tasks_of_claim};
-use super::rows::{ids, json, names};
+use super::rows::{ids, json, lockable, names};
 use super::session::{Session, moment, now};
 use super::settle::Group;
-use super::{MySql, locked};
+use super::{MySql, locked, signs};
 use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{
@@ -71,10 +71,11 @@ impl MySql {
             locked(&self.hosts).remove(host);
         }
         self.run("striking off a host", move |session| {
-            let hosts = json(hosts.iter().map(|host| host.0));
+            let numbers: Vec<i64> = hosts.iter().map(|host| host.0).collect();
             Box::pin(async move {
-                let now = session.now;
+                let (hosts, now) = (json(&numbers), session.now);
                 sqlx::query(LEAVE).bind(hosts.clone()).bind(now).execute(session.db()).await?;
+                signs::forget(session, &numbers).await?;
                 // Whatever becomes of what it still holds, it is no death.
                 sqlx::query(RUNS_NOTHING).bind(hosts.clone()).execute(session.db()).await?;
                 let found: Vec<(i64, i64, String)> = sqlx::query_as(CLAIMS_OF).bind(hosts).fetch_all(session.db()).await?;
@@ -181,6 +182,7 @@ impl MySql {
                     if !hosts.is_empty() {
                         let now = session.now;
                         sqlx::query(LEAVE).bind(json(&hosts)).bind(now).execute(session.db()).await?;
+                        signs::forget(session, &hosts).await?;
                         note_deaths(session, &hosts).await?;
                     }
                     Ok(hosts)
@@ -330,7 +332,7 @@ async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error
     sqlx::query(HOSTS).fetch_all(session.db()).await?.iter().map(record).collect()
 }
 
-fn identity(row: &MySqlRow, place: usize) -> Result<Option<String>, sqlx::Error> {
+pub(super) fn identity(row: &MySqlRow, place: usize) -> Result<Option<String>, sqlx::Error> {
     let bytes: Option<Vec<u8>> = row.try_get(place)?;
     Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
 }
@@ -353,7 +355,7 @@ struct Stray {
 }
 
 /// From now on these hosts claim nothing.
-const LEAVE: &str = concat!(
+pub(super) const LEAVE: &str = concat!(
     "UPDATE ",
     ids!(),
     " STRAIGHT_JOIN laelaps_host AS h FORCE INDEX (PRIMARY) ON h.id = s.id SET h.left_at = ? WHERE h.left_at = 0 AND h.ended_at = 0"
@@ -362,7 +364,7 @@ const LEAVE: &str = concat!(
 /// The claims of some hosts.
 const CLAIMS_OF: &str = concat!(
     "SELECT c.id, c.host, c.tasks FROM ",
-    ids!(),
+    lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_claim AS c FORCE INDEX (by_host) ON c.host = s.id FOR UPDATE SKIP LOCKED"
 );
 
@@ -510,7 +512,7 @@ pub(super) const RUNNING: &str = concat!(
     "SELECT t.id, t.lease, t.`key`, t.host, t.attempts, t.max_attempts, t.releases, t.lost, t.lost_alone, t.alone, t.until, ",
     moment!(),
     ", t.lost_at FROM ",
-    ids!(),
+    lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id WHERE t.state = 'running' FOR UPDATE SKIP LOCKED"
 );
 
@@ -561,8 +563,10 @@ async fn strike_off(session: &mut Session<'_>, only: Option<&[i64]>) -> Result<V
     let mut gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;
     gone.retain(|host| only.is_none_or(|only| only.contains(&host.id.0)));
     let Some(last) = gone.iter().map(|host| host.id.0).max() else { return Ok(gone) };
-    let ids = json(gone.iter().map(|host| host.id.0));
+    let numbers: Vec<i64> = gone.iter().map(|host| host.id.0).collect();
+    let ids = json(&numbers);
     sqlx::query(OFF).bind(ids.clone()).bind(now).execute(session.db()).await?;
+    signs::forget(session, &numbers).await?;
     sqlx::query(RUNS_NOTHING).bind(ids).execute(session.db()).await?;
     let forgotten = last - GONE_HOSTS_KEPT;
     if sqlx::query(FORGET).bind(forgotten).execute(session.db()).await?.rows_affected() > 0 {

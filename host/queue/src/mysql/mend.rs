@@ -10,7 +10,7 @@ use super::MySql;
 use super::accounts::{Changes, Waiting};
 use super::claim::Broken;
 use super::failure::Failure;
-use super::rows::{ids, json, places};
+use super::rows::{ids, json, lockable, places};
 use super::session::Session;
 use crate::{Attempt, Event, FailureKind, HostId, Policy, Result, Settlement};
 
@@ -43,7 +43,7 @@ pub(super) async fn mend(session: &mut Session<'_>, found: &[(i64, i64)], change
 pub(super) async fn place_anew(session: &mut Session<'_>, found: &[(i64, i64)], changes: &mut Changes) -> Result<(), Failure> {
     const TASKS: &str = concat!(
         "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone FROM ",
-        ids!(),
+        lockable!(ids!()),
         " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE"
     );
     macro_rules! out_of {

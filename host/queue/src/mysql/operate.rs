@@ -11,7 +11,7 @@ use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::{self, Failure};
 use super::mend::{numbers, tasks_retained_until, user_of};
-use super::rows::{count, ids, json};
+use super::rows::{count, ids, json, lockable};
 use super::session::{Session, now};
 use super::settle::{Record, record_attempts, retain, set_aside};
 use super::submit::{descend, end_descent};
@@ -367,7 +367,7 @@ async fn clean_up(session: &mut Session<'_>, limit: u32, earlier: &Earlier<Vec<i
         concat!("DELETE r FROM ", ids!(), " STRAIGHT_JOIN laelaps_retention AS r FORCE INDEX (PRIMARY) ON r.id = s.id");
     const ENDED: &str = concat!(
         "SELECT t.id, CAST(t.state AS CHAR) FROM ",
-        ids!(),
+        lockable!(ids!()),
         " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
         WHERE t.retained_until <> 0 AND t.retained_until <= ? FOR UPDATE"
     );

@@ -131,6 +131,15 @@ macro_rules! names {
 }
 pub(super) use names;
 
+/// The rows of a set for a statement that locks what it joins to them, FOR UPDATE or LOCK IN SHARE MODE. MySQL refuses to lock beside a table
+/// function (3569: it "appears in multiple locking clauses"), and locks beside a subquery.
+macro_rules! lockable {
+    ($($set:tt)+) => {
+        concat!("(SELECT s.* FROM ", $($set)+, ") AS s")
+    };
+}
+pub(super) use lockable;
+
 /// Bytes that came back in parts, in whatever order.
 #[derive(Default)]
 pub(super) struct Joined(Vec<(u16, Vec<u8>)>);

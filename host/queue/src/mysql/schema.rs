@@ -1,27 +1,33 @@
 //! The tables: made, moved on, and looked at before anything is believed.
 //!
 //! Neither server can take a CREATE TABLE back, so a step is only noted as done after its last statement, and each of its statements can be
-//! run again. A lock of the server's keeps two programs from doing the same step at once.
+//! run again: what an ALTER TABLE finds done is passed over. A lock of the server's keeps two programs from doing the same step at once.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection, Row as _};
 
 use super::MySql;
 use super::failure::{self, Failure};
 use super::session::now;
+use crate::schema::{PROGRAM, Record, SchemaStep, Steps};
 use crate::{Error, Migration, PlannedStep, Result, SchemaStatus};
 
 /// All steps from an empty database, in order; a step is never changed after it was released.
-const STEPS: [(i64, &str); 1] = [(1, include_str!("../../migrations/mysql/0001_tasks.sql"))];
+pub(super) const STEPS: [SchemaStep; 1] = [SchemaStep::new(1, 1, include_str!("../../migrations/mysql/0001_tasks.sql"))];
 
-/// The version that this program needs.
-const NEEDED: i64 = STEPS[STEPS.len() - 1].0;
-
-const TABLE: &str =
-    "CREATE TABLE IF NOT EXISTS laelaps_schema (version BIGINT NOT NULL, applied_at BIGINT NOT NULL, PRIMARY KEY (version))
+const TABLE: &str = "CREATE TABLE IF NOT EXISTS laelaps_schema (version BIGINT NOT NULL, oldest_program BIGINT NOT NULL,
+    applied_at BIGINT NOT NULL, program VARCHAR(64) NOT NULL, fingerprint VARCHAR(16) NOT NULL, PRIMARY KEY (version))
     ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin";
+
+/// A statement that waits for a table holds up everybody who comes after it: it gives way to a long transaction after so many seconds, and is
+/// tried again.
+const GIVE_WAY: &str = "SET SESSION lock_wait_timeout = 1";
+/// How long a statement is tried again at least, whatever the patience, and the pause between two tries.
+const TABLE_WAIT: Duration = Duration::from_secs(60);
+const TABLE_PAUSE: Duration = Duration::from_millis(200);
 
 /// How long to wait for another program that makes the tables.
 const LOCK_WAIT: Duration = Duration::from_secs(60);
@@ -31,14 +37,16 @@ const MAKING_MAX: Duration = Duration::from_secs(900);
 impl MySql {
     /// Bring the tables up to what this program needs. Two programs at once: the second one finds the work done.
     pub(super) async fn migrate(&self) -> Result<Migration> {
-        let (access, runner) = (self.access.clone(), self.runner.clone());
+        let (access, runner, steps) = (self.access.clone(), self.runner.clone(), Arc::clone(&self.steps));
         // On a connection of its own, which is closed afterwards, and the lock with it, whatever happens.
         let making = tokio::spawn(async move {
             let (mut connection, _) = access.connect_with_patience(runner.patience).await?;
-            let made = tokio::time::timeout(MAKING_MAX, make(&mut connection)).await.unwrap_or_else(|_| {
-                let words = format!("the tables were not made within {} s", MAKING_MAX.as_secs());
-                Err(Failure::from(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))))
-            });
+            let made = tokio::time::timeout(MAKING_MAX, make(&steps, runner.patience.max(TABLE_WAIT), &mut connection))
+                .await
+                .unwrap_or_else(|_| {
+                    let words = format!("the tables were not made within {} s", MAKING_MAX.as_secs());
+                    Err(Failure::from(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))))
+                });
             if let Err(error) = connection.close().await {
                 tracing::debug!(%error, "closing the connection that made the tables");
             }
@@ -48,70 +56,99 @@ impl MySql {
     }
 
     pub(super) async fn status(&self) -> Result<SchemaStatus> {
-        self.runner.read_together("looking at the schema", |session| Box::pin(async move { status(session.db()).await })).await
+        let records =
+            self.runner.read_together("looking at the schema", |session| Box::pin(async move { records(session.db()).await }));
+        Ok(self.steps.status(&records.await?))
     }
 
     /// The steps that [`MySql::migrate`] would take.
     pub(super) async fn planned(&self) -> Result<Vec<PlannedStep>> {
-        let from = match self.status().await? {
-            SchemaStatus::Current(_) => return Ok(Vec::new()),
-            SchemaStatus::New { found, known } => return Err(Error::SchemaTooNew { found, known }),
-            SchemaStatus::Missing => 0,
-            SchemaStatus::Old { found, .. } => found,
-        };
-        let steps = STEPS.into_iter().filter(|(version, _)| *version > from);
-        Ok(steps.map(|(version, sql)| PlannedStep { version, sql: sql.to_owned() }).collect())
+        let (from, left) = self.steps.left(&self.status().await?)?;
+        let plan = left.into_iter().map(|step| {
+            let table = if from == 0 && step.version == 1 { format!("{TABLE};\n") } else { String::new() };
+            let (version, oldest_program, fingerprint) = (step.version, step.oldest_program, step.fingerprint());
+            let now = now!();
+            let enter = format!(
+                "INSERT INTO laelaps_schema (version, oldest_program, applied_at, program, fingerprint)
+    VALUES ({version}, {oldest_program}, {now}, '{PROGRAM}', '{fingerprint}');"
+            );
+            PlannedStep { version, oldest_program, sql: format!("{table}{}\n{enter}\n", step.sql.trim_end()) }
+        });
+        Ok(plan.collect())
     }
 
     /// How the tables differ from those that the steps make, in words.
     pub(super) async fn differences(&self) -> Result<Vec<String>> {
+        let expected = expected();
         self.runner
-            .read_together("comparing the schema", |session| {
-                Box::pin(async move { Ok(compare(&expected(), &found(session.db()).await?)) })
+            .read_together("comparing the schema", move |session| {
+                let expected = expected.clone();
+                Box::pin(async move { Ok(compare(&expected, &found(session.db()).await?)) })
             })
             .await
     }
 }
 
-async fn status(connection: &mut MySqlConnection) -> Result<SchemaStatus, Failure> {
-    const VERSION: &str = "SELECT COALESCE(MAX(version), 0) FROM laelaps_schema";
-    let found: i64 = match sqlx::query_scalar(VERSION).fetch_one(connection).await {
-        Ok(found) => found,
-        Err(error) if failure::number(&error) == Some(1146) => 0,
-        Err(error) => return Err(Failure::from(error)),
-    };
-    Ok(match found {
-        0 => SchemaStatus::Missing,
-        found if found < NEEDED => SchemaStatus::Old { found, needed: NEEDED },
-        found if found > NEEDED => SchemaStatus::New { found, known: NEEDED },
-        found => SchemaStatus::Current(found),
-    })
+/// The steps that were taken; none if there are no tables of ours.
+async fn records(connection: &mut MySqlConnection) -> Result<Vec<Record>, Failure> {
+    const RECORDS: &str = "SELECT version, oldest_program, CAST(program AS CHAR), CAST(fingerprint AS CHAR) FROM laelaps_schema";
+    // As development builds made it.
+    const VERSIONS: &str = "SELECT version, version, '', '' FROM laelaps_schema";
+    for sql in [RECORDS, VERSIONS] {
+        match sqlx::query_as::<_, (i64, i64, String, String)>(sql).fetch_all(&mut *connection).await {
+            Ok(records) => return Ok(records.into_iter().map(Record::from).collect()),
+            Err(error) if failure::number(&error) == Some(1146) => return Ok(Vec::new()),
+            Err(error) if failure::number(&error) == Some(1054) && sql == RECORDS => {}
+            Err(error) => return Err(Failure::from(error)),
+        }
+    }
+    Ok(Vec::new())
 }
 
-async fn make(connection: &mut MySqlConnection) -> Result<Migration, Failure> {
-    const LOCK: &str = "SELECT GET_LOCK(CONCAT('laelaps_init_', MD5(DATABASE())), ?)";
-    const ENTER: &str = concat!("INSERT INTO laelaps_schema (version, applied_at) VALUES (?, ", now!(), ")");
+async fn make(steps: &Steps, patience: Duration, connection: &mut MySqlConnection) -> Result<Migration, Failure> {
+    const LOCK: &str = "SELECT GET_LOCK(CONCAT('laelaps_init_', LEFT(SHA2(DATABASE(), 256), 32)), ?)";
+    const ENTER: &str = concat!(
+        "INSERT INTO laelaps_schema (version, oldest_program, applied_at, program, fingerprint) VALUES (?, ?, ",
+        now!(),
+        ", ?, ?)"
+    );
     let locked: Option<i64> = sqlx::query_scalar(LOCK).bind(LOCK_WAIT.as_secs()).fetch_one(&mut *connection).await?;
     if locked != Some(1) {
         let words = format!("another program has been making the tables for {} s", LOCK_WAIT.as_secs());
         return Err(Failure::from(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, words))));
     }
-    let from = match status(connection).await? {
-        SchemaStatus::Current(version) => return Ok(Migration { applied: Vec::new(), version }),
-        SchemaStatus::New { found, known } => return Err(Failure::from(Error::SchemaTooNew { found, known })),
-        SchemaStatus::Missing => 0,
-        SchemaStatus::Old { found, .. } => found,
-    };
-    sqlx::raw_sql(TABLE).execute(&mut *connection).await?;
-    let mut applied = Vec::new();
-    for (version, sql) in STEPS.into_iter().filter(|(version, _)| *version > from) {
-        for statement in statements(sql) {
-            sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *connection).await?;
-        }
-        sqlx::query(ENTER).bind(version).execute(&mut *connection).await?;
-        applied.push(version);
+    let (from, left) = steps.left(&steps.status(&records(connection).await?))?;
+    if !left.is_empty() {
+        sqlx::raw_sql(TABLE).execute(&mut *connection).await?;
+        sqlx::raw_sql(GIVE_WAY).execute(&mut *connection).await?;
     }
-    Ok(Migration { applied, version: NEEDED })
+    let mut applied = Vec::new();
+    for step in left {
+        for statement in statements(&step.sql) {
+            take(&statement, patience, connection).await?;
+        }
+        let entered = sqlx::query(ENTER).bind(step.version).bind(step.oldest_program).bind(PROGRAM).bind(step.fingerprint());
+        entered.execute(&mut *connection).await?;
+        applied.push(step.version);
+    }
+    Ok(Migration { from, version: applied.last().copied().unwrap_or(from), applied })
+}
+
+/// Run a statement of a step, which may have been run before if the step broke off: a column or an index that is there, or gone, says so.
+async fn take(statement: &str, patience: Duration, connection: &mut MySqlConnection) -> Result<(), Failure> {
+    let begun = Instant::now();
+    loop {
+        let Err(error) = sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *connection).await else { return Ok(()) };
+        // The column is there, the index is there, the one to drop is not.
+        if statement.starts_with("ALTER TABLE ") && matches!(failure::number(&error), Some(1060 | 1061 | 1091)) {
+            return Ok(());
+        }
+        let failure = Failure::from(error);
+        if !failure.is_conflict() || begun.elapsed() >= patience {
+            return Err(failure);
+        }
+        tokio::time::sleep(TABLE_PAUSE).await;
+    }
 }
 
 /// The statements of a step, taken apart as the servers' own clients do it, so that a step can be fed to them as well.
@@ -139,7 +176,7 @@ fn statements(sql: &str) -> Vec<String> {
 }
 
 /// What belongs to a schema, by name: tables, `table.column`, `table.index`, procedures; and how each is made.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Objects {
     tables: BTreeMap<String, String>,
     columns: BTreeMap<String, String>,
@@ -150,7 +187,7 @@ struct Objects {
 /// What the steps make, read from their statements.
 fn expected() -> Objects {
     let mut objects = Objects::default();
-    for statement in STEPS.iter().flat_map(|(_, sql)| statements(sql)).chain([TABLE.to_owned()]) {
+    for statement in STEPS.iter().flat_map(|step| statements(&step.sql)).chain([TABLE.to_owned()]) {
         let plain = statement.split_whitespace().collect::<Vec<_>>().join(" ");
         if let Some(rest) = plain.strip_prefix("CREATE PROCEDURE ") {
             let name = rest.split('(').next().unwrap_or_default();
@@ -304,7 +341,7 @@ mod tests {
 
     #[test]
     fn a_step_falls_apart_into_its_statements() {
-        let statements = statements(STEPS[0].1);
+        let statements = statements(&STEPS[0].sql);
         let last = statements.last().unwrap();
         assert!(last.starts_with("CREATE PROCEDURE laelaps_submit(") && last.ends_with("END"), "{last}");
         assert!(statements[0].starts_with("CREATE TABLE IF NOT EXISTS laelaps_task ("), "{}", statements[0]);

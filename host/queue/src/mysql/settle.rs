@@ -9,7 +9,7 @@ use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::Failure;
 use super::mend::user_of;
-use super::rows::{Parts, json, names, parts};
+use super::rows::{Parts, json, lockable, names, parts};
 use super::session::{Session, Waiting as LockWait, moment};
 use super::submit::{end_descent, new_mark, store_rows, wait_for_keys};
 use super::{MySql, locked};
@@ -259,7 +259,7 @@ pub(super) use leases;
 pub(super) const HELD: &str = concat!(
     "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host, t.root IS NOT NULL,
         t.alone FROM ",
-    leases!(),
+    lockable!(leases!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     WHERE t.lease = s.lease AND t.state = 'running' AND (t.until > ",
     moment!(),

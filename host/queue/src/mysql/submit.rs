@@ -15,7 +15,7 @@ use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::{Failure, state_or_failed};
 use super::operate::remove;
-use super::rows::{Parts, ids, json, names, parts};
+use super::rows::{Parts, ids, json, lockable, names, parts};
 use super::session::{Session, Waiting as LockWait};
 use crate::batch::{Batch, Row};
 use crate::patience::Patience;
@@ -85,7 +85,7 @@ pub(super) async fn wait_for_keys(session: &mut Session<'_>, rows: &[Row]) -> Re
 
 pub(super) const TAKEN: &str = concat!(
     "SELECT t.`key` FROM ",
-    names!(),
+    lockable!(names!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (by_key) ON t.`key` = s.name LOCK IN SHARE MODE"
 );
 
@@ -119,7 +119,7 @@ async fn free_keys(session: &mut Session<'_>, rows: &[&Row], changes: &mut Chang
     );
     const HELD: &str = concat!(
         "SELECT t.id, CAST(t.state AS CHAR) FROM ",
-        ids!(),
+        lockable!(ids!()),
         " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
         WHERE t.retained_until <> 0 AND t.retained_until <= ? FOR UPDATE"
     );

@@ -351,12 +351,12 @@ pub(super) fn marked(length: usize, places: &[i32]) -> Vec<bool> {
 
 /// Which rows of a set of keys nobody else has locked at the moment, in the table and in ours beside it. Locks nothing that lasts.
 pub(super) async fn unlocked(keys: &[&str], names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, sqlx::Error> {
-    const FREE: &str = concat!("SELECT f.place FROM ", fence!(), " FOR UPDATE SKIP LOCKED");
+    const FREE: &str = concat!("SELECT f.place FROM ", fence!(lockable), " FOR UPDATE SKIP LOCKED");
     const NOTED: &str =
         "SELECT f.place FROM JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]')) AS f
         STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key}";
     const NOTED_FREE: &str =
-        "SELECT f.place FROM JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]')) AS f
+        "SELECT f.place FROM (SELECT f.* FROM JSON_TABLE(?, '$[*]' COLUMNS (place INT PATH '$[0]', id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]')) AS f) AS f
         STRAIGHT_JOIN {s} AS s FORCE INDEX (PRIMARY) ON s.id = {as_side_key} FOR UPDATE SKIP LOCKED";
     if keys.is_empty() {
         return Ok(Vec::new());

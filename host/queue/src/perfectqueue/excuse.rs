@@ -76,7 +76,7 @@ impl Excuse {
         connection: &mut MySqlConnection,
     ) -> Result<HashMap<String, (i64, u64)>, Failure> {
         const STANDING: &str = "SELECT t.id, CAST(t.created_at AS SIGNED), CAST(t.owner AS UNSIGNED)
-            FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]')) AS f
+            FROM (SELECT f.* FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', owner BIGINT UNSIGNED PATH '$[1]')) AS f) AS f
             STRAIGHT_JOIN {t} AS t FORCE INDEX (PRIMARY) ON t.id = {as_key}
             WHERE t.owner IN (f.owner, f.owner & ?) AND t.timeout <= UNIX_TIMESTAMP() AND t.created_at IS NOT NULL FOR UPDATE";
         let rows = sqlx::query(names.sql(STANDING)).bind(json(&self.leases)).bind(WITHOUT_NUMBER).fetch_all(connection).await?;

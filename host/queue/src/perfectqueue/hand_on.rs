@@ -94,7 +94,7 @@ impl HandOn {
     /// From now on these hosts take nothing. Answers the numbers of all that have left by these identities, and those that had not before.
     async fn mark(&self, names: &Names, connection: &mut MySqlConnection) -> Result<(Vec<i64>, Vec<HostRecord>), Failure> {
         const FIND: &str =
-            "SELECT CAST(h.id AS SIGNED), h.left_at IS NULL FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+            "SELECT CAST(h.id AS SIGNED), h.left_at IS NULL FROM (SELECT f.* FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f) AS f
             STRAIGHT_JOIN {h} AS h FORCE INDEX (by_identity) ON h.identity = {as_side_key} FOR UPDATE";
         const MARK: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (id BIGINT PATH '$')) AS f STRAIGHT_JOIN {h} AS h FORCE INDEX (PRIMARY) ON h.id = f.id
             SET h.left_at = {now} WHERE h.left_at IS NULL";

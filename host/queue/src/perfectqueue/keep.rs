@@ -143,7 +143,7 @@ async fn report<'b>(
     // Locked, as by whoever else notes something: a note that is not there yet cannot be.
     const CREATED: &str = concat!(
         "SELECT f.place, CAST(t.created_at AS SIGNED) FROM ",
-        fence!(),
+        fence!(lockable),
         " WHERE t.owner = f.owner AND t.created_at IS NOT NULL FOR UPDATE"
     );
     let reported: Vec<(&Held, &Progress)> = renewals.filter_map(|renewal| Some((&renewal.held, renewal.progress?))).collect();
@@ -240,7 +240,7 @@ async fn lock(
     names: &Names,
     connection: &mut MySqlConnection,
 ) -> Result<Vec<Updated>, Failure> {
-    const LOCK: &str = concat!("SELECT f.place, t.id, t.data FROM ", fence!(), " WHERE ", holds!(), " FOR UPDATE");
+    const LOCK: &str = concat!("SELECT f.place, t.id, t.data FROM ", fence!(lockable), " WHERE ", holds!(), " FOR UPDATE");
     let mut leases: Vec<(&LeaseRef, &(Held, i64))> = asked.iter().collect();
     leases.sort_unstable_by(|one, other| one.1.0.key.cmp(&other.1.0.key));
     let rows = fenced(leases.iter().map(|(_, (held, _))| (held, 0)));

@@ -76,7 +76,7 @@ impl<'r> LostLeases<'r> {
     async fn lock(&self, names: &Names, connection: &mut MySqlConnection) -> Result<Vec<bool>, sqlx::Error> {
         const LOCK: &str = concat!(
             "SELECT f.place FROM ",
-            fence!(),
+            fence!(lockable),
             " WHERE t.owner = f.owner AND t.timeout = f.was AND t.created_at IS NOT NULL FOR UPDATE"
         );
         let rows = json(self.rows.iter().enumerate().map(|(place, ready)| (place, ready.key(), ready.owner, ready.place.0)));

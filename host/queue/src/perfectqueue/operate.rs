@@ -29,7 +29,7 @@ const STRAYS_LOOK: u16 = 500;
 const STRAYS_SHARE: usize = 8;
 const STRAYS_LOOKS_MAX: usize = 40;
 
-/// A task as an operator names it. Its number is that of [`super::table::Names::sql`]: the first 60 bits of the MD5 of its key in UTF-8, so that a later task of the
+/// A task as an operator names it. Its number is that of [`super::table::Names::sql`]: the first 60 bits of the SHA-256 of its key in UTF-8, so that a later task of the
 /// same key has the same.
 pub(super) enum Which {
     Key(String),

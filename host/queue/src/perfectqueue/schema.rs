@@ -1,8 +1,9 @@
 //! The tables: PerfectQueue's own, made as its `init` makes it, and ours beside it.
 //!
 //! Nothing in PerfectQueue's table says what made it, so its columns do: version 1 has no `owner` (before PerfectQueue 0.9), version 2 has
-//! one, version 3 has our table of tasks beside it, version 4 those of hosts and their deaths too; a later one stands in the comment of our tables. Statements of MySQL that
-//! change tables cannot be taken back, so each step may be taken again.
+//! one, version 3 has our table of tasks beside it, version 4 those of hosts and their deaths too; a later one stands in the comment of our tables, which may
+//! name the oldest that a program must know to work with them: `laelaps 5`, or `laelaps 6 5`. Statements of MySQL that change tables cannot be taken
+//! back, so each step may be taken again.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +14,7 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::run::Operation;
 use super::table::{DEATHS as DEATHS_NAME, Fit, HOSTS as HOSTS_NAME, Names, SIDE as SIDE_NAME, quoted};
 use crate::mysql::failure::Failure;
-use crate::{Error, PerfectQueue, PlannedStep, SchemaStatus};
+use crate::{Migration, PerfectQueue, PlannedStep, SchemaStatus};
 
 /// The latest version that this program knows. The comments of our tables say it too.
 const KNOWN: i64 = 4;
@@ -133,6 +134,8 @@ pub(super) struct Columns {
     lacks: Vec<(&'static str, &'static str, &'static str)>,
     /// The latest version that made one of our tables, by its comment.
     made_by: i64,
+    /// The oldest version that a program must know to work with our tables, by the same.
+    oldest: i64,
 }
 
 impl Columns {
@@ -170,8 +173,10 @@ impl Columns {
             let name = format!("{}{name}", config.table);
             let comment: Option<String> = sqlx::query_scalar(COMMENT).bind(name).fetch_optional(&mut *connection).await?;
             *has = comment.is_some();
-            let version = comment.as_deref().and_then(|comment| comment.strip_prefix("laelaps ")?.parse().ok());
-            columns.made_by = columns.made_by.max(version.unwrap_or_default());
+            if let Some((version, oldest)) = comment.as_deref().and_then(versions) {
+                columns.made_by = columns.made_by.max(version);
+                columns.oldest = columns.oldest.max(oldest);
+            }
         }
         for later in LATER {
             let (name, column, _) = later;
@@ -196,7 +201,12 @@ impl Columns {
             return SchemaStatus::Missing;
         }
         if config.side_table && self.made_by > KNOWN {
-            return SchemaStatus::New { found: self.made_by, known: KNOWN };
+            let (found, known, oldest, program) = (self.made_by, KNOWN, self.oldest, None);
+            return if oldest > known {
+                SchemaStatus::TooNew { found, known, oldest, program }
+            } else {
+                SchemaStatus::Newer { found, known, program }
+            };
         }
         let found = if !self.found.contains_key("owner") {
             1
@@ -274,15 +284,23 @@ impl Columns {
     }
 }
 
+/// The version of a table of ours and the oldest that a program must know to work with it, as its comment tells them.
+fn versions(comment: &str) -> Option<(i64, i64)> {
+    let mut words = comment.strip_prefix("laelaps ")?.split(' ');
+    let version = words.next()?.parse().ok()?;
+    // Without a second number only those work with it that know it.
+    Some((version, words.next().map_or(Some(version), |oldest| oldest.parse().ok())?))
+}
+
 /// The version that this program needs.
 fn needed(config: &PerfectQueue) -> i64 {
     if config.side_table { KNOWN } else { 2 }
 }
 
 /// Take the steps that are missing. Others that do the same at this moment are waited for.
-pub(super) async fn migrate(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<(Vec<i64>, i64), Failure> {
-    const LOCK: &str = "SELECT GET_LOCK(CONCAT('laelaps.init.', MD5(CONCAT(DATABASE(), '.', ?))), 60)";
-    const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('laelaps.init.', MD5(CONCAT(DATABASE(), '.', ?))))";
+pub(super) async fn migrate(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<Migration, Failure> {
+    const LOCK: &str = "SELECT GET_LOCK(CONCAT('laelaps.init.', LEFT(SHA2(CONCAT(DATABASE(), '.', ?), 256), 32)), 60)";
+    const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('laelaps.init.', LEFT(SHA2(CONCAT(DATABASE(), '.', ?), 256), 32)))";
     let locked: Option<i64> = sqlx::query_scalar(LOCK).bind(&config.table).fetch_one(&mut *connection).await?;
     if locked != Some(1) {
         let waited = std::io::Error::new(std::io::ErrorKind::TimedOut, "another program has been making the tables for 60 s");
@@ -294,11 +312,15 @@ pub(super) async fn migrate(config: &PerfectQueue, connection: &mut MySqlConnect
     taken
 }
 
-async fn take_steps(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<(Vec<i64>, i64), Failure> {
+async fn take_steps(config: &PerfectQueue, connection: &mut MySqlConnection) -> Result<Migration, Failure> {
     let columns = Columns::find(config, connection).await?;
-    if let SchemaStatus::New { found, known } = columns.status(config) {
-        return Err(Failure::from(Error::SchemaTooNew { found, known }));
-    }
+    let from = match columns.status(config) {
+        SchemaStatus::Missing => 0,
+        SchemaStatus::Old { found, .. } => found,
+        // An index may be missing all the same.
+        SchemaStatus::Current(found) => found,
+        later => return Ok(Migration { from: later.fits()?, applied: Vec::new(), version: later.fits()? }),
+    };
     let steps = columns.steps(config)?;
     let mut applied = Vec::new();
     for (version, sql) in steps {
@@ -306,7 +328,7 @@ async fn take_steps(config: &PerfectQueue, connection: &mut MySqlConnection) -> 
         applied.push(version);
     }
     applied.dedup();
-    Ok((applied, needed(config)))
+    Ok(Migration { from, applied, version: needed(config) })
 }
 
 /// The steps as `init --dry-run` shows them.
@@ -315,7 +337,7 @@ pub(super) fn planned(steps: Vec<(i64, String)>) -> Vec<PlannedStep> {
     for (version, sql) in steps {
         match planned.last_mut().filter(|step| step.version == version) {
             Some(step) => step.sql = format!("{};\n{sql}", step.sql),
-            None => planned.push(PlannedStep { version, sql }),
+            None => planned.push(PlannedStep { version, oldest_program: version, sql }),
         }
     }
     planned

@@ -202,7 +202,7 @@ pub(super) async fn load(
     }
     let lock = if to_write { " FOR UPDATE" } else { "" };
     let sql = format!(
-        "SELECT {COLUMNS} FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f
+        "SELECT {COLUMNS} FROM (SELECT f.* FROM JSON_TABLE(?, '$[*]' COLUMNS (id VARCHAR(255) CHARACTER SET utf8mb4 PATH '$')) AS f) AS f
         STRAIGHT_JOIN {{s}} AS s FORCE INDEX (PRIMARY) ON s.id = {{as_side_key}}{lock}"
     );
     let rows = sqlx::query(names.sql(&sql)).bind(json(keys)).fetch_all(connection).await?;

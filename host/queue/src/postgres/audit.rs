@@ -33,7 +33,7 @@ pub(super) async fn audit(session: &mut Session) -> Result<Vec<String>, Failure>
 }
 
 /// Each statement names what breaks its rule, at most $1.
-const RULES: [(&str, &str); 22] = [
+const RULES: [(&str, &str); 23] = [
     (
         "a waiting task waits in exactly one place, any other in none",
         "SELECT 'task ' || id FROM laelaps.task LEFT JOIN (SELECT task, count(*) AS places FROM (SELECT task FROM laelaps.ready
@@ -149,6 +149,10 @@ const RULES: [(&str, &str); 22] = [
     (
         "a host that runs something is here",
         "SELECT 'host ' || host FROM laelaps.host_running WHERE host NOT IN (SELECT id FROM laelaps.host WHERE ended_at IS NULL) LIMIT $1",
+    ),
+    (
+        "a sign of life is of a host that has not ended",
+        "SELECT 'host ' || host FROM laelaps.host_sign WHERE host NOT IN (SELECT id FROM laelaps.host WHERE ended_at IS NULL) LIMIT $1",
     ),
     (
         "numbers are within their ranges",

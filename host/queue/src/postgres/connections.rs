@@ -8,10 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{ConnectOptions, Connection, Row as _};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::failure::{self, Failure};
+use super::pooled::Pooler;
 use crate::patience::Patience;
 use crate::{Config, Error, Result, Tls};
 
@@ -42,6 +43,8 @@ const SETTINGS: [(&str, &str); 7] = [
 #[derive(Debug)]
 pub(super) struct Connections {
     options: PgConnectOptions,
+    /// What stands between this program and the server, if anything does.
+    pooler: Option<Pooler>,
     place: String,
     connect_timeout: Duration,
     statement_timeout: Duration,
@@ -101,10 +104,10 @@ impl Taken<'_> {
 impl Connections {
     /// Read the configuration and look at the server, with patience if it cannot be reached.
     pub(super) async fn open(config: &Config) -> Result<Self> {
-        let options = options(config)?;
         let settings = &config.connections;
-        let connections = Self {
-            options,
+        let mut connections = Self {
+            options: options(config, &session_settings(settings.statement_timeout))?,
+            pooler: None,
             place: config.place(),
             connect_timeout: settings.connect_timeout,
             statement_timeout: settings.statement_timeout,
@@ -113,9 +116,18 @@ impl Connections {
         };
         let mut patience = Patience::new(config.patience);
         let mut pause = Duration::from_millis(50);
+        let mut is_bare = false;
         let open = loop {
             match connections.connect_and_look().await {
-                Ok(open) => break open,
+                Ok((open, pooler)) => {
+                    connections.pooler = pooler;
+                    break open;
+                }
+                // A pooler that takes no settings, not even in order to drop them; what the URL itself asks for is not left out for that.
+                Err(failure) if failure.is_about_settings() && !is_bare => {
+                    is_bare = true;
+                    connections.options = options(config, &[])?.extra_float_digits(None);
+                }
                 Err(failure) if failure.is_lost() && patience.lasts(pause) => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
@@ -124,6 +136,9 @@ impl Connections {
             }
         };
         connections.lock().connections.push(open);
+        for warning in connections.pooler.iter().flat_map(Pooler::warnings) {
+            tracing::warn!(place = connections.place, "{warning}");
+        }
         Ok(connections)
     }
 
@@ -155,20 +170,23 @@ impl Connections {
         Ok(Open { connection, age, ends_at: Instant::now() + LIFE.mul_f64(1.0 + fastrand::f64()) })
     }
 
-    async fn connect_and_look(&self) -> Result<Open, Failure> {
+    async fn connect_and_look(&self) -> Result<(Open, Option<Pooler>), Failure> {
         let mut open = self.open_one().await?;
         let looked = tokio::time::timeout(self.silence_max(), self.look(&mut open.connection)).await;
-        looked.map_err(|_| Failure::silence(self.silence_max()))??;
-        Ok(open)
+        let pooler = looked.map_err(|_| Failure::silence(self.silence_max()))??;
+        Ok((open, pooler))
     }
 
-    /// Whether the server can be used as it is.
-    async fn look(&self, connection: &mut PgConnection) -> Result<()> {
+    /// Whether the server can be used as it is, and what stands before it.
+    async fn look(&self, connection: &mut PgConnection) -> Result<Option<Pooler>> {
         const LOOK: &str = "SELECT current_setting('server_version'), current_setting('server_version_num')::int4,
-            current_setting('server_encoding'), current_setting('enable_seqscan')";
-        let looked = sqlx::query_as(LOOK).fetch_one(connection).await;
-        let (version, number, encoding, scans): (String, i32, String, String) =
-            looked.map_err(|error| failure::unconnected(error, &self.place))?;
+            current_setting('server_encoding')";
+        // Not prepared: a pooler may execute it in another session.
+        let looked = async {
+            let row = sqlx::raw_sql(LOOK).fetch_one(&mut *connection).await?;
+            Ok::<(String, i32, String), sqlx::Error>((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+        };
+        let (version, number, encoding) = looked.await.map_err(|error| failure::unconnected(error, &self.place))?;
         if number.unsigned_abs() < VERSION_MIN {
             let problem = format!("PostgreSQL {version} is too old; 14 is the oldest that can be used");
             return Err(failure::unusable(&self.place, problem, "upgrade the server"));
@@ -177,13 +195,14 @@ impl Connections {
             let problem = format!("the database's encoding is {encoding}, not UTF8");
             return Err(failure::unusable(&self.place, problem, "make a database with ENCODING 'UTF8'"));
         }
-        if scans == "on" {
-            tracing::warn!(
-                place = self.place,
-                "a pooler keeps our settings from the server; give them to the role, as docs/databases.md tells, or claims get slow"
-            );
-        }
-        Ok(())
+        Pooler::find(connection, &session_settings(self.statement_timeout))
+            .await
+            .map_err(|error| failure::unconnected(error, &self.place))
+    }
+
+    /// What stands between this program and the server, if anything does.
+    pub(super) fn pooler(&self) -> Option<&Pooler> {
+        self.pooler.as_ref()
     }
 
     pub(super) fn options(&self) -> &PgConnectOptions {
@@ -246,18 +265,23 @@ impl Connections {
     }
 }
 
+/// What every session is set to.
+fn session_settings(statement_timeout: Duration) -> Vec<(&'static str, String)> {
+    let idle = IDLE_IN_TRANSACTION_MAX.as_millis().to_string();
+    let timeouts =
+        [("statement_timeout", statement_timeout.as_millis().to_string()), ("idle_in_transaction_session_timeout", idle)];
+    SETTINGS.into_iter().map(|(name, value)| (name, value.to_owned())).chain(timeouts).collect()
+}
+
 /// What the driver has to know. What the URL says itself stands.
-fn options(config: &Config) -> Result<PgConnectOptions> {
+fn options(config: &Config, settings: &[(&'static str, String)]) -> Result<PgConnectOptions> {
     let problem = |error: sqlx::Error| Error::Config { setting: "url", problem: format!("cannot be read: {error}") };
     let mut options: PgConnectOptions = config.url.parse().map_err(problem)?;
     if options.get_application_name().is_none() {
         options = options.application_name("laelaps");
     }
     let said = options.get_options().unwrap_or_default().to_owned();
-    let timeout = config.connections.statement_timeout.as_millis().to_string();
-    let idle = IDLE_IN_TRANSACTION_MAX.as_millis().to_string();
-    let timeouts = [("statement_timeout", timeout.as_str()), ("idle_in_transaction_session_timeout", idle.as_str())];
-    for (name, value) in SETTINGS.into_iter().chain(timeouts).filter(|(name, _)| !said.contains(name)) {
+    for (name, value) in settings.iter().filter(|(name, _)| !said.contains(name)) {
         options = options.options([(name, value)]);
     }
     if let Some(tls) = config.connections.encryption() {

@@ -51,6 +51,13 @@ impl Failure {
         }
     }
 
+    /// A pooler in between takes no settings of a session.
+    pub(super) fn is_about_settings(&self) -> bool {
+        let Self::Queue(error) = self else { return false };
+        let Error::Connect { source: Some(source), .. } = &**error else { return false };
+        source.as_database_error().is_some_and(|error| error.message().contains("unsupported startup parameter"))
+    }
+
     /// Two transactions stood in each other's way, and nothing of this one was done.
     pub(super) fn is_contention(&self) -> bool {
         match self {

@@ -15,7 +15,7 @@ use super::excuse;
 use super::failure::Failure;
 use super::session::{Session, Shared};
 use super::settle::{Group, clean};
-use super::versions;
+use super::{signs, versions};
 use crate::earlier::Earlier;
 use crate::{
     Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
@@ -71,6 +71,7 @@ pub(super) async fn leave(session: &mut Session, hosts: &[HostId]) -> Result<(),
     let numbers: Vec<i64> = hosts.iter().map(|host| host.0).collect();
     session.begin().await?;
     sqlx::query(LEAVE).bind(&numbers).execute(session.db()?).await?;
+    signs::forget(session, &numbers).await?;
     versions::nothing_runs(session, &numbers).await?;
     let claims: Vec<i64> = sqlx::query_scalar(CLAIMS).bind(&numbers).fetch_all(session.db()?).await?;
     sweep(session, &claims).await?;
@@ -177,7 +178,8 @@ pub(super) async fn hand_on(
             SELECT id FROM laelaps.host WHERE identity = ANY($1) AND ended_at IS NULL ORDER BY id FOR NO KEY UPDATE),
         marked AS (
             UPDATE laelaps.host SET left_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
-            WHERE id = ANY(ARRAY(SELECT id FROM named)) AND left_at IS NULL)
+            WHERE id = ANY(ARRAY(SELECT id FROM named)) AND left_at IS NULL),
+        signs AS (DELETE FROM laelaps.host_sign WHERE host = ANY(ARRAY(SELECT id FROM named)))
         SELECT id FROM named";
     if let Some(done) = done_before(session, earlier).await? {
         return Ok(done);
@@ -323,6 +325,7 @@ async fn strike_off(session: &mut Session, only: Option<&[i64]>) -> Result<Vec<H
     let rows = sqlx::query(OFF).bind(UNSEEN_MS_MAX).bind(only).fetch_all(session.db()?).await?;
     if !rows.is_empty() {
         let gone: Vec<i64> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+        signs::forget(session, &gone).await?;
         versions::nothing_runs(session, &gone).await?;
         sqlx::query(FORGET).bind(GONE_HOSTS_KEPT).execute(session.db()?).await?;
     }

@@ -235,8 +235,9 @@ mod tests {
                 (Filter { user: few(), ..Filter::default() }, 12, 15_000),
                 (Filter { key_prefix: few(), ..Filter::default() }, 12, 1_500),
             ]);
-            let connections = Connections::open(&Config::new(url)).await.unwrap();
-            let shared = Shared::new(connections, std::time::Duration::ZERO, false);
+            let config = Config::new(url);
+            let connections = Connections::open(&config).await.unwrap();
+            let shared = Shared::new(connections, crate::schema::Steps::new(&[], &config), std::time::Duration::ZERO, false);
             for (filter, count, most) in filters {
                 let asked = filter.clone();
                 let costs = shared.repeat("listing", move |session| {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use tokio::task::JoinHandle;
 
+use super::connections::Connections;
 use super::session::Shared;
 
 /// The channel that hosts listen to.
@@ -23,6 +24,9 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(30);
 const SILENCE: Duration = Duration::from_secs(60);
 /// How long one try to connect, or one answer, may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// What an operator is told where a pooler stands in between.
+const DEAF: &str = "this program does not LISTEN through a pooler: one in transaction mode hands notices to other clients, whom they surprise. New \
+    tasks are found by polling alone; connect hosts directly, or say `listen: false`";
 
 /// Tells other processes.
 #[derive(Debug)]
@@ -77,21 +81,34 @@ impl Bell {
 #[derive(Debug)]
 pub(super) struct Listener {
     wanted: bool,
+    /// It was said that nothing will be heard.
+    told: AtomicBool,
     hearing: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Listener {
     pub(super) fn new(wanted: bool) -> Self {
-        Self { wanted, hearing: Mutex::default() }
+        Self { wanted, told: AtomicBool::new(false), hearing: Mutex::default() }
     }
 
-    /// Begin to listen, if that is wanted and not done already.
+    /// Begin to listen, if that is wanted and not done already. Through a pooler it is said once that this cannot be done.
     pub(super) fn start(&self, shared: &Arc<Shared>) {
         if !self.wanted {
             return;
         }
+        if let Some(warning) = self.deafness(&shared.connections) {
+            if !self.told.swap(true, Ordering::AcqRel) {
+                tracing::warn!(place = shared.connections.place(), "{warning}");
+            }
+            return;
+        }
         let mut hearing = self.hearing.lock().unwrap_or_else(PoisonError::into_inner);
         hearing.get_or_insert_with(|| tokio::spawn(listen(shared.connections.options().clone(), Arc::downgrade(shared))));
+    }
+
+    /// Why nothing is heard although it is wanted.
+    pub(super) fn deafness(&self, connections: &Connections) -> Option<&'static str> {
+        (self.wanted && connections.pooler().is_some()).then_some(DEAF)
     }
 
     pub(super) fn stop(&self) {

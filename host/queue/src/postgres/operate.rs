@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use sqlx::Row as _;
 
-use sqlx::postgres::PgConnection;
-
 use super::failure::{self, Failure};
+use super::pooled::Db;
 use super::session::Session;
 use super::{accounts, mend, tally, unreadable};
 use crate::earlier::Earlier;
@@ -429,8 +428,8 @@ pub(super) const REMOVE: &str = "WITH gone AS (
     SELECT count(*) FROM gone";
 
 /// Remove those of the tasks whose retention has ended at a moment; answers how many.
-pub(super) async fn remove(connection: &mut PgConnection, tasks: &[i64], now: i64) -> Result<u64, Failure> {
-    let removed: i64 = sqlx::query_scalar(REMOVE).bind(tasks).bind(now).fetch_one(connection).await?;
+pub(super) async fn remove(db: Db<'_>, tasks: &[i64], now: i64) -> Result<u64, Failure> {
+    let removed: i64 = sqlx::query_scalar(REMOVE).bind(tasks).bind(now).fetch_one(db).await?;
     Ok(removed.unsigned_abs())
 }
 

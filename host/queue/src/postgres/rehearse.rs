@@ -7,7 +7,7 @@ use sqlx::AssertSqlSafe;
 
 use super::failure::Failure;
 use super::session::Session;
-use super::submit;
+use super::{schema, submit};
 use crate::batch::Batch;
 use crate::{NewTask, Result};
 
@@ -41,7 +41,8 @@ const LIFE: [&str; 6] = [
 /// What is missing, in words; empty if a host could work.
 pub(super) async fn rehearse(session: &mut Session) -> Result<Vec<String>, Failure> {
     let missing: Vec<(String, String)> = sqlx::query_as(MISSING).fetch_all(session.db()?).await?;
-    let mut words: Vec<String> = missing.into_iter().map(|(object, needed)| format!("no {needed} on {object}")).collect();
+    let missing = missing.into_iter().filter(|(object, _)| schema::knows(object));
+    let mut words: Vec<String> = missing.map(|(object, needed)| format!("no {needed} on {object}")).collect();
     if words.is_empty() {
         session.begin().await?;
         words.extend(in_the_way(session).await?);

@@ -1,18 +1,18 @@
 //! The tables, in a schema of their own: made, moved on, and looked at before anything is believed.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
 
 use super::failure::{self, Failure};
 use super::session::Session;
+use crate::schema::{PROGRAM, Record, SchemaStep};
 use crate::{Migration, PlannedStep, SchemaStatus};
 
 /// All steps from an empty database, in order; a step is never changed after it was released.
-const STEPS: [(i64, &str); 1] = [(1, include_str!("../../migrations/postgres/0001_tasks.sql"))];
-
-/// The version that this program needs.
-const NEEDED: i64 = STEPS[STEPS.len() - 1].0;
+pub(super) const STEPS: [SchemaStep; 1] = [SchemaStep::new(1, 1, include_str!("../../migrations/postgres/0001_tasks.sql"))];
 
 /// What stands in the schema after all steps: kind, name and definition of each, as [`OBJECTS`] tells them, one a line.
 const EXPECTED: &str = include_str!("../../migrations/postgres/expected.txt");
@@ -22,10 +22,18 @@ const LOCK: i64 = 0x006c_6165_6c61_7073;
 
 const SCHEMA: &str = "CREATE SCHEMA laelaps";
 
-const TABLE: &str = "CREATE TABLE laelaps.schema_version (version int8 NOT NULL PRIMARY KEY, applied_at int8 NOT NULL)";
+const TABLE: &str = "CREATE TABLE laelaps.schema_version (version int8 NOT NULL PRIMARY KEY, oldest_program int8 NOT NULL,
+    applied_at int8 NOT NULL, program text NOT NULL, fingerprint text NOT NULL)";
 
-const ENTER: &str = "INSERT INTO laelaps.schema_version (version, applied_at)
-    VALUES ($1, (extract(epoch FROM clock_timestamp()) * 1000)::int8)";
+const ENTER: &str = "INSERT INTO laelaps.schema_version (version, oldest_program, applied_at, program, fingerprint)
+    VALUES ($1, $2, (extract(epoch FROM clock_timestamp()) * 1000)::int8, $3, $4)";
+
+/// Steps of a large database may take longer than a statement of ours. What waits for a lock meanwhile holds up everybody who comes after it, so
+/// that a step gives way to a long transaction and is taken again.
+const UNHURRIED: &str = "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = '1s'";
+
+/// How long one try to take the steps may last.
+pub(super) const MAKING_MAX: Duration = Duration::from_secs(900);
 
 /// How much of it there is.
 struct Found {
@@ -41,7 +49,9 @@ async fn look(session: &mut Session) -> Result<Found, Failure> {
     const LOOK: &str = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'laelaps'),
         to_regclass('laelaps.schema_version') IS NOT NULL,
         (SELECT count(*) FROM pg_class WHERE relnamespace = to_regnamespace('laelaps') AND relkind IN ('r', 'v', 'm', 'p'))";
-    const VERSION: &str = "SELECT coalesce(max(version), 0) FROM laelaps.schema_version";
+    // A column that development builds did not have is read as if it were empty.
+    const RECORDS: &str = "SELECT version, coalesce((to_jsonb(made) ->> 'oldest_program')::int8, version),
+        coalesce(to_jsonb(made) ->> 'program', ''), coalesce(to_jsonb(made) ->> 'fingerprint', '') FROM laelaps.schema_version AS made";
     let (schema, ours, tables): (bool, bool, i64) = sqlx::query_as(LOOK).fetch_one(session.db()?).await?;
     if !ours {
         if tables > 0 {
@@ -51,13 +61,8 @@ async fn look(session: &mut Session) -> Result<Found, Failure> {
         }
         return Ok(Found { schema, status: SchemaStatus::Missing });
     }
-    let found: i64 = sqlx::query_scalar(VERSION).fetch_one(session.db()?).await?;
-    let status = match found {
-        0 => SchemaStatus::Missing,
-        found if found < NEEDED => SchemaStatus::Old { found, needed: NEEDED },
-        found if found > NEEDED => SchemaStatus::New { found, known: NEEDED },
-        found => SchemaStatus::Current(found),
-    };
+    let records: Vec<(i64, i64, String, String)> = sqlx::query_as(RECORDS).fetch_all(session.db()?).await?;
+    let status = session.shared.steps.status(&records.into_iter().map(Record::from).collect::<Vec<_>>());
     Ok(Found { schema, status })
 }
 
@@ -65,49 +70,49 @@ pub(super) async fn status(session: &mut Session) -> Result<SchemaStatus, Failur
     Ok(look(session).await?.status)
 }
 
-/// The version from which to go on; None if there is nothing to do.
-fn from(status: &SchemaStatus) -> Result<Option<i64>, Failure> {
-    match *status {
-        SchemaStatus::Current(_) => Ok(None),
-        SchemaStatus::New { found, known } => Err(crate::Error::SchemaTooNew { found, known }.into()),
-        SchemaStatus::Missing => Ok(Some(0)),
-        SchemaStatus::Old { found, .. } => Ok(Some(found)),
-    }
-}
-
-/// Bring the tables up to what this program needs. Two hosts at once: the second one finds the work done.
+/// Bring the tables up to what this program needs, in one transaction. Two hosts at once: the second one finds the work done.
 pub(super) async fn migrate(session: &mut Session) -> Result<Migration, Failure> {
     session.begin().await?;
     sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK).execute(session.db()?).await?;
     let found = look(session).await?;
-    let mut applied = Vec::new();
-    if let Some(from) = from(&found.status)? {
-        if !found.schema {
-            sqlx::raw_sql(SCHEMA).execute(session.db()?).await?;
-        }
-        if from == 0 {
-            sqlx::raw_sql(TABLE).execute(session.db()?).await?;
-        }
-        for (version, sql) in STEPS.into_iter().filter(|(version, _)| *version > from) {
-            sqlx::raw_sql(AssertSqlSafe(sql)).execute(session.db()?).await?;
-            sqlx::query(ENTER).bind(version).execute(session.db()?).await?;
-            applied.push(version);
-        }
+    let shared = Arc::clone(&session.shared);
+    let (from, left) = shared.steps.left(&found.status)?;
+    sqlx::raw_sql(UNHURRIED).execute(session.db()?).await?;
+    if !found.schema {
+        sqlx::raw_sql(SCHEMA).execute(session.db()?).await?;
+    }
+    if from == 0 {
+        sqlx::raw_sql(TABLE).execute(session.db()?).await?;
+    }
+    for step in &left {
+        sqlx::raw_sql(AssertSqlSafe(&*step.sql)).execute(session.db()?).await?;
+        let entered = sqlx::query(ENTER).bind(step.version).bind(step.oldest_program).bind(PROGRAM).bind(step.fingerprint());
+        entered.execute(session.db()?).await?;
     }
     session.commit().await?;
-    Ok(Migration { applied, version: NEEDED })
+    let applied: Vec<i64> = left.iter().map(|step| step.version).collect();
+    Ok(Migration { from, version: applied.last().copied().unwrap_or(from), applied })
 }
 
 /// The steps that [`migrate`] would take.
 pub(super) async fn plan(session: &mut Session) -> Result<Vec<PlannedStep>, Failure> {
     let found = look(session).await?;
-    let Some(from) = from(&found.status)? else { return Ok(Vec::new()) };
-    let steps = STEPS.into_iter().filter(|(version, _)| *version > from);
-    let plan = steps.map(|(version, sql)| {
-        let schema = if from == 0 && !found.schema { format!("{SCHEMA};\n") } else { String::new() };
-        let table = if from == 0 { format!("{TABLE};\n") } else { String::new() };
-        let enter = ENTER.replace("$1", &version.to_string());
-        PlannedStep { version, sql: format!("{schema}{table}{sql}{enter};\n") }
+    let (from, left) = session.shared.steps.left(&found.status)?;
+    let plan = left.into_iter().map(|step| {
+        let is_first = from == 0 && step.version == 1;
+        let schema = if is_first && !found.schema { format!("{SCHEMA};\n") } else { String::new() };
+        let table = if is_first { format!("{TABLE};\n") } else { String::new() };
+        let (version, oldest_program) = (step.version, step.oldest_program);
+        let enter = ENTER
+            .replace("$1", &version.to_string())
+            .replace("$2", &oldest_program.to_string())
+            .replace("$3", &format!("'{PROGRAM}'"))
+            .replace("$4", &format!("'{}'", step.fingerprint()));
+        PlannedStep {
+            version,
+            oldest_program,
+            sql: format!("BEGIN;\n{schema}{table}{}\n{enter};\nCOMMIT;\n", step.sql.trim_end()),
+        }
     });
     Ok(plan.collect())
 }
@@ -154,6 +159,12 @@ pub(super) async fn drift(session: &mut Session) -> Result<Vec<String>, Failure>
     let added = found.keys().filter(|object| !expected.contains_key(*object));
     let added = added.map(|(kind, name)| format!("{kind} {name} is not ours"));
     Ok(missing.chain(altered).chain(added).collect())
+}
+
+/// Whether this program knows an object, told as `KIND laelaps.NAME`: a later step of another program may have made it.
+pub(super) fn knows(object: &str) -> bool {
+    let Some((kind, name)) = object.split_once(" laelaps.") else { return true };
+    EXPECTED.lines().any(|line| line.starts_with(&format!("{kind}|{name}|")))
 }
 
 fn expected() -> BTreeMap<(String, String), String> {

@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use sqlx::AssertSqlSafe;
-use sqlx::postgres::PgConnection;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::connections::{Connections, IDLE_IN_TRANSACTION_MAX, Open};
@@ -19,9 +18,11 @@ use super::failure::Failure;
 use super::held::Held;
 use super::listen::{Bell, Listener};
 use super::mark::{Ended, Marks};
+use super::pooled::{Db, Pooler};
 use super::{accounts, tally};
 use crate::outcome::ms;
 use crate::patience::Patience;
+use crate::schema::Steps;
 use crate::{Error, HostId, LeaseRef, Result};
 
 /// Operations at once, those that wait for a connection included.
@@ -85,6 +86,7 @@ type Afterwards = Box<dyn FnOnce(&Arc<Shared>) + Send>;
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) connections: Connections,
+    pub(super) steps: Steps,
     pub(super) patience: Duration,
     /// Told when a claim may find something.
     pub(super) wakeup: Notify,
@@ -143,8 +145,9 @@ impl Session {
     ///
     /// # Errors
     /// Never within an operation.
-    pub(super) fn db(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
-        self.connection.as_mut().map(|open| &mut open.connection).ok_or(sqlx::Error::WorkerCrashed)
+    pub(super) fn db(&mut self) -> Result<Db<'_>, sqlx::Error> {
+        let open = self.connection.as_mut().ok_or(sqlx::Error::WorkerCrashed)?;
+        Ok(Db::new(&mut open.connection, self.shared.connections.pooler(), !self.begun))
     }
 
     /// Do this once the operation is done and durable.
@@ -183,7 +186,8 @@ impl Session {
     async fn begin_with(&mut self, settings: String) -> Result<(), Failure> {
         self.begun = true;
         let idle = IDLE_IN_TRANSACTION_MAX.as_millis();
-        let sql = format!("BEGIN; SET LOCAL idle_in_transaction_session_timeout = {idle}{settings}");
+        let begin = self.shared.connections.pooler().map_or_else(|| "BEGIN".to_owned(), Pooler::begin);
+        let sql = format!("{begin}; SET LOCAL idle_in_transaction_session_timeout = {idle}{settings}");
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(self.db()?).await?;
         Ok(())
     }
@@ -191,7 +195,9 @@ impl Session {
     /// Begin a transaction that reads one state of the database.
     pub(super) async fn begin_reading(&mut self) -> Result<(), Failure> {
         self.begun = true;
-        sqlx::raw_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").execute(self.db()?).await?;
+        let settings = self.shared.connections.pooler().map(|pooler| pooler.settings().to_owned()).unwrap_or_default();
+        let sql = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY{settings}");
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(self.db()?).await?;
         Ok(())
     }
 
@@ -211,10 +217,11 @@ impl Session {
 }
 
 impl Shared {
-    pub(super) fn new(connections: Connections, patience: Duration, listen: bool) -> Arc<Self> {
+    pub(super) fn new(connections: Connections, steps: Steps, patience: Duration, listen: bool) -> Arc<Self> {
         let listener = Listener::new(listen);
         Arc::new(Self {
             connections,
+            steps,
             patience,
             wakeup: Notify::new(),
             bell: Bell::new(),

@@ -2,10 +2,9 @@
 
 use std::collections::HashSet;
 
-use sqlx::postgres::PgConnection;
-
 use super::failure::Failure;
 use super::operate;
+use super::pooled::Db;
 use super::session::Session;
 use crate::batch::{self, Batch, Row};
 use crate::{Descent, NewTask, Result, Submitted};
@@ -94,20 +93,20 @@ pub(super) const OVER_BY_KEY: &str =
     WHERE key = ANY($1) AND state IN ('finished', 'failed', 'cancelled')
         AND retained_until <= (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8)";
 
-async fn over(connection: &mut PgConnection, rows: &[Row]) -> Result<(Vec<i64>, i64), Failure> {
+async fn over(db: Db<'_>, rows: &[Row]) -> Result<(Vec<i64>, i64), Failure> {
     let keys: Vec<&str> = rows.iter().map(|row| row.key.as_str()).collect();
-    let (over, now): (Option<Vec<i64>>, i64) = sqlx::query_as(OVER_BY_KEY).bind(keys).fetch_one(connection).await?;
+    let (over, now): (Option<Vec<i64>>, i64) = sqlx::query_as(OVER_BY_KEY).bind(keys).fetch_one(db).await?;
     Ok((over.unwrap_or_default(), now))
 }
 
-async fn any_over(connection: &mut PgConnection, rows: &[Row]) -> Result<bool, Failure> {
-    Ok(!over(connection, rows).await?.0.is_empty())
+async fn any_over(db: Db<'_>, rows: &[Row]) -> Result<bool, Failure> {
+    Ok(!over(db, rows).await?.0.is_empty())
 }
 
 /// Store a batch in a caller's transaction, which the caller ends, and wake hosts when it commits.
-pub(super) async fn submit_in(transaction: &mut PgConnection, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
+pub(super) async fn submit_in(mut transaction: Db<'_>, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
     const WAKE: &str = "SELECT pg_notify($1, '')";
-    let created = store(transaction, &batch.rows).await?;
+    let created = store(transaction.again(), &batch.rows).await?;
     if !created.is_empty() {
         sqlx::query(WAKE).bind(super::listen::CHANNEL).execute(transaction).await?;
     }
@@ -125,21 +124,21 @@ fn columns_of(descent: Descent) -> (i64, i32) {
 
 /// Store the rows whose key is new or free again; answers their keys. Of two rows with one key the first wins. In a transaction: a task whose
 /// retention has ended and that clean-up has not come to yet goes first.
-pub(super) async fn store(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSet<String>, Failure> {
-    let mut created = store_new(connection, rows).await?;
+pub(super) async fn store(mut db: Db<'_>, rows: &[Row]) -> Result<HashSet<String>, Failure> {
+    let mut created = store_new(db.again(), rows).await?;
     if created.len() < rows.len() {
         let rest: Vec<Row> = rows.iter().filter(|row| !created.contains(&row.key)).cloned().collect();
-        let (over, now) = over(connection, &rest).await?;
+        let (over, now) = over(db.again(), &rest).await?;
         if !over.is_empty() {
-            operate::remove(connection, &over, now).await?;
-            created.extend(store_new(connection, &rest).await?);
+            operate::remove(db.again(), &over, now).await?;
+            created.extend(store_new(db, &rest).await?);
         }
     }
     Ok(created)
 }
 
 /// Store the rows whose key is new; answers their keys.
-async fn store_new(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSet<String>, Failure> {
+async fn store_new(mut db: Db<'_>, rows: &[Row]) -> Result<HashSet<String>, Failure> {
     let mut created = HashSet::with_capacity(rows.len());
     let mut rest = rows;
     while !rest.is_empty() {
@@ -162,7 +161,7 @@ async fn store_new(connection: &mut PgConnection, rows: &[Row]) -> Result<HashSe
             .bind(chunk.iter().map(|row| row.stored.as_slice()).collect::<Vec<&[u8]>>())
             .bind(roots)
             .bind(depths)
-            .fetch_all(&mut *connection)
+            .fetch_all(db.again())
             .await?;
         created.extend(keys);
         rest = others;

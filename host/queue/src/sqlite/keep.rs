@@ -12,7 +12,7 @@ use super::rows::Columns;
 use super::settle::holds;
 use super::writer::Session;
 use crate::outcome::ms;
-use crate::{Beat, Error, Lease, LeaseAnswer, LeaseRef, Progress, Result, TaskId, Update, data};
+use crate::{Beat, Compression, Error, Lease, LeaseAnswer, LeaseRef, Progress, Result, TaskId, Update, data};
 
 /// The most bytes of a progress note; a longer one is cut.
 const NOTE_BYTES_MAX: usize = 1_024;
@@ -93,7 +93,13 @@ struct Merged {
     lease_ref: LeaseRef,
     revision: i64,
     bytes: i64,
-    stored: Vec<u8>,
+    stored: Stored,
+}
+
+/// Data in the column's two types.
+enum Stored {
+    Text(String),
+    Gzip(Vec<u8>),
 }
 
 impl Sqlite {
@@ -191,22 +197,32 @@ impl Sqlite {
 
 fn merge((place, update, read): (usize, Update, Read)) -> (usize, Result<Merged>) {
     let Read { key, revision, stored } = read;
-    let merged = data::updated(&key, stored, &update.members);
-    let merged =
-        merged.map(|(bytes, stored)| Merged { lease_ref: update.lease_ref, revision, bytes: super::claim::count(bytes), stored });
+    let merged = data::updated(&key, stored, &update.members).and_then(|(bytes, stored)| {
+        let stored = match data::compression(&stored) {
+            Compression::Gzip => Stored::Gzip(stored),
+            Compression::None => Stored::Text(String::from_utf8(stored).map_err(|error| Error::InvalidTask {
+                key: key.clone(),
+                problem: format!("the stored data is unreadable: {error}"),
+            })?),
+        };
+        Ok(Merged { lease_ref: update.lease_ref, revision, bytes: super::claim::count(bytes), stored })
+    });
     (place, merged)
 }
 
 /// Replace the data under the lease; None if it is not of that revision any more.
 async fn replace_data(session: &mut Session, merged: Merged) -> Result<Option<LeaseAnswer>, Failure> {
-    const REPLACE: &str = "UPDATE task_data SET revision = revision + 1, bytes = ?3,
-            data = CASE ?5 WHEN 0 THEN CAST(?4 AS TEXT) ELSE ?4 END
+    const REPLACE: &str = "UPDATE task_data SET revision = revision + 1, bytes = ?3, data = ?4
         WHERE task = ?1 AND revision = ?2
-            AND EXISTS (SELECT 1 FROM task WHERE id = ?1 AND lease = ?6 AND state = 'running' AND until > ?7)";
+            AND EXISTS (SELECT 1 FROM task WHERE id = ?1 AND lease = ?5 AND state = 'running' AND until > ?6)";
     let Merged { lease_ref, revision, bytes, stored } = merged;
-    let gzip = data::compression(&stored) == crate::Compression::Gzip;
     let now = session.now;
-    let query = sqlx::query(REPLACE).bind(lease_ref.task.0).bind(revision).bind(bytes).bind(stored).bind(gzip);
+    let query = sqlx::query(REPLACE).bind(lease_ref.task.0).bind(revision).bind(bytes);
+    // Bound as it is to be stored: a CAST would copy megabytes while everybody waits for the writer.
+    let query = match stored {
+        Stored::Text(text) => query.bind(text),
+        Stored::Gzip(bytes) => query.bind(bytes),
+    };
     if query.bind(lease_ref.lease.0).bind(now).execute(session.db()).await?.rows_affected() == 1 {
         return Ok(Some(LeaseAnswer::Held));
     }

@@ -13,10 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
-use sqlx::{ConnectOptions, Connection, Row as _};
+use sqlx::{ConnectOptions, Connection, FromRow as _, Row as _};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use super::checkpoint::{Checkpoints, Log};
 use super::failure::{self, Failure};
 use super::neighbours::Seen;
 use crate::{Error, Result};
@@ -31,8 +32,8 @@ const LOCK_PAUSE_MAX: Duration = Duration::from_millis(200);
 /// The database's clock.
 pub(super) const NOW: &str = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
 
-/// Take the database's lock, then the time, and see whether others have written.
-const BEGIN: &str = "BEGIN IMMEDIATE; SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER); PRAGMA data_version";
+/// See how long the write-ahead log is, without work for it. Take the database's lock, then the time, and see whether others have written.
+const BEGIN: &str = "PRAGMA wal_checkpoint(NOOP); BEGIN IMMEDIATE; SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER); PRAGMA data_version";
 
 /// Changes when another connection has committed.
 const VERSION: &str = "PRAGMA data_version";
@@ -112,7 +113,7 @@ impl Original {
     ///
     /// # Errors
     /// [`Error::File`] if it is not.
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         const GONE: &str = "was deleted or replaced while it was open; what is written to the old file would be lost";
         let gone = match Self::identity(&self.path) {
             Ok(now) => self.identity.is_some_and(|opened| opened != now),
@@ -183,7 +184,8 @@ impl Writer {
     pub(super) fn start(connection: SqliteConnection, access: Access) -> Self {
         let (jobs, receiver) = mpsc::channel(WAITING_MAX);
         let path = Arc::clone(&access.path);
-        let actor = Actor { session: Some(Session::new(connection)), access };
+        let checkpoints = Checkpoints::start(&access.options, Arc::clone(&access.file));
+        let actor = Actor { session: Some(Session::new(connection)), access, checkpoints };
         Self { jobs, actor: tokio::sync::Mutex::new(Some(tokio::spawn(actor.run(receiver)))), path }
     }
 
@@ -327,6 +329,7 @@ struct Actor {
     /// None after a connection was found unusable.
     session: Option<Session>,
     access: Access,
+    checkpoints: Checkpoints,
 }
 
 impl Actor {
@@ -354,6 +357,7 @@ impl Actor {
                 let _ = done.send(());
             }
         }
+        self.checkpoints.close().await;
         if let Some(session) = self.session.take()
             && let Err(error) = session.connection.close().await
         {
@@ -372,6 +376,9 @@ impl Actor {
                     if wake {
                         self.access.wakeup.notify_waiters();
                         self.access.wakeup.notify_one();
+                    }
+                    if let Some(session) = &mut self.session {
+                        self.checkpoints.committed(session.db()).await;
                     }
                 }
                 Err(failure) => {
@@ -460,7 +467,8 @@ impl Actor {
             none => none.insert(Session::new(self.access.options.connect().await?)),
         };
         let rows = sqlx::query(BEGIN).fetch_all(&mut session.connection).await?;
-        let [now, version] = rows.as_slice() else { return Err(sqlx::Error::RowNotFound) };
+        let [log, now, version] = rows.as_slice() else { return Err(sqlx::Error::RowNotFound) };
+        self.checkpoints.seen(Log::from_row(log)?);
         session.now = now.try_get(0)?;
         self.access.seen.looked(session.has_changed(version.try_get(0)?));
         Ok(())

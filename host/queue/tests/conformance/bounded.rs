@@ -75,8 +75,11 @@ async fn old_deaths(database: Database, config: &Config) {
                     "INSERT INTO {table}_laelaps_death (host, name, digest, at) SELECT seq, 'grind', 'd1', 0 FROM seq_1_to_200;
                     ALTER TABLE {table}_laelaps_hosts AUTO_INCREMENT = 20000"
                 ),
-                _ => "INSERT INTO laelaps_plugin_death (host, plugin, at) SELECT -10000 - CAST(seq AS SIGNED), 1, 0 FROM seq_1_to_200"
-                    .to_owned(),
+                _ => {
+                    "INSERT INTO laelaps_plugin_death (host, plugin, at)
+                    WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 200) SELECT -10000 - n, 1, 0 FROM n"
+                        .to_owned()
+                }
             };
             let mut connection = MySqlConnection::connect(&config.url).await.unwrap();
             sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
@@ -143,6 +146,8 @@ impl Mill {
         let version = PluginVersion { name: "grind".to_owned(), digest: "d1".to_owned() };
         backend.note_plugins(host, std::slice::from_ref(&version.digest)).await.unwrap();
         backend.note_running(host, &[version]).await.unwrap();
+        // Not where hosts are told apart by other means.
+        let _ = backend.give_sign(host, LONG).await;
         host
     }
 

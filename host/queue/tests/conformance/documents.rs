@@ -157,7 +157,7 @@ mod sql {
     }
 
     pub(super) async fn function(fixture: &Fixture) -> Vec<String> {
-        let mut producer = sqlx::PgConnection::connect(&fixture.config.url).await.unwrap();
+        let mut producer = sqlx::PgConnection::connect(&fixture.direct_url().await).await.unwrap();
         let submit = "SELECT laelaps.submit($1, 't', convert_from($2, 'UTF8')::json)";
         answered_otherwise(async |key, document| {
             sqlx::query(submit).bind(key).bind(document).execute(&mut producer).await.is_ok()

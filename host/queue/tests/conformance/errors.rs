@@ -85,7 +85,7 @@ mod of_servers {
         #[tokio::test]
         async fn a_server_that_refuses_values_is_told_from_one_that_refuses_all() {
             let fixture = Fixture::new(Database::Postgres).await;
-            let mut connection = PgConnection::connect(&fixture.config.url).await.unwrap();
+            let mut connection = PgConnection::connect(&fixture.direct_url().await).await.unwrap();
             let statements = [
                 ("CREATE TEMP TABLE t (n int NOT NULL CHECK (n < 9), s varchar(2)); INSERT INTO t VALUES (10)", true),
                 ("CREATE TEMP TABLE t (n int NOT NULL CHECK (n < 9), s varchar(2)); INSERT INTO t VALUES (NULL)", true),

@@ -82,6 +82,7 @@ impl Case {
             ([Operation::ForceFinish, Operation::Claim], Place::Ready),
             ([Operation::Finish, Operation::Reclaim], Place::Overdue),
             ([Operation::Finish, Operation::HandOn], Place::Running),
+            ([Operation::GiveSign, Operation::HandOn], Place::Running),
         ];
         due.into_iter().chain(others).map(|(operations, place)| Self { operations, place, with_user: true }).collect()
     }

@@ -31,7 +31,7 @@ pub(crate) enum Database {
 pub(crate) const LONG: Duration = Duration::from_secs(3_600);
 
 pub(crate) struct Fixture {
-    database: Database,
+    pub(crate) database: Database,
     folder: TempDir,
     pub(crate) config: Config,
     pub(crate) queue: Queue,
@@ -85,6 +85,10 @@ impl Fixture {
         Self { database, folder, config, queue }
     }
 
+    pub(crate) fn database(&self) -> Database {
+        self.database
+    }
+
     pub(crate) fn is_perfectqueue(&self) -> bool {
         self.config.kind != Kind::Native
     }
@@ -96,6 +100,14 @@ impl Fixture {
 
     pub(crate) fn path(&self) -> PathBuf {
         self.folder.path().join("queue.db")
+    }
+
+    /// The database's URL without a bouncer in between.
+    pub(crate) async fn direct_url(&self) -> String {
+        match self.database {
+            Database::Postgres => postgres::direct(&self.config.url).await,
+            Database::Sqlite | Database::MariaDb => self.config.url.clone(),
+        }
     }
 
     pub(crate) fn backend(&self) -> &Arc<dyn Backend> {

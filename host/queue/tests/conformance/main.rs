@@ -28,6 +28,7 @@ mod mariadb;
 mod numbers;
 mod open_mariadb;
 mod orders;
+mod pooled;
 mod postgres;
 mod postgres_store;
 mod program;
@@ -36,10 +37,12 @@ mod rows_postgres;
 mod rows_sqlite;
 mod schema;
 mod shares;
+mod signs;
 mod storm;
 mod submits;
 mod suspicion;
 mod suspicion_postgres;
+mod upgrades;
 
 /// One test for each database out of each promise.
 macro_rules! promises {

@@ -228,15 +228,6 @@ async fn what_init_did_can_be_planned_done_again_and_compared() {
     assert_eq!(drift, expected);
 }
 
-#[tokio::test]
-async fn a_newer_schema_on_a_server_is_refused_and_left_alone() {
-    let fixture = Fixture::new(Database::MariaDb).await;
-    fixture.meddle("INSERT INTO laelaps_schema (version, applied_at) VALUES (99, 0)").await;
-    let refused = fixture.queue.init().await.unwrap_err();
-    assert!(matches!(refused, Error::SchemaTooNew { found: 99, known: 1 }), "{refused}");
-    assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::New { found: 99, known: 1 });
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_programs_that_initialise_one_database_of_a_server_make_one_schema() {
     let fixture = Fixture::empty(Database::MariaDb).await;

@@ -175,7 +175,7 @@ async fn who_does_not_listen_finds_what_comes_by_polling_alone() {
         deaf.backend().register_host(&HostDescription { name: "deaf".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let claim = Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None };
     assert!(deaf.backend().claim(&claim).await.unwrap().tasks.is_empty());
-    let mut heard = PgListener::connect(&fixture.config.url).await.unwrap();
+    let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
     heard.listen("laelaps").await.unwrap();
     fixture.submit_some("a", 3).await;
     // Whoever listens has heard of it ...
@@ -203,7 +203,7 @@ async fn notices_so_far(heard: &mut PgListener, sender: &mut PgConnection) -> u1
 async fn many_submits_share_a_notice() {
     const SUBMITS: usize = 200;
     let fixture = fixture().await;
-    let mut heard = PgListener::connect(&fixture.config.url).await.unwrap();
+    let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
     heard.listen("laelaps").await.unwrap();
     let (queue, mut producer) = (fixture.another().await, raw(&fixture.config).await);
     let begun = Instant::now();

@@ -199,7 +199,7 @@ async fn a_submit_whose_answer_was_lost_is_told_as_done_and_wakes() {
     let proxy = Proxy::before(&fixture.config.url, b"lost answer").await;
     let queue = proxy.queue(&fixture).await;
     queue.submit_many(&[task("warm"), NewTask::new("taken", "other", "{}")]).await.unwrap();
-    let mut heard = PgListener::connect(&fixture.config.url).await.unwrap();
+    let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
     heard.listen("laelaps").await.unwrap();
     proxy.next(Act::Swallow);
     let answers =

@@ -24,7 +24,7 @@ async fn at_once(database: Database) {
     }
     assert_eq!(applied, 1);
     assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::Current(1));
-    assert_eq!(fixture.queue.init().await.unwrap(), Migration { applied: Vec::new(), version: 1 });
+    assert_eq!(fixture.queue.init().await.unwrap(), Migration { from: 1, applied: Vec::new(), version: 1 });
     fixture.submit(&[task("a")]).await;
     fixture.audit().await;
 }
@@ -50,16 +50,6 @@ async fn without_tables(database: Database) {
 }
 
 #[tokio::test]
-async fn a_newer_schema_is_refused_and_left_alone() {
-    let fixture = Fixture::new(Database::Sqlite).await;
-    fixture.meddle("INSERT INTO laelaps_schema (version, applied_at) VALUES (99, 0)").await;
-    assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::New { found: 99, known: 1 });
-    let refused = fixture.queue.init().await.unwrap_err();
-    assert_eq!(refused.to_string(), "the database has schema 99, newer than the 1 that this program knows");
-    assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::New { found: 99, known: 1 });
-}
-
-#[tokio::test]
 async fn a_database_of_another_program_is_left_alone() {
     let fixture = Fixture::empty(Database::Sqlite).await;
     fixture.meddle("CREATE TABLE task (id INTEGER); CREATE TABLE other (id INTEGER)").await;
@@ -72,14 +62,17 @@ async fn a_database_of_another_program_is_left_alone() {
 }
 
 #[tokio::test]
-async fn the_plan_is_what_init_then_does() {
+async fn the_plan_can_be_run_instead_of_init() {
     let fixture = Fixture::empty(Database::Sqlite).await;
     let plan = fixture.backend().plan().await.unwrap();
     assert_eq!(plan.iter().map(|step| step.version).collect::<Vec<_>>(), [1]);
     assert!(plan[0].sql.contains("CREATE TABLE task"), "{}", plan[0].sql);
     assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::Missing, "a plan changes nothing");
-    fixture.queue.init().await.unwrap();
+    fixture.meddle(String::leak(plan[0].sql.clone())).await;
     assert_eq!(fixture.backend().plan().await.unwrap(), []);
+    assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::Current(1), "as run by hand from the plan");
+    assert_eq!(fixture.backend().drift().await.unwrap(), [] as [&str; 0]);
+    fixture.submit(&[task("a")]).await;
 }
 
 #[tokio::test]
@@ -90,15 +83,6 @@ async fn drift_names_what_somebody_changed_by_hand() {
     let mut drift = fixture.backend().drift().await.unwrap();
     drift.sort();
     assert_eq!(drift, ["index task_failed is missing", "table host is not as init makes it", "table notes is not ours"]);
-}
-
-#[tokio::test]
-async fn a_newer_schema_of_a_server_is_refused_and_left_alone() {
-    let fixture = Fixture::new(Database::Postgres).await;
-    fixture.meddle("INSERT INTO schema_version (version, applied_at) VALUES (99, 0)").await;
-    assert_eq!(fixture.queue.schema_status().await.unwrap(), SchemaStatus::New { found: 99, known: 1 });
-    let refused = fixture.queue.init().await.unwrap_err();
-    assert_eq!(refused.to_string(), "the database has schema 99, newer than the 1 that this program knows");
 }
 
 #[tokio::test]

@@ -216,7 +216,7 @@ async fn a_task_that_ends_wakes_claims_if_it_opens_a_user_and_only_then() {
     let of = |key: &str| claimed.iter().find(|task| task.key == key).unwrap();
     // The notices of the submit come first.
     tokio::time::timeout(PATIENCE, fixture.queue.wakeup()).await.unwrap();
-    let mut heard = PgListener::connect(&fixture.config.url).await.unwrap();
+    let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
     heard.listen("laelaps").await.unwrap();
     let mut sender = raw(&fixture.config).await;
     let heard_before = async |heard: &mut PgListener, sender: &mut sqlx::PgConnection, word: &str| {

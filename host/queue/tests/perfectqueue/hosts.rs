@@ -23,7 +23,7 @@ async fn what_a_dead_host_runs_is_handed_on_at_once_and_nothing_else() {
         assert_eq!(of.claim(host, 9).await.len(), 2);
     }
     site.submit(&[task("waiting")]).await;
-    let rows = "SELECT CAST(MD5(GROUP_CONCAT(timeout, owner, created_at ORDER BY id)) AS CHAR) FROM {t} WHERE id > 'b'";
+    let rows = "SELECT CAST(SHA2(GROUP_CONCAT(timeout, owner, created_at ORDER BY id), 256) AS CHAR) FROM {t} WHERE id > 'b'";
     let before = ruby.text(rows).await;
     assert!(other.hand_on("nobody").await.is_empty());
     let reclaimed = other.backend().hand_on(&["dead".to_owned()], &Policy::default()).await.unwrap();

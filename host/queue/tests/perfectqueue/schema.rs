@@ -95,15 +95,34 @@ async fn tables_of_a_newer_program_are_left_alone() {
     let mut ruby = site.ruby().await;
     ruby.run("ALTER TABLE {s} ADD COLUMN more INT, COMMENT 'laelaps 5'").await;
     let site = site.another().await;
-    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::New { found: 5, known: 4 });
+    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::TooNew { found: 5, known: 4, oldest: 5, program: None });
     let refused = [site.queue.init().await.map(drop).unwrap_err(), site.queue.submit(task("a")).await.map(drop).unwrap_err()];
     for refused in refused {
-        assert!(matches!(refused, Error::SchemaTooNew { found: 5, known: 4 }), "{refused}");
+        assert!(matches!(refused, Error::SchemaTooNew { found: 5, known: 4, oldest: 5, .. }), "{refused}");
     }
     // Without our tables there is nothing that a newer program could have changed.
     let without = PerfectQueue { table: site.table().to_owned(), ..table(false) };
     let queue = Queue::open(&Config { kind: Kind::PerfectQueue(without), ..site.config.clone() }).await.unwrap();
     assert_eq!(queue.schema_status().await.unwrap(), SchemaStatus::Current(2));
+}
+
+#[tokio::test]
+async fn tables_of_a_newer_program_that_admits_this_one_are_worked_on() {
+    let site = Site::new().await;
+    let mut ruby = site.ruby().await;
+    ruby.run("ALTER TABLE {s} ADD COLUMN more INT, COMMENT 'laelaps 6 4'").await;
+    let site = site.another().await;
+    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::Newer { found: 6, known: 4, program: None });
+    let migration = site.queue.init().await.unwrap();
+    assert_eq!((migration.from, migration.applied, migration.version), (6, vec![], 6));
+    site.submit(&[task("a")]).await;
+    let host = site.host().await;
+    let claimed = site.claim(host, 9).await;
+    assert_eq!(site.settle(&claimed[0], crate::fixture::finish()).await, laelaps_queue::LeaseAnswer::Held);
+    // One table of a program that asks for more is enough.
+    ruby.run("ALTER TABLE {h} COMMENT 'laelaps 6 5'").await;
+    let site = site.another().await;
+    assert_eq!(site.queue.schema_status().await.unwrap(), SchemaStatus::TooNew { found: 6, known: 4, oldest: 5, program: None });
 }
 
 #[tokio::test]

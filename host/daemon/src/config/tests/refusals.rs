@@ -389,3 +389,76 @@ fn zookeepers_two_uses() {
         "4: development.watchdog_queue.root: has 201 bytes, at most 200 are allowed where items become tasks",
     );
 }
+
+#[test]
+fn a_fleet_in_the_database() {
+    const EXPECTED: &str = r#"  fleet: zookeeper
+    4: development.fleet: found "zookeeper", expected `database` or `none` | for a fleet in ZooKeeper leave the key out, and add `watchdog`
+  fleet: true
+    4: development.fleet: found true, expected `database` or `none` | for a fleet in ZooKeeper leave the key out, and add `watchdog`
+  fleet: {servers: 'zoo:2181', root: /fleet}
+    4: development.fleet: found a mapping, expected `database` or `none` | for a fleet in ZooKeeper leave the key out, and add `watchdog`
+  fleet: Database
+    4: development.fleet: found "Database", expected `database` or `none` | for a fleet in ZooKeeper leave the key out, and add `watchdog`
+  fleet: [database]
+    4: development.fleet: found a list, expected `database` or `none` | for a fleet in ZooKeeper leave the key out, and add `watchdog`
+  host_timeout: 0
+    4: development.host_timeout: found 0, expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  host_timeout: 999ms
+    4: development.host_timeout: found "999ms", expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  host_timeout: 61m
+    4: development.host_timeout: found "61m", expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  host_timeout: never
+    4: development.host_timeout: found "never", expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  host_timeout: -10
+    4: development.host_timeout: found -10, expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  host_timeout: [10]
+    4: development.host_timeout: found a list, expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  fleet: none
+  host_timeout: 10 parsecs
+    5: development.host_timeout: found "10 parsecs", expected a length of time from 1 s to 1 h (a number of seconds, or text such as "250ms" or "5m")
+  fleet: database
+  watchdog: {servers: 'zoo:2181', root: /fleet}
+    4: development.fleet: `watchdog` stands beside it, by which ZooKeeper tells who is alive | remove one of them
+  fleet: none
+  watchdog: {servers: 'zoo:2181', root: /fleet}
+    4: development.fleet: `watchdog` stands beside it, by which ZooKeeper tells who is alive | remove one of them
+  fleet: database
+  watchdog: {root: /fleet}
+    4: development.fleet: `watchdog` stands beside it, by which ZooKeeper tells who is alive | remove one of them
+    5: development.watchdog.servers: the key is missing, expected ZooKeeper's servers, HOST:PORT separated by commas, with a chroot behind the last one if wanted | add `servers: "zoo1:2181,zoo2:2181,zoo3:2181"`
+  flet: database
+    4: development.flet: no such key | did you mean fleet?
+  host_timeot: 10
+    4: development.host_timeot: no such key | did you mean host_timeout?
+  fleet: database (rdb_compat)
+    5: development.fleet: PerfectQueue's table has no place for signs of life | remove the key; with `watchdog` and `side_table` ZooKeeper does it
+"#;
+    let on_server = |keys: &str| problems(&format!("development:\n  type: rdb\n  url: postgres://db/q\n{keys}"));
+    let mut told = String::new();
+    for keys in [
+        "  fleet: zookeeper",
+        "  fleet: true",
+        "  fleet: {servers: 'zoo:2181', root: /fleet}",
+        "  fleet: Database",
+        "  fleet: [database]",
+        "  host_timeout: 0",
+        "  host_timeout: 999ms",
+        "  host_timeout: 61m",
+        "  host_timeout: never",
+        "  host_timeout: -10",
+        "  host_timeout: [10]",
+        "  fleet: none\n  host_timeout: 10 parsecs",
+        "  fleet: database\n  watchdog: {servers: 'zoo:2181', root: /fleet}",
+        "  fleet: none\n  watchdog: {servers: 'zoo:2181', root: /fleet}",
+        "  fleet: database\n  watchdog: {root: /fleet}",
+        "  flet: database",
+        "  host_timeot: 10",
+    ] {
+        told.push_str(&format!("{keys}\n    {}\n", on_server(keys).join("\n    ")));
+    }
+    let keys = "  fleet: database";
+    let on_perfectqueue = format!("development:\n  type: rdb_compat\n  url: mysql://db/q\n  table: tasks\n{keys}");
+    told.push_str(&format!("{keys} (rdb_compat)\n    {}\n", problems(&on_perfectqueue).join("\n    ")));
+    assert_eq!(told, EXPECTED);
+}

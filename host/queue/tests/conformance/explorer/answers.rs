@@ -1,7 +1,7 @@
 //! Every operation, with the answer to each of its statements lost in turn: what the server has done although nobody heard of it is not done twice, and the
 //! operation answers as if it had run once.
 
-use laelaps_queue::{Claim, HostDescription, PluginVersion, Queue, State};
+use laelaps_queue::{Claim, HostDescription, PluginVersion, Queue, Sign, State};
 use laelaps_test_databases::eventually;
 use laelaps_test_databases::gate::Gate;
 
@@ -49,6 +49,8 @@ enum Other {
     ReleasePluginInVain,
     /// A host that is dead, with what it had.
     HandOn,
+    /// A host that gives no sign of life any more; on servers.
+    MarkDead,
     /// A task that was set aside, by its number.
     CancelAside,
 }
@@ -63,8 +65,8 @@ fn acts() -> Vec<Act> {
     let first = |operation: Operation| Some((operation, Place::ALL.into_iter().find(|place| operation.meets(*place))?));
     let on = Operation::ALL.into_iter().filter_map(first).chain(PLACES);
     let others =
-        [Other::Register, Other::ReleasePlugin, Other::ReleasePluginInVain, Other::HandOn, Other::CancelAside].map(Act::Other);
-    on.chain(IN_VAIN).map(|(operation, place)| Act::On(operation, place)).chain(others).collect()
+        [Other::Register, Other::ReleasePlugin, Other::ReleasePluginInVain, Other::HandOn, Other::MarkDead, Other::CancelAside];
+    on.chain(IN_VAIN).map(|(operation, place)| Act::On(operation, place)).chain(others.map(Act::Other)).collect()
 }
 
 async fn dead_host(fixture: &Fixture, identity: &str) {
@@ -103,6 +105,18 @@ impl Other {
                 let handed_on = queue.backend().hand_on(std::slice::from_ref(&identity), policy).await.unwrap();
                 let lost = fixture.get(&format!("of {identity}")).await.lost;
                 format!("{} tasks, {} hosts, lost {lost}", handed_on.tasks.len(), handed_on.dead_hosts.len())
+            }
+            Self::MarkDead => {
+                dead_host(fixture, &identity).await;
+                let host = fixture.backend().hosts().await.unwrap().pop().unwrap().id;
+                fixture.backend().give_sign(host, LONG).await.unwrap();
+                let silent: Vec<Sign> = fixture.backend().signs().await.unwrap();
+                arm();
+                let marked = queue.backend().mark_dead(&silent).await.unwrap();
+                let (known, signs) = (fixture.backend().hosts().await.unwrap(), fixture.backend().signs().await.unwrap());
+                let left = known.iter().filter(|known| known.alive == Some(false)).count();
+                fixture.backend().hand_on(&[identity], policy).await.unwrap();
+                format!("{} marked, itself {}, {left} left, {} signs", marked.len(), marked == [host], signs.len())
             }
             Self::CancelAside => {
                 fixture.submit(&[task("no json")]).await;

@@ -36,10 +36,12 @@ pub(super) enum Operation {
     Excuse,
     /// Its host says which plugin versions it runs.
     NoteRunning,
+    /// Its host gives a first sign of life.
+    GiveSign,
 }
 
 impl Operation {
-    pub(super) const ALL: [Self; 21] = [
+    pub(super) const ALL: [Self; 22] = [
         Self::Submit,
         Self::Claim,
         Self::ClaimAlone,
@@ -61,6 +63,7 @@ impl Operation {
         Self::RetryById,
         Self::Excuse,
         Self::NoteRunning,
+        Self::GiveSign,
     ];
 
     /// Whether it writes under the lease of the task.
@@ -95,7 +98,7 @@ impl Operation {
             Self::Excuse => matches!(place, Place::Overdue | Place::Lost),
             Self::Reclaim => matches!(place, Place::Overdue | Place::Running | Place::Ready | Place::Lost),
             Self::HandOn => matches!(place, Place::Running | Place::Overdue | Place::Ready | Place::Lost),
-            Self::NoteRunning => matches!(place, Place::Running | Place::Overdue),
+            Self::NoteRunning | Self::GiveSign => matches!(place, Place::Running | Place::Overdue),
             Self::ReleaseHeld | Self::DropHeld => place == Place::Held,
             Self::CleanUp => matches!(place, Place::Ended | Place::Running),
         }
@@ -358,6 +361,11 @@ impl Scene {
                 let version = PluginVersion { name: "plugin".to_owned(), digest: "d1".to_owned() };
                 other(&backend.note_running(self.host(), &[version]).await?)
             }
+            Operation::GiveSign => match backend.give_sign(self.host(), LONG).await {
+                // Hosts on SQLite and PerfectQueue's table are told apart by other means.
+                Err(Error::NotSupported { .. }) => other(&()),
+                given => other(&given?),
+            },
         })
     }
 }
