@@ -9,6 +9,7 @@
 mod database;
 mod figures;
 mod guests;
+mod held;
 mod host;
 mod mutation;
 mod patience;
@@ -16,11 +17,13 @@ mod program;
 mod proxy;
 mod queue;
 mod rate;
+mod server;
 mod site;
 
 pub use database::{Database, on};
 pub use figures::{Figure, measured, promised, scaled};
 pub use guests::{digest, guest, with_edition};
+pub use held::{have_begun, submit_held};
 pub use host::Host;
 pub use mutation::{Dice, Mutation};
 pub use patience::{LONG, PATIENCE, eventually, waiting_for};
@@ -29,4 +32,5 @@ pub use proxy::Proxy;
 pub use queue::{all_tasks, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats};
 pub use rate::rate;
 pub use rustix::process::Signal;
+pub use server::Server;
 pub use site::Site;

@@ -3,124 +3,9 @@
 use std::collections::HashSet;
 
 use laelaps_queue::{Queue, State};
-use laelaps_test_databases::{Durability, mariadb, postgres};
-use laelaps_tests::{Database, Host, LONG, PATIENCE, Site, all_tasks, eventually, scaled, submit, task, wait_for_state};
+use laelaps_tests::{Database, Host, LONG, PATIENCE, Server, Site, all_tasks, eventually, scaled, submit, task, wait_for_state};
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection, PgConnection};
-
-/// A server that only this test uses.
-enum Server {
-    Postgres(postgres::Server),
-    MariaDb(mariadb::Server),
-}
-
-impl Server {
-    async fn postgres() -> Self {
-        Self::Postgres(postgres::Server::start(Durability::Process).await)
-    }
-
-    async fn mariadb() -> Self {
-        Self::MariaDb(mariadb::Server::start(Durability::Process).await)
-    }
-
-    async fn create_database(&self) -> String {
-        match self {
-            Self::Postgres(server) => server.create_database().await,
-            Self::MariaDb(server) => server.create_database().await,
-        }
-    }
-
-    /// The same database for a user who may do everything in it, and nothing to the server: an administrator is not held to `read_only`.
-    async fn as_mere_user(&self, url: &str) -> String {
-        match self {
-            Self::Postgres(_) => url.to_owned(),
-            Self::MariaDb(server) => {
-                let (_, database) = url.rsplit_once('/').unwrap();
-                let mut root = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
-                let user = format!("CREATE USER mere@'127.0.0.1'; GRANT ALL ON {database}.* TO mere@'127.0.0.1'");
-                sqlx::raw_sql(AssertSqlSafe(user)).execute(&mut root).await.unwrap();
-                url.replace("root@", "mere@")
-            }
-        }
-    }
-
-    /// Takes no writes any more, as after a failover; or takes them again.
-    async fn takes_writes(&self, writes: bool) {
-        match self {
-            Self::Postgres(server) => {
-                let word = if writes { "off" } else { "on" };
-                let mut admin = PgConnection::connect(&server.url("postgres")).await.unwrap();
-                for sql in [
-                    "SET default_transaction_read_only = off".to_owned(),
-                    format!("ALTER SYSTEM SET default_transaction_read_only = {word}"),
-                    "SELECT pg_reload_conf()".to_owned(),
-                ] {
-                    sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut admin).await.unwrap();
-                }
-            }
-            Self::MariaDb(server) => {
-                let mut root = MySqlConnection::connect(&server.url("mysql")).await.unwrap();
-                let sql = format!("SET GLOBAL read_only = {}", i32::from(!writes));
-                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut root).await.unwrap();
-            }
-        }
-    }
-
-    fn kill(&mut self) {
-        match self {
-            Self::Postgres(server) => server.kill(),
-            Self::MariaDb(server) => server.kill(),
-        }
-    }
-
-    async fn restart(&mut self) {
-        match self {
-            Self::Postgres(server) => server.restart().await,
-            Self::MariaDb(server) => server.restart().await,
-        }
-    }
-
-    /// How many connections to the database there are, without the one that asks.
-    async fn connections(&self, url: &str) -> usize {
-        let count: i64 = match self {
-            Self::Postgres(_) => {
-                const COUNT: &str =
-                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()";
-                let mut connection = PgConnection::connect(url).await.unwrap();
-                sqlx::query_scalar(COUNT).fetch_one(&mut connection).await.unwrap()
-            }
-            Self::MariaDb(_) => {
-                const COUNT: &str =
-                    "SELECT count(*) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()";
-                let mut connection = MySqlConnection::connect(url).await.unwrap();
-                sqlx::query_scalar(COUNT).fetch_one(&mut connection).await.unwrap()
-            }
-        };
-        usize::try_from(count).unwrap()
-    }
-
-    /// Cuts every connection to the database; answers how many.
-    async fn cut(&self, url: &str) -> usize {
-        match self {
-            Self::Postgres(_) => {
-                const CUT: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                    WHERE datname = current_database() AND pid <> pg_backend_pid()";
-                let mut connection = PgConnection::connect(url).await.unwrap();
-                sqlx::query(CUT).fetch_all(&mut connection).await.unwrap().len()
-            }
-            Self::MariaDb(_) => {
-                const THERE: &str = "SELECT CAST(id AS SIGNED) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()";
-                let mut connection = MySqlConnection::connect(url).await.unwrap();
-                let there: Vec<i64> = sqlx::query_scalar(THERE).fetch_all(&mut connection).await.unwrap();
-                for id in &there {
-                    // It may have ended meanwhile.
-                    let _ = sqlx::query(AssertSqlSafe(format!("KILL {id}"))).execute(&mut connection).await;
-                }
-                there.len()
-            }
-        }
-    }
-}
+use sqlx::{Connection as _, MySqlConnection, PgConnection};
 
 /// Four hosts that work on many tasks.
 struct Fleet {
@@ -288,9 +173,7 @@ async fn a_statement_that_hangs_is_given_up_and_the_host_goes_on() {
 }
 
 mod on_postgres {
-    use laelaps_tests::{Database, on};
-
-    use super::Server;
+    use laelaps_tests::{Database, Server, on};
 
     #[tokio::test]
     async fn a_statement_that_hangs_is_given_up_and_the_host_goes_on() {
@@ -299,24 +182,23 @@ mod on_postgres {
 
     #[tokio::test]
     async fn a_server_that_is_killed_and_started_again_loses_nothing() {
-        Box::pin(super::a_server_that_is_killed_and_started_again_loses_nothing(Server::postgres().await)).await;
+        Box::pin(super::a_server_that_is_killed_and_started_again_loses_nothing(Server::start(Database::Postgres).await)).await;
     }
 
     #[tokio::test]
     async fn connections_that_are_cut_lose_nothing() {
-        Box::pin(super::connections_that_are_cut_lose_nothing(Server::postgres().await)).await;
+        Box::pin(super::connections_that_are_cut_lose_nothing(Server::start(Database::Postgres).await)).await;
     }
 
     #[tokio::test]
     async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
-        Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::postgres().await)).await;
+        Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::start(Database::Postgres).await))
+            .await;
     }
 }
 
 mod on_mariadb {
-    use laelaps_tests::{Database, on};
-
-    use super::Server;
+    use laelaps_tests::{Database, Server, on};
 
     #[tokio::test]
     async fn a_statement_that_hangs_is_given_up_and_the_host_goes_on() {
@@ -325,39 +207,41 @@ mod on_mariadb {
 
     #[tokio::test]
     async fn a_server_that_is_killed_and_started_again_loses_nothing() {
-        Box::pin(super::a_server_that_is_killed_and_started_again_loses_nothing(Server::mariadb().await)).await;
+        Box::pin(super::a_server_that_is_killed_and_started_again_loses_nothing(Server::start(Database::MariaDb).await)).await;
     }
 
     #[tokio::test]
     async fn connections_that_are_cut_lose_nothing() {
-        Box::pin(super::connections_that_are_cut_lose_nothing(Server::mariadb().await)).await;
+        Box::pin(super::connections_that_are_cut_lose_nothing(Server::start(Database::MariaDb).await)).await;
     }
 
     #[tokio::test]
     async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
-        Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::mariadb().await)).await;
+        Box::pin(super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::start(Database::MariaDb).await)).await;
     }
 }
 
 mod on_perfectqueue {
-    use laelaps_tests::{Database, on};
-
-    use super::Server;
+    use laelaps_tests::{Database, Server, on};
 
     #[tokio::test]
     async fn a_server_that_is_killed_and_started_again_loses_nothing() {
-        let test = super::a_server_that_is_killed_and_started_again_loses_nothing(Server::mariadb().await);
+        let test = super::a_server_that_is_killed_and_started_again_loses_nothing(Server::start(Database::MariaDb).await);
         Box::pin(on(Database::PerfectQueue, test)).await;
     }
 
     #[tokio::test]
     async fn connections_that_are_cut_lose_nothing() {
-        Box::pin(on(Database::PerfectQueue, super::connections_that_are_cut_lose_nothing(Server::mariadb().await))).await;
+        Box::pin(on(
+            Database::PerfectQueue,
+            super::connections_that_are_cut_lose_nothing(Server::start(Database::MariaDb).await),
+        ))
+        .await;
     }
 
     #[tokio::test]
     async fn a_server_that_takes_no_writes_for_a_while_loses_no_outcome() {
-        let test = super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::mariadb().await);
+        let test = super::a_server_that_takes_no_writes_for_a_while_loses_no_outcome(Server::start(Database::MariaDb).await);
         Box::pin(on(Database::PerfectQueue, test)).await;
     }
 }

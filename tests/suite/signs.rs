@@ -3,10 +3,9 @@
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{HostId, Queue, Sign, State, Task};
-use laelaps_test_databases::{Durability, mariadb, postgres};
 use laelaps_tests::{
-    Database, Host, LONG, PATIENCE, Signal, Site, all_tasks, eventually, measured, promised, scaled, submit, task,
-    wait_for_finished,
+    Host, LONG, PATIENCE, Server, Signal, Site, all_tasks, eventually, have_begun, measured, promised, scaled, submit,
+    submit_held, task, wait_for_finished,
 };
 use serde_json::{Value, json};
 
@@ -40,21 +39,6 @@ fn configure(site: &Site, processors: usize, changes: Value) {
     let members = section.as_object_mut().expect("an object");
     members.extend(changes.as_object().expect("changes are an object").clone());
     site.configure(section);
-}
-
-/// Tasks that say that they have begun, and wait for the gate.
-async fn submit_held(queue: &Queue, range: std::ops::Range<usize>) {
-    let held = |number| task(format!("held-{number}"), "silent", json!({ "mark": "/marks/held", "gate": "/marks/gate" }));
-    submit(queue, &range.map(held).collect::<Vec<_>>()).await;
-}
-
-/// Waits until attempts of held tasks have begun so often in all.
-async fn have_begun(site: &Site, times: usize) {
-    eventually(LONG, &format!("held tasks have begun {times} times"), async || {
-        let begun = site.marks("held").len();
-        if begun == times { Ok(()) } else { Err(format!("{begun}")) }
-    })
-    .await;
 }
 
 async fn held_tasks(queue: &Queue) -> Vec<Task> {
@@ -190,10 +174,7 @@ on_each_server! {
     async fn a_database_that_is_down_for_longer_than_any_host_may_be_silent_makes_nobody_dead() {
         let site = Site::new().await;
         site.plug_guest("zoo");
-        let mut server = match site.database() {
-            Database::Postgres => Server::Postgres(postgres::Server::start(Durability::Process).await),
-            _ => Server::MariaDb(mariadb::Server::start(Durability::Process).await),
-        };
+        let mut server = Box::pin(Server::start(site.database())).await;
         let url = server.create_database().await;
         let queue = site.queue_at(&url).await;
         let mut hosts = Vec::new();
@@ -242,35 +223,6 @@ on_each_server! {
         assert_eq!(hosts.iter().filter(|host| host.identity.is_none() && host.alive.is_none()).count(), 1, "{hosts:?}");
         watching.stop().await;
         quiet.stop().await;
-    }
-}
-
-/// A server that only this test uses.
-enum Server {
-    Postgres(postgres::Server),
-    MariaDb(mariadb::Server),
-}
-
-impl Server {
-    async fn create_database(&self) -> String {
-        match self {
-            Self::Postgres(server) => server.create_database().await,
-            Self::MariaDb(server) => server.create_database().await,
-        }
-    }
-
-    fn kill(&mut self) {
-        match self {
-            Self::Postgres(server) => server.kill(),
-            Self::MariaDb(server) => server.kill(),
-        }
-    }
-
-    async fn restart(&mut self) {
-        match self {
-            Self::Postgres(server) => server.restart().await,
-            Self::MariaDb(server) => server.restart().await,
-        }
     }
 }
 

@@ -3,8 +3,8 @@
 use std::net::Ipv4Addr;
 
 use laelaps_queue::State;
-use laelaps_test_databases::{Durability, mariadb, postgres};
-use laelaps_tests::{Database, Host, LONG, PATIENCE, Signal, Site, on, submit, task, wait_for_state, waiting_for};
+use laelaps_test_databases::{Durability, mariadb};
+use laelaps_tests::{Database, Host, LONG, PATIENCE, Server, Signal, Site, on, submit, task, wait_for_state, waiting_for};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, Executor as _, MySqlConnection, PgConnection, SqliteConnection};
 use tokio::net::TcpListener;
@@ -127,42 +127,9 @@ async fn a_command_gives_up_after_its_time_out_and_says_why() {
     }
 }
 
-/// A server that only this test uses.
-enum Server {
-    Postgres(postgres::Server),
-    MariaDb(mariadb::Server),
-}
-
-impl Server {
-    async fn of(database: Database) -> (Self, String) {
-        if database == Database::Postgres {
-            let server = postgres::Server::start(Durability::Process).await;
-            let url = server.create_database().await;
-            (Self::Postgres(server), url)
-        } else {
-            let server = mariadb::Server::start(Durability::Process).await;
-            let url = server.create_database().await;
-            (Self::MariaDb(server), url)
-        }
-    }
-
-    fn kill(&mut self) {
-        match self {
-            Self::Postgres(server) => server.kill(),
-            Self::MariaDb(server) => server.kill(),
-        }
-    }
-
-    async fn restart(&mut self) {
-        match self {
-            Self::Postgres(server) => server.restart().await,
-            Self::MariaDb(server) => server.restart().await,
-        }
-    }
-}
-
 async fn a_host_starts_once_its_database_is_there(database: Database) {
-    let (mut server, url) = Box::pin(Server::of(database)).await;
+    let mut server = Box::pin(Server::start(database)).await;
+    let url = server.create_database().await;
     let site = Site::new().await;
     site.plug_guest("zoo");
     server.kill();

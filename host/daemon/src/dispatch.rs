@@ -7,18 +7,19 @@
 mod alone;
 mod attempt;
 mod buffer;
+mod stop;
 mod turns;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Accepts, Backend, Claim, Claimed, ClaimedTask, Event, HostId, Kind, LeaseRef};
+use laelaps_queue::{Accepts, Backend, Claim, Claimed, ClaimedTask, HostId, Kind, LeaseRef};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 
 use self::alone::Alone;
-use self::attempt::{Submitted, attempt, settle};
+use self::attempt::attempt;
 use self::buffer::{Buffer, is_limited};
 use self::turns::Turns;
 use crate::budget::{Budget, Pause};
@@ -26,7 +27,7 @@ use crate::config::{Config, Routes};
 use crate::fleet::Membership;
 use crate::leases::Leases;
 use crate::plugin::usage::{Purpose, Share};
-use crate::plugin::{self, Cancellation, Control};
+use crate::plugin::{self, Control};
 use crate::pulse::Turning;
 use crate::settler::Settler;
 use crate::signals::Manner;
@@ -438,113 +439,6 @@ impl Dispatcher {
             self.shared.leases.forget(running.lease_ref);
         }
     }
-
-    // ---- stop
-
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::End(manner) => self.end(manner),
-            Order::Replace(manner) => self.replace(manner),
-        }
-    }
-
-    fn end(&mut self, manner: Manner) {
-        if self.ending.as_ref().is_some_and(|ending| ending.manner >= manner) {
-            return;
-        }
-        let limit = self.shared.config.child_graceful_kill_limit;
-        let deadline = if manner == Manner::Graceful { limit.map(|limit| tokio::time::Instant::now() + limit) } else { None };
-        self.ending = Some(Ending { manner, deadline });
-        self.give_back_buffered();
-        for running in self.running.values() {
-            running.control.cancel(cancellation(manner));
-        }
-    }
-
-    fn give_back_buffered(&mut self) {
-        for held in self.buffer.take_all() {
-            let (key, control) = (Arc::clone(&held.key), Arc::clone(&held.control));
-            let running = Running { lease_ref: held.task.lease_ref, key, control, version: None };
-            let policy = &self.shared.config.queue.policy;
-            let settled = settle(&self.shared, &held, policy, Event::Stopped, None, Submitted::default());
-            self.running.insert(self.attempts.spawn(settled).id(), running);
-        }
-    }
-
-    fn replace(&mut self, manner: Manner) {
-        if self.ending.is_some() {
-            return;
-        }
-        for running in self.running.values() {
-            let Some(version) = &running.version else { continue };
-            let (plugin, digest) = (version.plugin(), version.digest());
-            let serving = self.shared.store.current(plugin).map(|version| version.digest());
-            if serving.is_some_and(|serving| serving != digest) {
-                tracing::info!(task = &*running.key, plugin, from = %digest.short(), ?manner, "ending an attempt on a replaced version");
-                running.control.cancel(cancellation(manner));
-                if let (Manner::Graceful, Some(limit)) = (manner, self.shared.config.child_graceful_kill_limit) {
-                    let control = Arc::clone(&running.control);
-                    tokio::spawn(async move {
-                        tokio::time::sleep(limit).await;
-                        control.cancel(Cancellation::Immediate);
-                    });
-                }
-            }
-        }
-    }
-
-    /// Whether there is a thread that may be stuck, or one that was at the last look: its return has to be told, even if nothing runs by then.
-    fn may_have_stuck(&self) -> bool {
-        !self.running.is_empty() || self.shared.engine.abandoned() > 0 || self.stuck > 0
-    }
-
-    /// A guest whose thread shows no sign of life is given up: its task goes back, its slot serves others, its thread is counted and replaced.
-    fn look_for_stuck(&mut self) {
-        let limit = self.shared.config.child_heartbeat_limit;
-        let now = Instant::now();
-        // A look this late means that the process was stopped, or its machine busy with others: its guests could not give a sign of life either.
-        if now - self.looked_at > self.shared.config.child_heartbeat_interval + limit / 2 {
-            self.awake_since = now;
-        }
-        self.looked_at = now;
-        if now - self.awake_since <= limit {
-            return;
-        }
-        let lost = self.shared.engine.lost(limit);
-        let mut given_up = 0;
-        for running in self.running.values() {
-            let Some(silence) = running.control.silence().filter(|silence| *silence > limit) else { continue };
-            if running.control.state() < Some(Cancellation::Immediate) {
-                given_up += 1;
-                tracing::error!(
-                    task = &*running.key,
-                    plugin = running.version.as_ref().map(|version| version.plugin()),
-                    ?silence,
-                    ?limit,
-                    threads_lost = lost + given_up,
-                    threads_lost_max = STUCK_MAX,
-                    "a thread shows no sign of life in a handler: the task is released, and another thread takes its place"
-                );
-                running.control.cancel(Cancellation::Immediate);
-            }
-        }
-        if lost > self.stuck {
-            tracing::error!(threads_lost = lost, threads_lost_max = STUCK_MAX, "threads do not come back from handlers");
-        } else if lost < self.stuck {
-            tracing::info!(threads_lost = lost, threads_lost_max = STUCK_MAX, "lost threads have come back from handlers");
-        }
-        self.stuck = lost;
-        if lost > STUCK_MAX && self.ending.is_none() {
-            tracing::error!(
-                threads_lost = lost,
-                threads_lost_max = STUCK_MAX,
-                "too many threads are stuck in handlers: this host drains, and ends"
-            );
-            // Also if one of them comes back meanwhile: nobody has told this host to end, so it does not end well.
-            self.broken.get_or_insert(Broken::TooManyStuck(lost));
-            self.end(Manner::Graceful);
-        }
-    }
 }
 
 /// Threads that may be stuck in guests before the host ends.
@@ -562,13 +456,6 @@ pub(crate) enum Broken {
     /// The session under which it claimed is over.
     #[error("this host's ZooKeeper session is over, and it has become somebody else")]
     IdentityOver,
-}
-
-fn cancellation(manner: Manner) -> Cancellation {
-    match manner {
-        Manner::Graceful => Cancellation::Graceful,
-        Manner::Immediate => Cancellation::Immediate,
-    }
 }
 
 /// Three quarters to five quarters of the interval's length, evenly, so that hosts which started together do not poll together.

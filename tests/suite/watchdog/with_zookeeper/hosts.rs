@@ -7,8 +7,8 @@ use laelaps_queue::{Config, Queue, State, Task};
 use laelaps_test_databases::{Durability, postgres};
 use laelaps_test_zookeeper::{Ensemble, Server, TICK, shared};
 use laelaps_tests::{
-    Database, Host, LONG, PATIENCE, Proxy, Signal, Site, all_tasks, eventually, measured, on, promised, scaled, submit, task,
-    wait_for_finished,
+    Database, Host, LONG, PATIENCE, Proxy, Signal, Site, all_tasks, eventually, have_begun, measured, on, promised, scaled,
+    submit, submit_held, task, wait_for_finished,
 };
 use serde_json::{Value, json};
 
@@ -84,21 +84,6 @@ impl Place {
         })
         .await
     }
-}
-
-/// Tasks that say that they have begun, and wait for the gate.
-async fn submit_held(queue: &Queue, range: std::ops::Range<usize>) {
-    let held = |number| task(format!("held-{number}"), "silent", json!({ "mark": "/marks/held", "gate": "/marks/gate" }));
-    submit(queue, &range.map(held).collect::<Vec<_>>()).await;
-}
-
-/// Waits until attempts of held tasks have begun so often in all.
-async fn have_begun(site: &Site, times: usize) {
-    eventually(LONG, &format!("held tasks have begun {times} times"), async || {
-        let begun = site.marks("held").len();
-        if begun == times { Ok(()) } else { Err(format!("{begun}")) }
-    })
-    .await;
 }
 
 /// Waits until all are finished: each counted once, and lost as often as its key says it was.
