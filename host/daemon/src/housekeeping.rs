@@ -95,8 +95,9 @@ pub(crate) async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
             () = due.notified() => {}
         }
         match backend.clean_up(CLEAN_UP_BATCH).await {
-            Ok(removed) if removed >= u64::from(CLEAN_UP_BATCH) => ticks.reset_immediately(),
-            Ok(_) => {}
+            // A batch may be smaller than asked for, if the tasks are large.
+            Ok(1..) => ticks.reset_immediately(),
+            Ok(0) => {}
             Err(error) => tracing::debug!(error = chain(&error), "cannot remove old tasks; trying again"),
         }
     }

@@ -18,6 +18,7 @@ mod keep;
 mod list;
 mod neighbours;
 mod operate;
+mod pieces;
 mod read;
 mod rows;
 mod schema;

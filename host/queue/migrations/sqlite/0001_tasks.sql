@@ -46,13 +46,27 @@ CREATE INDEX task_failed ON task (id) WHERE state = 'failed';
 CREATE INDEX task_cancelled ON task (id) WHERE state = 'cancelled';
 
 -- Data apart from the task, so that a claim and a settlement rewrite a narrow row. TEXT as submitted, or a BLOB of gzip; `bytes` is its
--- size before compression. Each change of the data raises its revision.
+-- size before compression. Each change of the data raises its revision. NULL: the data stands in pieces.
 CREATE TABLE task_data (
     task     INTEGER PRIMARY KEY,
     revision INTEGER NOT NULL DEFAULT 0,
     bytes    INTEGER NOT NULL,
-    data     ANY     NOT NULL
+    data     ANY,
+    pieces   INTEGER,
+    CHECK ((data IS NULL) = (pieces IS NOT NULL))
 ) STRICT;
+
+-- Data of more than a mebibyte that a running task wrote, if its row names the set: each piece was written in a transaction of its own, so that
+-- others could write in between. Of a set that no row names, the writing is under way or was given up.
+CREATE TABLE task_data_piece (
+    task   INTEGER NOT NULL,
+    pieces INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    data   BLOB    NOT NULL,
+    PRIMARY KEY (pieces, number)
+) STRICT;
+
+CREATE INDEX task_data_piece_task ON task_data_piece (task, pieces, number);
 
 -- What may be claimed now, in the order of claims: by user, and (for who does not look at users) by time.
 CREATE TABLE ready (
@@ -220,7 +234,8 @@ CREATE TABLE tally (
 -- A key that the queue has already is left alone, until its retention has ended. `run_at` in milliseconds since 1970; NULL, or a moment that has
 -- passed, is at once. It can be part of the producer's own transaction. Hosts learn of it when it commits.
 CREATE VIEW submit AS
-    SELECT task.key, task.type, task_data.data, task.user, task.max_running, task.max_attempts, task.run_at
+    SELECT task.key, task.type, coalesce(task_data.data, (SELECT group_concat(part, '') FROM
+            (SELECT data AS part FROM task_data_piece WHERE pieces = task_data.pieces ORDER BY number))) AS data, task.user, task.max_running, task.max_attempts, task.run_at
     FROM task JOIN task_data ON task_data.task = task.id WHERE task.state = 'waiting';
 
 -- A name is UTF-8 if each of its characters, read and written again, has the same bytes. (SQLite reads U+FFFE and U+FFFF as U+FFFD.)
@@ -271,6 +286,7 @@ BEGIN
 
     -- What had this key before and is over.
     DELETE FROM task_data WHERE task = (SELECT id FROM task WHERE key = NEW.key);
+    DELETE FROM task_data_piece WHERE task = (SELECT id FROM task WHERE key = NEW.key);
     DELETE FROM output WHERE task = (SELECT id FROM task WHERE key = NEW.key);
     DELETE FROM failure WHERE task = (SELECT id FROM task WHERE key = NEW.key);
     DELETE FROM progress WHERE task = (SELECT id FROM task WHERE key = NEW.key);

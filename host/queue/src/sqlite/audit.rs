@@ -2,6 +2,7 @@
 
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
+use super::pieces::data_bytes;
 use super::rows::{Columns, lossy};
 
 /// The most findings, and the most of one rule.
@@ -74,6 +75,7 @@ const RULES: [(&str, &str); 21] = [
     (
         "something stands beside a task that is gone",
         "SELECT DISTINCT name || ' of task ' || task FROM (SELECT 'task_data' AS name, task FROM task_data
+            UNION ALL SELECT 'task_data_piece', task FROM task_data_piece
             UNION ALL SELECT 'output', task FROM output UNION ALL SELECT 'failure', task FROM failure
             UNION ALL SELECT 'progress', task FROM progress UNION ALL SELECT 'attempt', task FROM attempt
             UNION ALL SELECT 'descendant', task FROM descendant) WHERE task NOT IN (SELECT id FROM task)",
@@ -81,9 +83,15 @@ const RULES: [(&str, &str); 21] = [
     ("a task has no data", "SELECT 'task ' || id FROM task WHERE state IN ('waiting', 'running') AND id NOT IN (SELECT task FROM task_data)"),
     (
         "the data is not as it is stored",
-        "SELECT 'task ' || task FROM task_data JOIN task ON task.id = task_data.task WHERE state IN ('waiting', 'running')
-            AND (typeof(data) NOT IN ('text', 'blob') OR bytes NOT BETWEEN 0 AND 16777216
-                OR octet_length(data) > 17825792 OR (typeof(data) = 'text' AND octet_length(data) <> bytes))",
+        concat!(
+            "SELECT 'task ' || task FROM task_data JOIN task ON task.id = task_data.task WHERE state IN ('waiting', 'running')
+            AND (typeof(data) NOT IN ('text', 'blob', 'null') OR bytes NOT BETWEEN 0 AND 16777216
+                OR ",
+            data_bytes!(),
+            " IS NULL OR ",
+            data_bytes!(),
+            " > 17825792 OR (typeof(data) = 'text' AND octet_length(data) <> bytes))"
+        ),
     ),
     (
         "a lease is newer than the last one given out, or was given out twice",

@@ -11,6 +11,7 @@ use super::accounts::{Changes, json, one_json};
 use super::aside::{self, Place};
 use super::choose::{self, Chosen, Found};
 use super::failure::{self, Failure};
+use super::pieces::{data_bytes, whole_data};
 use super::settle::Group;
 use super::writer::{Job, Session, unasked};
 use crate::outcome::ms;
@@ -195,16 +196,17 @@ pub(super) const TAKE: &str =
         WHERE task.id = chosen.value AND task.state = 'waiting' AND (task.alone <> 0) = (?1 ->> 'alone')";
 
 /// Data that nobody could have submitted is not read. Those that were not taken are not among them: their places did not fit them.
-pub(super) const TAKEN: &str =
+pub(super) const TAKEN: &str = concat!(
     "SELECT json_array(task.id, task.lease, task.key, task.type, task.user, task.attempts, task.max_attempts,
             task.lost, task.lost_alone, task.alone, task.releases, task.created_at, task.max_running, coalesce(task.root, task.id),
             coalesce(task.depth, 0), task.run_at),
-            CASE WHEN octet_length(task_data.data) > 17825792 THEN octet_length(task_data.data) || ' bytes, more than can be stored'
-                ELSE task_data.data END,
+            CASE WHEN ", data_bytes!(), " > 17825792 THEN ", data_bytes!(), " || ' bytes, more than can be stored'
+                ELSE ", whole_data!(), " END,
             task.lease
         FROM json_each(?1, '$.tasks') AS chosen CROSS JOIN task ON task.id = chosen.value
         LEFT JOIN task_data ON task_data.task = task.id
-        WHERE task.lease = (?1 ->> 'first_lease') + chosen.key AND task.state = 'running' ORDER BY chosen.key";
+        WHERE task.lease = (?1 ->> 'first_lease') + chosen.key AND task.state = 'running' ORDER BY chosen.key"
+);
 
 /// In one go, since each has the same parameter, and each way to SQLite's thread and back has its price.
 static TAKE_ALL: LazyLock<String> = LazyLock::new(|| [TAKE_FROM_READY, TAKE_FROM_SUSPECT, COUNT_UP, TAKE, TAKEN].join(";\n"));

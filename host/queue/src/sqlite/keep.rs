@@ -3,11 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use sqlx::Row as _;
-use sqlx::sqlite::SqliteRow;
 
 use super::Sqlite;
 use super::accounts::json;
 use super::failure::Failure;
+use super::pieces::{self, WHOLE_BYTES_MAX, data_bytes};
 use super::rows::Columns;
 use super::settle::holds;
 use super::writer::Session;
@@ -85,21 +85,41 @@ const UPDATES_BYTES_MAX: i64 = 32 << 20;
 struct Read {
     key: String,
     revision: i64,
+    is_in_pieces: bool,
     stored: Vec<u8>,
 }
 
 /// Data to be written in place of what was read.
-struct Merged {
-    lease_ref: LeaseRef,
-    revision: i64,
-    bytes: i64,
-    stored: Stored,
+pub(super) struct Merged {
+    pub(super) lease_ref: LeaseRef,
+    pub(super) revision: i64,
+    /// Before compression.
+    pub(super) bytes: i64,
+    pub(super) stored: Stored,
+    /// What was read was in pieces, which are not needed any more.
+    was_in_pieces: bool,
 }
 
 /// Data in the column's two types.
-enum Stored {
+pub(super) enum Stored {
     Text(String),
     Gzip(Vec<u8>),
+}
+
+impl Stored {
+    fn len(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Gzip(bytes) => bytes.len(),
+        }
+    }
+
+    pub(super) fn into_bytes(self) -> Vec<u8> {
+        match self {
+            Self::Text(text) => text.into_bytes(),
+            Self::Gzip(bytes) => bytes,
+        }
+    }
 }
 
 impl Sqlite {
@@ -130,14 +150,15 @@ impl Sqlite {
                 }
             }
             for (place, answer) in self.replace_data(writing).await? {
-                answers[place] = answer.map(Ok);
+                answers[place] = answer;
             }
         }
     }
 
     /// The first of the pending updates that fit into one round: each of another task, and not too much data.
     async fn round(&self, updates: &[Update], pending: impl Iterator<Item = usize>) -> Result<Vec<usize>> {
-        const SIZES: &str = "SELECT task, octet_length(data) FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
+        const SIZES: &str =
+            "SELECT task, coalesce(octet_length(data), bytes) FROM task_data WHERE task IN (SELECT value FROM json_each(?1))";
         let mut tasks = HashSet::new();
         let mut round: Vec<usize> =
             pending.filter(|place| tasks.insert(updates[*place].lease_ref.task)).take(UPDATES_MAX).collect();
@@ -162,25 +183,51 @@ impl Sqlite {
     }
 
     async fn read_data(&self, leases: impl Iterator<Item = LeaseRef>) -> Result<HashMap<LeaseRef, Read>> {
-        const READ: &str = "SELECT task.id, task.lease, task.key, task_data.revision, task_data.data
+        const READ: &str = concat!(
+            "SELECT task.id, task.lease, task.key, task_data.revision, task_data.data, task_data.pieces
             FROM json_each(?1) AS asked CROSS JOIN task ON task.id = asked.value ->> 0 JOIN task_data ON task_data.task = task.id
-            WHERE task.lease = asked.value ->> 1 AND task.state = 'running' AND octet_length(task_data.data) <= 17825792";
+            WHERE task.lease = asked.value ->> 1 AND task.state = 'running' AND ",
+            data_bytes!(),
+            " <= 17825792"
+        );
         let asked = json(leases.map(|LeaseRef { task, lease }| (task, lease)));
-        let rows = sqlx::query(READ).bind(asked).fetch_all(&self.readers).await.map_err(self.reading("reading tasks' data"))?;
-        let read = |row: &SqliteRow| {
-            let mut columns = Columns::of(row);
+        let doing = "reading tasks' data";
+        // Row and pieces have to fit together.
+        let mut reading = self.readers.begin().await.map_err(self.reading(doing))?;
+        let rows = sqlx::query(READ).bind(asked).fetch_all(&mut *reading).await.map_err(self.reading(doing))?;
+        let mut found = HashMap::with_capacity(rows.len());
+        for row in rows {
+            let mut columns = Columns::of(&row);
             let lease_ref = LeaseRef { task: TaskId(columns.whole(0, "number")), lease: Lease(columns.whole(1, "lease")) };
-            let stored = columns.bytes(4).unwrap_or_default();
-            (lease_ref, Read { key: columns.text(2, "key"), revision: columns.whole(3, "revision"), stored })
-        };
-        Ok(rows.iter().map(read).collect())
+            let (key, revision) = (columns.text(2, "key"), columns.whole(3, "revision"));
+            let pieces = columns.maybe_whole(5, "pieces");
+            let stored = match pieces {
+                Some(pieces) => pieces::read(&mut reading, pieces).await.map_err(self.reading(doing))?,
+                None => columns.bytes(4).unwrap_or_default(),
+            };
+            found.insert(lease_ref, Read { key, revision, is_in_pieces: pieces.is_some(), stored });
+        }
+        Ok(found)
     }
 
-    /// Write what was merged, in one transaction. None for what has changed since it was read.
-    async fn replace_data(&self, writing: Vec<(usize, Merged)>) -> Result<Vec<(usize, Option<LeaseAnswer>)>> {
-        if writing.is_empty() {
-            return Ok(Vec::new());
+    /// Write what was merged: what is large in pieces, each for itself, the rest in one transaction. None for what has changed since it was read.
+    async fn replace_data(&self, writing: Vec<(usize, Merged)>) -> Result<Vec<(usize, Option<Result<LeaseAnswer>>)>> {
+        let (large, writing): (Vec<_>, Vec<_>) =
+            writing.into_iter().partition(|(_, merged)| merged.stored.len() > WHOLE_BYTES_MAX);
+        let were_in_pieces: Vec<LeaseRef> =
+            writing.iter().filter(|(_, merged)| merged.was_in_pieces).map(|(_, merged)| merged.lease_ref).collect();
+        let together = if writing.is_empty() { Vec::new() } else { self.replace_together(writing).await? };
+        let mut answers: Vec<_> = together.into_iter().map(|(place, answer)| (place, answer.map(Ok))).collect();
+        for lease_ref in were_in_pieces {
+            self.remove_remains(lease_ref).await;
         }
+        for (place, merged) in large {
+            answers.push((place, self.replace_in_pieces(merged).await.transpose()));
+        }
+        Ok(answers)
+    }
+
+    async fn replace_together(&self, writing: Vec<(usize, Merged)>) -> Result<Vec<(usize, Option<LeaseAnswer>)>> {
         self.writer
             .run("updating tasks' data", move |session| {
                 Box::pin(async move {
@@ -196,7 +243,7 @@ impl Sqlite {
 }
 
 fn merge((place, update, read): (usize, Update, Read)) -> (usize, Result<Merged>) {
-    let Read { key, revision, stored } = read;
+    let Read { key, revision, is_in_pieces, stored } = read;
     let merged = data::updated(&key, stored, &update.members).and_then(|(bytes, stored)| {
         let stored = match data::compression(&stored) {
             Compression::Gzip => Stored::Gzip(stored),
@@ -205,17 +252,23 @@ fn merge((place, update, read): (usize, Update, Read)) -> (usize, Result<Merged>
                 problem: format!("the stored data is unreadable: {error}"),
             })?),
         };
-        Ok(Merged { lease_ref: update.lease_ref, revision, bytes: super::claim::count(bytes), stored })
+        Ok(Merged {
+            lease_ref: update.lease_ref,
+            revision,
+            bytes: super::claim::count(bytes),
+            stored,
+            was_in_pieces: is_in_pieces,
+        })
     });
     (place, merged)
 }
 
 /// Replace the data under the lease; None if it is not of that revision any more.
 async fn replace_data(session: &mut Session, merged: Merged) -> Result<Option<LeaseAnswer>, Failure> {
-    const REPLACE: &str = "UPDATE task_data SET revision = revision + 1, bytes = ?3, data = ?4
+    const REPLACE: &str = "UPDATE task_data SET revision = revision + 1, bytes = ?3, data = ?4, pieces = NULL
         WHERE task = ?1 AND revision = ?2
             AND EXISTS (SELECT 1 FROM task WHERE id = ?1 AND lease = ?5 AND state = 'running' AND until > ?6)";
-    let Merged { lease_ref, revision, bytes, stored } = merged;
+    let Merged { lease_ref, revision, bytes, stored, .. } = merged;
     let now = session.now;
     let query = sqlx::query(REPLACE).bind(lease_ref.task.0).bind(revision).bind(bytes);
     // Bound as it is to be stored: a CAST would copy megabytes while everybody waits for the writer.
@@ -223,7 +276,13 @@ async fn replace_data(session: &mut Session, merged: Merged) -> Result<Option<Le
         Stored::Text(text) => query.bind(text),
         Stored::Gzip(bytes) => query.bind(bytes),
     };
-    if query.bind(lease_ref.lease.0).bind(now).execute(session.db()).await?.rows_affected() == 1 {
+    let written = query.bind(lease_ref.lease.0).bind(now).execute(session.db()).await?;
+    replaced(session, lease_ref, written.rows_affected()).await
+}
+
+/// What follows from how many rows were written under the lease; None if the data is not of the revision any more that was read.
+pub(super) async fn replaced(session: &mut Session, lease_ref: LeaseRef, written: u64) -> Result<Option<LeaseAnswer>, Failure> {
+    if written == 1 {
         return Ok(Some(LeaseAnswer::Held));
     }
     Ok(if holds(session, lease_ref).await? { None } else { Some(LeaseAnswer::Lost) })

@@ -7,6 +7,7 @@ use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqlitePool};
 
 use super::accounts::json;
 use super::claim::count;
+use super::pieces::{data_bytes, whole_data};
 use super::read::{PAGE_MAX, beside, data_and_output, data_beside, successor, task, task_columns, task_with_data};
 use crate::listing::{self, Found, Look, PLACE_MAX, Places};
 use crate::{Filter, Page, State, Task, TaskId};
@@ -127,11 +128,15 @@ pub(super) async fn list(readers: &SqlitePool, filter: &Filter) -> Result<Page, 
         data_beside!(),
         " ORDER BY task.id"
     );
-    const BYTES: &str = "SELECT page.value,
-            max(min(max(coalesce(task_data.bytes, 0), 0), 16777216), min(coalesce(octet_length(task_data.data), 0), 17825792))
+    const BYTES: &str = concat!(
+        "SELECT page.value,
+            max(min(max(coalesce(task_data.bytes, 0), 0), 16777216), min(coalesce(",
+        data_bytes!(),
+        ", 0), 17825792))
                 + coalesce(octet_length(output.output), 0)
         FROM json_each(?1) AS page LEFT JOIN task_data ON task_data.task = page.value LEFT JOIN output ON output.task = page.value
-        ORDER BY page.value";
+        ORDER BY page.value"
+    );
     let limit = usize::try_from(filter.limit.clamp(1, PAGE_MAX)).unwrap_or(1);
     let after = filter.after.map_or(i64::MIN, |after| after.0);
     // Page and tasks have to fit together.

@@ -268,30 +268,31 @@ pub(super) const OVER: &str = "SELECT id, CAST(tasks AS BLOB) FROM retention WHE
 pub(super) const REMOVE: &str = "DELETE FROM task WHERE id IN (SELECT value FROM json_each(?1))
         AND state IN ('finished', 'failed', 'cancelled') AND retained_until <= ?2 RETURNING id, state";
 
-/// Remove at most `limit` tasks whose retention has ended, oldest end first.
+/// What is removed in one transaction, in data and outputs: to free it SQLite follows it page by page, 50 ms for so much where it was
+/// measured, and nobody else writes meanwhile.
+const REMOVED_BYTES_MAX: i64 = 16 << 20;
+
+/// Remove at most `limit` tasks whose retention has ended, oldest end first, and fewer if much stands beside them.
 pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, Failure> {
     const CUT: &str = "UPDATE retention SET tasks = ?2 WHERE id = ?1";
     const OUT: &str = "DELETE FROM retention WHERE id IN (SELECT value FROM json_each(?1))";
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
     let now = session.now;
     let groups: Vec<(i64, Vec<u8>)> = sqlx::query_as(OVER).bind(now).bind(count(limit)).fetch_all(session.db()).await?;
+    let groups: Vec<(i64, Vec<i64>)> = groups.into_iter().map(|(id, group)| (id, group_of(id, &group))).collect();
+    let candidates: Vec<i64> = groups.iter().flat_map(|(_, group)| group).copied().take(limit).collect();
+    let room = fitting(session, &candidates).await?;
     let mut tasks: Vec<i64> = Vec::new();
     let mut done = Vec::new();
-    for (id, group) in groups {
-        let mut group: Vec<i64> = serde_json::from_slice(&group).unwrap_or_else(|error| {
-            tracing::error!(row = id, %error, "a row of the table retention cannot be read; it is removed, and its tasks are kept");
-            Vec::new()
-        });
-        let room = limit - tasks.len();
-        if group.len() <= room {
+    for (id, mut group) in groups {
+        let rest = group.split_off(group.len().min(room - tasks.len()));
+        if rest.is_empty() {
             done.push(id);
-            tasks.append(&mut group);
-        } else if room > 0 {
-            let rest = group.split_off(room);
-            tasks.append(&mut group);
+        } else if !group.is_empty() {
             sqlx::query(CUT).bind(id).bind(json(rest)).execute(session.db()).await?;
         }
-        if tasks.len() == limit {
+        tasks.append(&mut group);
+        if tasks.len() == room {
             break;
         }
     }
@@ -300,6 +301,26 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
     let removed = remove_over(session, &tasks, &mut changes).await?;
     changes.write(session).await?;
     Ok(removed.len() as u64)
+}
+
+fn group_of(id: i64, tasks: &[u8]) -> Vec<i64> {
+    serde_json::from_slice(tasks).unwrap_or_else(|error| {
+        tracing::error!(row = id, %error, "a row of the table retention cannot be read; it is removed, and its tasks are kept");
+        Vec::new()
+    })
+}
+
+/// How many of the first tasks have not too much beside them for one transaction; one has never too much.
+async fn fitting(session: &mut Session, tasks: &[i64]) -> Result<usize, Failure> {
+    const BYTES: &str = "SELECT coalesce((SELECT coalesce(octet_length(data), bytes) FROM task_data WHERE task = value), 0)
+            + coalesce((SELECT octet_length(output) FROM output WHERE task = value), 0) FROM json_each(?1) ORDER BY json_each.key";
+    let bytes: Vec<i64> = sqlx::query_scalar(BYTES).bind(json(tasks)).fetch_all(session.db()).await?;
+    let mut sum = 0_i64;
+    let fitting = bytes.iter().take_while(|bytes| {
+        sum = sum.saturating_add(**bytes);
+        sum <= REMOVED_BYTES_MAX
+    });
+    Ok(fitting.count().max(1).min(tasks.len()))
 }
 
 /// Remove those of the tasks whose retention has ended. Answers which.
@@ -315,7 +336,8 @@ pub(super) async fn remove_over(session: &mut Session, tasks: &[i64], changes: &
 }
 
 async fn remove_beside(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
-    const BESIDE: [&str; 6] = [
+    const BESIDE: [&str; 7] = [
+        "DELETE FROM task_data_piece WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM task_data WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM output WHERE task IN (SELECT value FROM json_each(?1))",
         "DELETE FROM failure WHERE task IN (SELECT value FROM json_each(?1))",

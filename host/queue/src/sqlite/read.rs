@@ -4,6 +4,7 @@ use sqlx::Row as _;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::failure;
+use super::pieces::{data_bytes, whole_data};
 use super::rows::{Columns, lossy};
 use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
@@ -87,8 +88,12 @@ pub(super) fn task_with_data(row: &SqliteRow) -> Task {
         columns.complain(format!("the data has {bytes} bytes, more than can be stored"));
     }
     let kind = columns.type_name(24);
-    if !matches!(kind.as_str(), "TEXT" | "BLOB" | "NULL") {
-        columns.complain(format!("the data is {kind}, not text"));
+    match kind.as_str() {
+        "TEXT" | "BLOB" => {}
+        // Too much of it is not read.
+        "NULL" if columns.maybe_whole(26, "data's size").is_some() => {}
+        "NULL" => columns.complain("the data is missing".to_owned()),
+        _ => columns.complain(format!("the data is {kind}, not text")),
     }
     task.data = Some(data::readable(columns.bytes(24).unwrap_or_default()));
     task.output = columns.bytes(25);
@@ -99,7 +104,7 @@ pub(super) fn task_with_data(row: &SqliteRow) -> Task {
 /// Data that nobody could have submitted is not read.
 macro_rules! data_and_output {
     () => {
-        ", CASE WHEN octet_length(task_data.data) <= 17825792 THEN task_data.data END, output.output, octet_length(task_data.data)"
+        concat!(", CASE WHEN ", data_bytes!(), " <= 17825792 THEN ", whole_data!(), " END, output.output, ", data_bytes!())
     };
 }
 pub(super) use data_and_output;

@@ -151,25 +151,34 @@ async fn a_hostile_row_that_is_due_later_or_alone_is_set_aside_when_its_time_has
 #[tokio::test]
 async fn data_of_any_sort_stops_nobody() {
     let fixture = Fixture::new(Database::Sqlite).await;
-    fixture.submit(&["integer", "real", "huge", "sizes", "sizes2", "orphan"].map(task)).await;
+    fixture
+        .submit(&["integer", "real", "huge", "sizes", "sizes2", "orphan", "no pieces", "torn", "huge pieces", "whole"].map(task))
+        .await;
     fixture
         .meddle(
             "UPDATE task_data SET data = 7 WHERE task = (SELECT id FROM task WHERE key = 'integer');
             UPDATE task_data SET data = 1.5 WHERE task = (SELECT id FROM task WHERE key = 'real');
             UPDATE task_data SET data = zeroblob(18000000) WHERE task = (SELECT id FROM task WHERE key = 'huge');
             UPDATE task_data SET bytes = 9223372036854775807 WHERE task IN (SELECT id FROM task WHERE key LIKE 'sizes%');
-            INSERT INTO task_data VALUES ((SELECT max(id) + 1 FROM task), 0, -3, 'not its own');",
+            INSERT INTO task_data (task, bytes, data) VALUES ((SELECT max(id) + 1 FROM task), -3, 'not its own');
+            UPDATE task_data SET data = NULL, pieces = task WHERE task IN
+                (SELECT id FROM task WHERE key IN ('no pieces', 'torn', 'huge pieces', 'whole'));
+            INSERT INTO task_data_piece SELECT 99, id, 1, CAST('\"}' AS BLOB) FROM task WHERE key = 'torn';
+            INSERT INTO task_data_piece SELECT task.id, task.id, json_each.value, zeroblob(4500000) FROM task, json_each('[1, 2, 3, 4]') WHERE task.key = 'huge pieces';
+            INSERT INTO task_data_piece SELECT id, id, 9, CAST('}' AS BLOB) FROM task WHERE key = 'whole';
+            INSERT INTO task_data_piece SELECT id, id, 8, CAST('{' AS BLOB) FROM task WHERE key = 'whole';",
         )
         .await;
     everything_works(&fixture).await;
-    for key in ["integer", "real", "huge"] {
+    for key in ["integer", "real", "huge", "no pieces", "huge pieces"] {
         let aside = fixture.get(key).await;
         assert_eq!((aside.state, aside.error_code.as_deref()), (State::Failed, Some("damaged-data")), "{key}");
         assert!(aside.unreadable.is_some(), "{key}");
         fixture.backend().cancel_by_id(aside.id, Duration::ZERO).await.unwrap();
         assert!(!fixture.queue.exists(key).await.unwrap());
     }
-    for key in ["sizes", "sizes2", "orphan", "good"] {
+    assert_eq!(fixture.get("torn").await.error_code.as_deref(), Some("damaged-data"));
+    for key in ["sizes", "sizes2", "orphan", "good", "whole"] {
         assert_eq!(fixture.state(key).await, State::Finished, "{key}");
     }
 }
@@ -325,7 +334,7 @@ async fn a_task_has_a_number() {
 
 #[tokio::test]
 async fn the_audit_names_what_contradicts() {
-    let cases: [(&'static str, &str); 17] = [
+    let cases: [(&'static str, &str); 19] = [
         (
             "DELETE FROM ready WHERE task = 1",
             "a waiting task must wait in exactly one place, any other in none: task 1 is waiting and stands in 0",
@@ -346,6 +355,11 @@ async fn the_audit_names_what_contradicts() {
         ("INSERT INTO failure VALUES (77, '', '')", "something stands beside a task that is gone: failure of task 77"),
         ("DELETE FROM task_data WHERE task = 1", "a task has no data: task 1"),
         ("UPDATE task_data SET data = 5 WHERE task = 1", "the data is not as it is stored: task 1"),
+        ("UPDATE task_data SET data = NULL, pieces = 5 WHERE task = 1", "the data is not as it is stored: task 1"),
+        (
+            "INSERT INTO task_data_piece VALUES (77, 1, 1, x'')",
+            "something stands beside a task that is gone: task_data_piece of task 77",
+        ),
         (
             "UPDATE task SET lease = 5 WHERE id = 1",
             "a lease is newer than the last one given out, or was given out twice: task 1",
