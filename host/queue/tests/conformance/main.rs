@@ -5,6 +5,7 @@
 mod fixture;
 
 mod behind;
+mod benches;
 mod bounded;
 mod chaos;
 mod contention;

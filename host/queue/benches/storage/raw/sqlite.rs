@@ -12,6 +12,7 @@ const CLAIM: &str = include_str!("../../../src/sqlite/claim.rs");
 const CHOOSE: &str = include_str!("../../../src/sqlite/choose.rs");
 const SETTLE: &str = include_str!("../../../src/sqlite/settle.rs");
 const ACCOUNTS: &str = include_str!("../../../src/sqlite/accounts.rs");
+const PIECES: &str = include_str!("../../../src/sqlite/pieces.rs");
 const WRITER: &str = include_str!("../../../src/sqlite/writer.rs");
 
 struct Statements {
@@ -30,9 +31,9 @@ struct Statements {
 
 impl Statements {
     fn read() -> Self {
-        let one = |source, name| AssertSqlSafe(statement(&[source], name)).into_sql_str();
+        let one = |source, name| AssertSqlSafe(statement(&[source, PIECES], name)).into_sql_str();
         let together = |source, names: &[&str]| {
-            let statements: Vec<String> = names.iter().map(|name| statement(&[source], name)).collect();
+            let statements: Vec<String> = names.iter().map(|name| statement(&[source, PIECES], name)).collect();
             AssertSqlSafe(statements.join(";\n")).into_sql_str()
         };
         let changes = ["ENTER_ACCOUNTS", "CHANGE_ACCOUNTS", "LEAVE_ACCOUNTS", "ENTER_TALLY", "CHANGE_TALLY", "LEAVE_TALLY"];
