@@ -95,9 +95,8 @@ pub(crate) async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
             () = due.notified() => {}
         }
         match backend.clean_up(CLEAN_UP_BATCH).await {
-            // A batch may be smaller than asked for, if the tasks are large.
-            Ok(1..) => ticks.reset_immediately(),
-            Ok(0) => {}
+            Ok(removed) if removed >= u64::from(CLEAN_UP_BATCH) => ticks.reset_immediately(),
+            Ok(_) => {}
             Err(error) => tracing::debug!(error = chain(&error), "cannot remove old tasks; trying again"),
         }
     }

@@ -453,7 +453,16 @@ impl Backend for Sqlite {
         if !operate::has_garbage(&self.readers).await.map_err(self.reading("looking for ended retention"))? {
             return Ok(0);
         }
-        self.writer.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, limit))).await
+        let mut removed = 0;
+        loop {
+            let left = limit.saturating_sub(u32::try_from(removed).unwrap_or(u32::MAX));
+            let cleaning = self.writer.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, left)));
+            let (more, is_cut) = cleaning.await?;
+            removed += more;
+            if !is_cut || removed >= u64::from(limit) {
+                return Ok(removed);
+            }
+        }
     }
 
     async fn wakeup(&self) {

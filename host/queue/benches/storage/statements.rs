@@ -1,10 +1,10 @@
 //! The very statements that the crate runs, read out of its sources: a copy would be another statement some day, and the limit a wrong one.
 
-/// The text of `const NAME: &str` in the first source, of one that is not inside a function if there are several. Macros that it names are
-/// looked for in all sources.
-pub(crate) fn statement(sources: &[&str], name: &str) -> String {
+/// The text of `const NAME: &str` in a source, of one that is not inside a function if there are several. Macros that it names are looked for in
+/// all sources.
+pub(crate) fn statement(source: &str, sources: &[&str], name: &str) -> String {
     let heads = [format!("pub(super) const {name}: &str ="), format!("const {name}: &str =")];
-    let found = heads.iter().find_map(|head| sources[0].split_once(head.as_str()));
+    let found = heads.iter().find_map(|head| source.split_once(head.as_str()));
     let (_, expression) = found.unwrap_or_else(|| panic!("the crate has no statement {name} here any more"));
     expand(sources, expression, "")
 }

@@ -235,7 +235,8 @@ CREATE TABLE tally (
 -- passed, is at once. It can be part of the producer's own transaction. Hosts learn of it when it commits.
 CREATE VIEW submit AS
     SELECT task.key, task.type, coalesce(task_data.data, (SELECT group_concat(part, '') FROM
-            (SELECT data AS part FROM task_data_piece WHERE pieces = task_data.pieces ORDER BY number))) AS data, task.user, task.max_running, task.max_attempts, task.run_at
+            (SELECT data AS part FROM task_data_piece WHERE pieces = task_data.pieces ORDER BY number))) AS data,
+        task.user, task.max_running, task.max_attempts, task.run_at
     FROM task JOIN task_data ON task_data.task = task.id WHERE task.state = 'waiting';
 
 -- A name is UTF-8 if each of its characters, read and written again, has the same bytes. (SQLite reads U+FFFE and U+FFFF as U+FFFD.)

@@ -272,8 +272,9 @@ pub(super) const REMOVE: &str = "DELETE FROM task WHERE id IN (SELECT value FROM
 /// measured, and nobody else writes meanwhile.
 const REMOVED_BYTES_MAX: i64 = 16 << 20;
 
-/// Remove at most `limit` tasks whose retention has ended, oldest end first, and fewer if much stands beside them.
-pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, Failure> {
+/// Remove at most `limit` tasks whose retention has ended, oldest end first, and fewer if much stands beside them. Answers how many, and whether
+/// it stopped at that.
+pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<(u64, bool), Failure> {
     const CUT: &str = "UPDATE retention SET tasks = ?2 WHERE id = ?1";
     const OUT: &str = "DELETE FROM retention WHERE id IN (SELECT value FROM json_each(?1))";
     let limit = usize::try_from(limit.clamp(1, 100_000)).unwrap_or(1);
@@ -292,15 +293,12 @@ pub(super) async fn clean_up(session: &mut Session, limit: u32) -> Result<u64, F
             sqlx::query(CUT).bind(id).bind(json(rest)).execute(session.db()).await?;
         }
         tasks.append(&mut group);
-        if tasks.len() == room {
-            break;
-        }
     }
     sqlx::query(OUT).bind(json(done)).execute(session.db()).await?;
     let mut changes = Changes::default();
     let removed = remove_over(session, &tasks, &mut changes).await?;
     changes.write(session).await?;
-    Ok(removed.len() as u64)
+    Ok((removed.len() as u64, room < candidates.len()))
 }
 
 fn group_of(id: i64, tasks: &[u8]) -> Vec<i64> {

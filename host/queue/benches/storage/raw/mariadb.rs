@@ -12,6 +12,7 @@ const SETTLE: &str = include_str!("../../../src/mysql/settle.rs");
 const ACCOUNTS: &str = include_str!("../../../src/mysql/accounts.rs");
 const SESSION: &str = include_str!("../../../src/mysql/session.rs");
 const ROWS: &str = include_str!("../../../src/mysql/rows.rs");
+const SOURCES: [&str; 6] = [CLAIM, CHOOSE, SETTLE, ACCOUNTS, SESSION, ROWS];
 /// As the crate's connections are set.
 const SETTINGS: &str = "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', autocommit = 1, max_statement_time = 60";
@@ -37,7 +38,7 @@ struct Statements {
 
 impl Statements {
     fn read() -> Self {
-        let of = |source: &'static str, name: &str| statement(&[source, ROWS, SESSION, SETTLE], name);
+        let of = |source: &'static str, name: &str| statement(source, &SOURCES, name);
         let sql = |source: &'static str, name: &str| AssertSqlSafe(of(source, name)).into_sql_str();
         Self {
             begin: of(SESSION, "BEGIN"),

@@ -7,16 +7,17 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection, Row as _, SqlSafeSt
 use super::{ALIVE_MS, RETENTION_MS};
 use crate::statements::statement;
 
-const CLAIM: &[&str] = &[include_str!("../../../src/postgres/claim.rs")];
-const SETTLE: &[&str] = &[include_str!("../../../src/postgres/settle.rs")];
+const CLAIM: &str = include_str!("../../../src/postgres/claim.rs");
+const SETTLE: &str = include_str!("../../../src/postgres/settle.rs");
+const SOURCES: [&str; 2] = [CLAIM, SETTLE];
 static CLAIMS: AtomicI64 = AtomicI64::new(1);
 /// Of a claimed row: number, lease, key, type, when it became ready, data.
 const COLUMNS: [usize; 6] = [8, 9, 10, 11, 20, 26];
 
 pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
     let mut connection = connect(&url).await;
-    let claim = AssertSqlSafe(statement(CLAIM, "CLAIM")).into_sql_str();
-    let finish = AssertSqlSafe(statement(SETTLE, "FINISH")).into_sql_str();
+    let claim = AssertSqlSafe(statement(CLAIM, &SOURCES, "CLAIM")).into_sql_str();
+    let finish = AssertSqlSafe(statement(SETTLE, &SOURCES, "FINISH")).into_sql_str();
     let mut mark = (i64::MIN, i64::MIN);
     let mut finished = 0;
     loop {

@@ -14,6 +14,7 @@ const SETTLE: &str = include_str!("../../../src/sqlite/settle.rs");
 const ACCOUNTS: &str = include_str!("../../../src/sqlite/accounts.rs");
 const PIECES: &str = include_str!("../../../src/sqlite/pieces.rs");
 const WRITER: &str = include_str!("../../../src/sqlite/writer.rs");
+const SOURCES: [&str; 6] = [CLAIM, CHOOSE, SETTLE, ACCOUNTS, PIECES, WRITER];
 
 struct Statements {
     begin: SqlStr,
@@ -31,9 +32,9 @@ struct Statements {
 
 impl Statements {
     fn read() -> Self {
-        let one = |source, name| AssertSqlSafe(statement(&[source, PIECES], name)).into_sql_str();
+        let one = |source, name| AssertSqlSafe(statement(source, &SOURCES, name)).into_sql_str();
         let together = |source, names: &[&str]| {
-            let statements: Vec<String> = names.iter().map(|name| statement(&[source, PIECES], name)).collect();
+            let statements: Vec<String> = names.iter().map(|name| statement(source, &SOURCES, name)).collect();
             AssertSqlSafe(statements.join(";\n")).into_sql_str()
         };
         let changes = ["ENTER_ACCOUNTS", "CHANGE_ACCOUNTS", "LEAVE_ACCOUNTS", "ENTER_TALLY", "CHANGE_TALLY", "LEAVE_TALLY"];
