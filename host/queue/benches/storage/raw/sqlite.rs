@@ -68,7 +68,9 @@ pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
 }
 
 async fn begin(connection: &mut SqliteConnection, statements: &Statements) -> i64 {
-    sqlx::query_scalar(statements.begin.clone()).fetch_one(connection).await.unwrap()
+    let rows = sqlx::query(statements.begin.clone()).fetch_all(connection).await.unwrap();
+    // The state of the log, the time, and the version of the data.
+    rows[1].get(0)
 }
 
 async fn end(connection: &mut SqliteConnection) {
@@ -81,7 +83,7 @@ async fn claim(connection: &mut SqliteConnection, statements: &Statements, host:
     let look: (bool, Option<i64>, i64, i64, i64) =
         sqlx::query_as(statements.look.clone()).bind(host).fetch_one(&mut *connection).await.unwrap();
     let (_, _, _, lease, pick) = look;
-    let accounts = sqlx::query(statements.open_accounts.clone()).bind(limit).bind(i64::MIN).bind(1_i64);
+    let accounts = sqlx::query(statements.open_accounts.clone()).bind(limit).bind(i64::MIN).bind(1_i64).bind(0_i64);
     let Some(account) = accounts.fetch_optional(&mut *connection).await.unwrap() else {
         end(connection).await;
         return Vec::new();
