@@ -3,7 +3,7 @@
 mod on_mariadb {
     use laelaps_queue::State;
     use laelaps_test_databases::mariadb;
-    use laelaps_tests::{Host, PATIENCE, Site, eventually};
+    use laelaps_tests::{Host, PATIENCE, Site, eventually, guest};
     use serde_json::{Value, json};
     use sqlx::{Connection as _, MySqlConnection};
 
@@ -70,6 +70,22 @@ mod on_mariadb {
         let sql = "SELECT timeout <= UNIX_TIMESTAMP() AND owner = 0 AND created_at IS NOT NULL FROM tasks WHERE id = 'stays'";
         let untouched: i64 = sqlx::query_scalar(sql).fetch_one(&mut ruby).await.unwrap();
         assert_eq!(untouched, 1, "what has no route here is left to the Ruby workers as it was");
+        host.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_route_whose_plugin_is_not_loaded_takes_nothing_from_ruby_workers_until_it_is() {
+        let routes = json!([{ "type": "echo", "plugin": "zoo" }, { "type": "silent", "plugin": "later" }]);
+        let (site, mut ruby) = site(json!({ "retention_time": 86_400, "routes": routes })).await;
+        submit(&mut ruby, "waits", "silent", json!({})).await;
+        submit(&mut ruby, "goes", "echo", json!({ "n": 1 })).await;
+        let host: Host = site.start().await;
+        wait_until_finished(&mut ruby, "goes").await;
+        let sql = "SELECT timeout <= UNIX_TIMESTAMP() AND owner = 0 AND created_at IS NOT NULL FROM tasks WHERE id = 'waits'";
+        let untouched: i64 = sqlx::query_scalar(sql).fetch_one(&mut ruby).await.unwrap();
+        assert_eq!(untouched, 1, "what has no plugin here is left to the Ruby workers as it was");
+        site.plug("later", &guest("zoo"));
+        wait_until_finished(&mut ruby, "waits").await;
         host.stop().await;
     }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{Accepts, Backend, Claim, Claimed, ClaimedTask, HostId, Kind, LeaseRef};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use self::alone::Alone;
@@ -86,8 +86,10 @@ pub(crate) struct Shared {
 /// The claimed tasks of one host, and what happens to them.
 pub(crate) struct Dispatcher {
     shared: Arc<Shared>,
-    /// The types that have a route. One for all claims: a queue may remember what was learnt with it.
+    /// The types with a route to a plugin that serves. The same for all claims until plugins change: a queue may remember what was learnt with it.
     accepts: Accepts,
+    /// Changes with the plugins that serve.
+    plugins: watch::Receiver<u64>,
     /// Claimed, held, not begun.
     buffer: Buffer,
     attempts: JoinSet<()>,
@@ -152,10 +154,12 @@ impl Dispatcher {
     pub(crate) fn new(shared: Arc<Shared>, membership: Option<Membership>, turning: Option<Turning>) -> Self {
         // The first one after a random part, so that hosts which started together do not clean up together.
         let claims_until_clean_up = fastrand::u32(0..=shared.config.cleanup_interval);
-        let of_routes = Arc::clone(&shared);
+        let mut plugins = shared.store.changes();
+        plugins.mark_unchanged();
         Self {
+            accepts: accepts(&shared),
+            plugins,
             shared,
-            accepts: Accepts::new(move |task_type| of_routes.routes.route(task_type).is_some()),
             buffer: Buffer::default(),
             attempts: JoinSet::new(),
             running: HashMap::new(),
@@ -317,6 +321,10 @@ impl Dispatcher {
         }
         let alone = self.alone.is_wanted();
         let limit = if alone { 1 } else { self.free() };
+        if self.plugins.has_changed().unwrap_or(false) {
+            self.plugins.mark_unchanged();
+            self.accepts = accepts(&self.shared);
+        }
         let ignore_users = self.shared.config.disable_resource_limit;
         self.offered = if ignore_users { 0 } else { limit.min(self.idle_processors()) };
         let claim = Claim {
@@ -456,6 +464,19 @@ pub(crate) enum Broken {
     /// The session under which it claimed is over.
     #[error("this host's ZooKeeper session is over, and it has become somebody else")]
     IdentityOver,
+}
+
+/// The types with a route to a plugin that serves now.
+fn accepts(shared: &Arc<Shared>) -> Accepts {
+    let shared = Arc::clone(shared);
+    Accepts::new(move |task_type| {
+        let Some(route) = shared.routes.route(task_type) else { return false };
+        let is_served = shared.store.current(&route.plugin).is_some();
+        if !is_served {
+            crate::reports::unserved(task_type, &route.plugin);
+        }
+        is_served
+    })
 }
 
 /// Three quarters to five quarters of the interval's length, evenly, so that hosts which started together do not poll together.

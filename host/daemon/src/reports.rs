@@ -17,10 +17,25 @@ static UNROUTED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex
 
 /// A task found no plugin. Said once a minute for each type.
 pub(crate) fn unrouted(task_type: &str, message: &str) {
-    if !is_worth_saying(&UNROUTED, task_type) {
-        return;
+    if is_worth_saying(&UNROUTED, task_type) {
+        tracing::warn!(
+            task_type,
+            reason = message,
+            "tasks of this type wait for a plugin; they are tried again after retry_wait"
+        );
     }
-    tracing::warn!(task_type, reason = message, "tasks of this type wait for a plugin; they are tried again after retry_wait");
+}
+
+/// A task was left to other workers, since the plugin of its route is not there. Said once a minute for each type.
+pub(crate) fn unserved(task_type: &str, plugin: &str) {
+    if is_worth_saying(&UNROUTED, task_type) {
+        let reason = format!("plugin {plugin:?} is not loaded");
+        tracing::warn!(
+            task_type,
+            reason,
+            "tasks of this type wait for a plugin; they are left to other workers until it is loaded"
+        );
+    }
 }
 
 static QUARANTINED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex::default);
