@@ -2,7 +2,7 @@
 import mysql from "mysql2/promise";
 
 const connection = await mysql.createConnection(process.env.DATABASE_URL);
-const submit = "CALL laelaps_submit(?, ?, ?, NULL, NULL, NULL, NULL)";
+const submit = "CALL laelaps_submit(?, ?, ?, NULL)";
 await connection.query("CREATE TABLE IF NOT EXISTS orders (number int PRIMARY KEY)");
 
 await connection.beginTransaction();

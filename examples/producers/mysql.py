@@ -10,7 +10,7 @@ url = urlsplit(os.environ["DATABASE_URL"])
 connection = pymysql.connect(
     host=url.hostname, port=url.port or 3306, user=url.username, password=url.password or "", database=url.path[1:], charset="utf8mb4"
 )
-SUBMIT = "CALL laelaps_submit(%s, %s, %s, NULL, NULL, NULL, NULL)"
+SUBMIT = "CALL laelaps_submit(%s, %s, %s, NULL)"
 
 with connection, connection.cursor() as cursor:
     cursor.execute("CREATE TABLE IF NOT EXISTS orders (number int PRIMARY KEY)")

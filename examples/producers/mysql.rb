@@ -9,7 +9,7 @@ client = Mysql2::Client.new(
 )
 submit = lambda do |key, data|
   texts = [key, "ship", JSON.generate(data)].map { |text| "'#{client.escape(text)}'" }
-  client.query("CALL laelaps_submit(#{texts.join(", ")}, NULL, NULL, NULL, NULL)")
+  client.query("CALL laelaps_submit(#{texts.join(", ")}, NULL)")
 end
 client.query("CREATE TABLE IF NOT EXISTS orders (number int PRIMARY KEY)")
 

@@ -205,15 +205,17 @@ laelaps_tests::on_every_database! {
                 task("long-key", "submit", json!({ "key": "k".repeat(256) })),
                 task("no-object", "submit", json!({ "raw": "[]" })),
                 task("late", "submit", json!({ "key": "late child", "run_at_ms": 4_000_000_000_000u64 })),
+                task("urgent", "submit", json!({ "key": "urgent child", "priority": -5 })),
+                task("too-urgent", "submit", json!({ "key": "too urgent child", "priority": -101 })),
                 task("flood", "submit-flood", json!({})),
             ],
         )
         .await;
-        // PerfectQueue's times end in January 2038.
+        // PerfectQueue's times end in January 2038, and its table has no priorities.
         let is_wide = site.database() != Database::PerfectQueue;
-        for (key, submitted) in
-            [("options", 1), ("again", 1), ("no-key", 0), ("long-key", 0), ("no-object", 0), ("late", u32::from(is_wide))]
-        {
+        let wide = u32::from(is_wide);
+        let taken = [("options", 1), ("again", 1), ("no-key", 0), ("long-key", 0), ("no-object", 0), ("late", wide)];
+        for (key, submitted) in taken.into_iter().chain([("urgent", wide), ("too-urgent", 0)]) {
             let finished = wait_for_state(&queue, key, State::Finished, PATIENCE).await;
             assert_eq!(output(&finished)["submitted"], submitted, "{key}: {}", output(&finished));
         }
@@ -224,8 +226,12 @@ laelaps_tests::on_every_database! {
         assert_eq!(codes("no-key").await, "invalid-key");
         assert_eq!(codes("long-key").await, "invalid-key");
         assert_eq!(codes("no-object").await, "invalid-data");
-        if !is_wide {
+        assert_eq!(codes("too-urgent").await, "invalid-data");
+        if is_wide {
+            assert_eq!(wait_for_state(&queue, "urgent child", State::Finished, PATIENCE).await.priority, -5);
+        } else {
             assert_eq!(codes("late").await, "invalid-data");
+            assert_eq!(codes("urgent").await, "invalid-data");
         }
         let flood = wait_for_state(&queue, "flood", State::Finished, PATIENCE).await;
         assert_eq!((&output(&flood)["code"], &output(&flood)["taken"]), (&json!("too-many"), &json!(1_000)));

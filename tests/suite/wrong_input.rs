@@ -348,6 +348,45 @@ async fn options_out_of_their_bounds() {
 }
 
 #[tokio::test]
+async fn what_a_producer_says_besides() {
+    let site = site_with_task().await;
+    let with = |more: &[&'static str]| [&["-c", "laelaps.yml", "submit", "k", "echo", "{}"], more].concat();
+    let mut told = String::new();
+    for more in [
+        &["-p", "101"][..],
+        &["--priority", "-101"],
+        &["--priority=high"],
+        &["-p", "1.5"],
+        &["-p"],
+        &["-p", "1", "-p", "2"],
+        &["--prio", "1"],
+        &["-u", "ann", "--max-running", "-1"],
+        &["--max-attempts", "1e3"],
+        &["-t", "2030-02-30"],
+    ] {
+        told.push_str(&tell(&site, &with(more), "").await);
+    }
+    let lines = [
+        r#""priority":101"#,
+        r#""priority":1.0"#,
+        r#""priority":"high""#,
+        r#""priority":1,"priority":2"#,
+        r#""prioritaet":1"#,
+        r#""max_running":2"#,
+        r#""user":"","max_running":2"#,
+        r#""user":"ann","max_running":-1"#,
+        r#""max_attempts":0"#,
+        r#""run_at":"2030-01-01T12:00:00""#,
+        r#""gzip":1"#,
+        r#""user":["ann"]"#,
+    ];
+    let file: String = lines.iter().map(|more| format!("{{\"key\":\"k\",\"type\":\"echo\",\"data\":{{}},{more}}}\n")).collect();
+    told.push_str(&tell(&site, &["-c", "laelaps.yml", "submit", "--file", "-"], &file).await);
+    insta::assert_snapshot!(told);
+    assert_nothing_lost(&site).await;
+}
+
+#[tokio::test]
 async fn a_key_that_exists() {
     let site = site_with_task().await;
     assert_told!(

@@ -20,7 +20,7 @@ func main() {
 	order, submit := "INSERT INTO orders VALUES ($1)", "SELECT laelaps.submit($1, $2, $3)"
 	if strings.HasPrefix(address.Scheme, "mysql") || address.Scheme == "mariadb" {
 		driver, source = "mysql", address.User.String()+"@tcp("+address.Host+")"+address.Path
-		order, submit = "INSERT INTO orders VALUES (?)", "CALL laelaps_submit(?, ?, ?, NULL, NULL, NULL, NULL)"
+		order, submit = "INSERT INTO orders VALUES (?)", "CALL laelaps_submit(?, ?, ?, NULL)"
 	}
 	database, err := sql.Open(driver, source)
 	check(err)

@@ -1,14 +1,14 @@
 //! Attempts that the database counts as lost with this host, which lives: it slept, was cut off, or seemed dead to another host.
 //!
 //! Nobody else can tell a dead host from one that does not answer, so a loss is suspected of its task until the host is back and says that it
-//! was not the task ([`Backend::excuse`]). A lease may have ended without anybody having taken it back yet; so this host looks for lost tasks
+//! was not the task ([`Worker::excuse`]). A lease may have ended without anybody having taken it back yet; so this host looks for lost tasks
 //! before it excuses its own, and excuses them once more a little later, in case another host was just about to take them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use laelaps_queue::{Backend, HostId, LeaseRef, Policy};
+use laelaps_queue::{HostId, LeaseRef, Policy, Worker};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -43,7 +43,7 @@ impl Excuses {
     }
 
     /// Excuse what is lost, for as long as the host serves.
-    pub(crate) async fn run(self, backend: Arc<dyn Backend>, host: HostId, policy: Policy) {
+    pub(crate) async fn run(self, backend: Arc<dyn Worker>, host: HostId, policy: Policy) {
         let mut wait = RETRY_FIRST;
         loop {
             let next = self.lock().values().map(|(due, _)| *due).min();
@@ -64,7 +64,7 @@ impl Excuses {
     }
 
     /// Excuse everything now, since this host is about to end, or to become another one. Gives up after `patience`.
-    pub(crate) async fn settle(&self, backend: &dyn Backend, host: HostId, policy: &Policy, patience: Duration) {
+    pub(crate) async fn settle(&self, backend: &dyn Worker, host: HostId, policy: &Policy, patience: Duration) {
         let excused = async {
             for (due, _) in self.lock().values_mut() {
                 *due = Instant::now();
@@ -84,7 +84,7 @@ impl Excuses {
         }
     }
 
-    async fn excuse(&self, backend: &dyn Backend, host: HostId, policy: &Policy) -> laelaps_queue::Result<()> {
+    async fn excuse(&self, backend: &dyn Worker, host: HostId, policy: &Policy) -> laelaps_queue::Result<()> {
         let now = Instant::now();
         let due: Vec<LeaseRef> =
             self.lock().iter().filter(|(_, (due, _))| *due <= now).map(|(lease_ref, _)| *lease_ref).collect();

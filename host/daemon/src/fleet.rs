@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use laelaps_queue::{Backend, Policy};
+use laelaps_queue::{Policy, Worker};
 use laelaps_watchdog::fleet::{self, Dead, Fleet, Health, HostError, Identity, Standing};
 use laelaps_watchdog::{Access, Digest, Root};
 use serde_json::{Map, Value};
@@ -67,7 +67,7 @@ impl Presence {
     pub(crate) fn join(
         config: &Config,
         description: Map<String, Value>,
-        backend: Arc<dyn Backend>,
+        backend: Arc<dyn Worker>,
         policy: Policy,
         pulse: Arc<Pulse>,
     ) -> anyhow::Result<Self> {
@@ -151,7 +151,7 @@ impl Membership {
 
 /// What the fleet asks of this host.
 struct Side {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Worker>,
     policy: Policy,
     pulse: Arc<Pulse>,
 }
@@ -179,7 +179,7 @@ impl fleet::Host for Side {
 }
 
 /// Hand on all that hosts had which are dead.
-async fn hand_on(backend: &dyn Backend, policy: &Policy, identities: &[String]) -> laelaps_queue::Result<()> {
+async fn hand_on(backend: &dyn Worker, policy: &Policy, identities: &[String]) -> laelaps_queue::Result<()> {
     let mut count = 0;
     loop {
         let reclaimed = backend.hand_on(identities, policy).await?;

@@ -173,7 +173,7 @@ impl Parts {
         let intake = config.watchdog_queue.as_ref().zip(pulse.as_ref()).map(|(intake, pulse)| {
             let same_pulse = old.filter(|old| old.pulse.as_ref().is_some_and(|old| Arc::ptr_eq(old, pulse)));
             let kept = same_pulse.and_then(|old| old.intake.clone()).filter(|old| old.config() == intake);
-            kept.unwrap_or_else(|| Arc::new(Intake::start(intake.clone(), Arc::clone(&backend), Arc::clone(pulse))))
+            kept.unwrap_or_else(|| Arc::new(Intake::start(intake.clone(), backend.clone(), Arc::clone(pulse))))
         });
         Ok(Self { backend, engine, store, pulse, intake, queue: config.queue.clone(), plugins: config.plugins.clone() })
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use laelaps_queue::{Backend, HostId, Policy};
+use laelaps_queue::{Backend, HostId, Policy, Worker};
 use tokio::sync::Notify;
 
 use crate::leases::Leases;
@@ -23,7 +23,7 @@ const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
 const CLEAN_UP_BATCH: u32 = 1_000;
 
 /// Take back the tasks of dead hosts and ended leases, and learn what is under quarantine.
-pub(crate) async fn look_after(backend: Arc<dyn Backend>, policy: Policy, leases: Leases, versions: Versions) {
+pub(crate) async fn look_after(backend: Arc<dyn Worker>, policy: Policy, leases: Leases, versions: Versions) {
     let mut ticks = tokio::time::interval(LOOK_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut reclaim_fails, mut quarantine_fails) = (false, false);
@@ -86,7 +86,7 @@ pub(crate) async fn shut_out(backend: Arc<dyn Backend>) -> laelaps_queue::Error 
 }
 
 /// Remove tasks whose retention has ended.
-pub(crate) async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
+pub(crate) async fn clean_up(backend: Arc<dyn Worker>, due: Arc<Notify>) {
     let mut ticks = tokio::time::interval(CLEAN_UP_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -95,15 +95,16 @@ pub(crate) async fn clean_up(backend: Arc<dyn Backend>, due: Arc<Notify>) {
             () = due.notified() => {}
         }
         match backend.clean_up(CLEAN_UP_BATCH).await {
-            Ok(removed) if removed >= u64::from(CLEAN_UP_BATCH) => ticks.reset_immediately(),
-            Ok(_) => {}
+            // A batch may be smaller than asked for, if the tasks are large.
+            Ok(1..) => ticks.reset_immediately(),
+            Ok(0) => {}
             Err(error) => tracing::debug!(error = chain(&error), "cannot remove old tasks; trying again"),
         }
     }
 }
 
 /// Keep the host's row naming the plugin versions it serves.
-pub(crate) async fn note_plugins(backend: Arc<dyn Backend>, store: Arc<plugin::Store>, host: HostId) {
+pub(crate) async fn note_plugins(backend: Arc<dyn Worker>, store: Arc<plugin::Store>, host: HostId) {
     let mut changes = store.changes();
     loop {
         let digests: Vec<String> =

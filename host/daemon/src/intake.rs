@@ -17,7 +17,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Backend, NewTask};
+use laelaps_queue::{NewTask, Producer};
 use laelaps_watchdog::fleet::Health;
 use laelaps_watchdog::mover::{MoveError, Mover, Store, StoreError};
 use laelaps_watchdog::{Error, Root, Session, Timer, WatchdogQueue};
@@ -81,7 +81,7 @@ enum Phase {
 
 impl Intake {
     /// Begin, and go on through every trouble with ZooKeeper and the database.
-    pub(crate) fn start(config: Config, backend: Arc<dyn Backend>, pulse: Arc<Pulse>) -> Self {
+    pub(crate) fn start(config: Config, backend: Arc<dyn Producer>, pulse: Arc<Pulse>) -> Self {
         let (phase, told) = watch::channel(Phase::Open);
         let worker = Worker { config: config.clone(), backend, pulse, phase: told };
         let life = tokio::spawn(worker.live());
@@ -115,7 +115,7 @@ impl Drop for Intake {
 
 struct Worker {
     config: Config,
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Producer>,
     pulse: Arc<Pulse>,
     phase: watch::Receiver<Phase>,
 }
@@ -400,7 +400,7 @@ async fn reaches(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 /// The database, as a mover needs it.
 struct Tasks {
     config: Config,
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Producer>,
 }
 
 impl Store for Tasks {

@@ -14,7 +14,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Backend, ClaimedTask, LeaseRef, Progress};
+use laelaps_queue::{ClaimedTask, LeaseRef, Progress, Worker};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use self::renewal::{Renewer, Request};
@@ -74,7 +74,7 @@ struct Held {
 
 impl Leases {
     /// Start renewing. The renewing task ends when the last clone is gone.
-    pub(crate) fn start(backend: Arc<dyn Backend>, interval: Duration, excuses: Excuses) -> Self {
+    pub(crate) fn start(backend: Arc<dyn Worker>, interval: Duration, excuses: Excuses) -> Self {
         let held: Arc<Mutex<Table>> = Arc::default();
         let (requests, incoming) = mpsc::channel(REQUESTS_MAX);
         let progressed = Arc::new(Notify::new());

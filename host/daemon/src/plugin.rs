@@ -34,6 +34,7 @@ mod reuse;
 pub(crate) mod scan;
 mod scratch;
 mod store;
+mod submission;
 mod threads;
 mod ticker;
 mod update;

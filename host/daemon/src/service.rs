@@ -83,10 +83,10 @@ pub(crate) async fn serve(
         return Ok(service.next);
     };
     let excuses = Excuses::default();
-    let leases = Leases::start(Arc::clone(backend), config.task_heartbeat_interval, excuses.clone());
+    let leases = Leases::start(backend.clone(), config.task_heartbeat_interval, excuses.clone());
     let opened = Arc::new(Notify::new());
-    let (settler, writer) = Settler::start(Arc::clone(backend), leases.clone(), Arc::clone(&opened));
-    let versions = Versions::new(Arc::clone(backend), host);
+    let (settler, writer) = Settler::start(backend.clone(), leases.clone(), Arc::clone(&opened));
+    let versions = Versions::new(backend.clone(), host);
     if let Err(error) = versions.look_for_quarantine().await {
         tracing::warn!(error = chain(&error), "cannot ask which plugin versions are under quarantine; trying again");
     }
@@ -100,7 +100,7 @@ pub(crate) async fn serve(
         store: Arc::clone(&parts.store),
         leases: leases.clone(),
         settler,
-        updates: Updates::start(Arc::clone(backend)),
+        updates: Updates::start(backend.clone()),
         versions: versions.clone(),
         host,
         clean_up_due: Arc::clone(&clean_up_due),
@@ -109,10 +109,10 @@ pub(crate) async fn serve(
     });
     let policy = &config.queue.policy;
     let housekeeping = [
-        tokio::spawn(look_after(Arc::clone(backend), policy.clone(), leases, versions.clone())),
-        tokio::spawn(clean_up(Arc::clone(backend), Arc::clone(&clean_up_due))),
-        tokio::spawn(note_plugins(Arc::clone(backend), Arc::clone(&parts.store), host)),
-        tokio::spawn(excuses.clone().run(Arc::clone(backend), host, policy.clone())),
+        tokio::spawn(look_after(backend.clone(), policy.clone(), leases, versions.clone())),
+        tokio::spawn(clean_up(backend.clone(), Arc::clone(&clean_up_due))),
+        tokio::spawn(note_plugins(backend.clone(), Arc::clone(&parts.store), host)),
+        tokio::spawn(excuses.clone().run(backend.clone(), host, policy.clone())),
         tokio::spawn(versions.clone().shrink()),
     ];
     parts.store.note_admissions(Some(Box::new(versions.clone())));
@@ -167,7 +167,7 @@ fn describe(config: &Config, identity: Option<Identity>) -> HostDescription {
 /// The fleet in the database, if that is the configuration's.
 fn give_signs(config: &Config, parts: &Parts, host: HostId) -> Option<Signs> {
     let (timeout, pulse) = config.host_timeout.zip(parts.pulse.as_ref())?;
-    Some(Signs::start(Arc::clone(&parts.backend), config.queue.policy.clone(), Arc::clone(pulse), host, timeout))
+    Some(Signs::start(parts.backend.clone(), config.queue.policy.clone(), Arc::clone(pulse), host, timeout))
 }
 
 async fn leave(presence: Option<Presence>) {

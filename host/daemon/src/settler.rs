@@ -10,7 +10,7 @@ mod group;
 use std::sync::Arc;
 use std::time::Duration;
 
-use laelaps_queue::{Attempt, Backend, Error, Event, LeaseAnswer, Policy, Settlement};
+use laelaps_queue::{Attempt, Error, Event, LeaseAnswer, Policy, Settlement, Worker};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -85,7 +85,7 @@ struct Known {
 impl Settler {
     /// Start writing. The task ends once every clone is gone and all that was sent is written or lost. `opened` is notified whenever another
     /// task of a user with a limit may run.
-    pub(crate) fn start(backend: Arc<dyn Backend>, leases: Leases, opened: Arc<Notify>) -> (Self, JoinHandle<()>) {
+    pub(crate) fn start(backend: Arc<dyn Worker>, leases: Leases, opened: Arc<Notify>) -> (Self, JoinHandle<()>) {
         let lane = |group_max| {
             let (sender, receiver) = mpsc::channel(UNFLUSHED_MAX);
             let (places, kib) = (Semaphore::new(UNFLUSHED_MAX), Semaphore::new(UNFLUSHED_KIB_MAX as usize));
@@ -143,7 +143,7 @@ impl Settler {
 
 /// What writes the settlements of one lane.
 struct Writer {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Worker>,
     leases: Leases,
     opened: Arc<Notify>,
     lane: group::Lane<Known>,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use laelaps_queue::{Backend, Error, LeaseAnswer, LeaseRef, Result, Update};
+use laelaps_queue::{Error, LeaseAnswer, LeaseRef, Result, Update, Worker};
 use tokio::sync::{mpsc, oneshot};
 
 /// Updates that wait for their transaction; an attempt beyond that waits with its update in hand.
@@ -24,13 +24,13 @@ struct Asked {
 
 impl Updates {
     /// Start writing. It ends once every clone is gone.
-    pub(crate) fn start(backend: Arc<dyn Backend>) -> Self {
+    pub(crate) fn start(backend: Arc<dyn Worker>) -> Self {
         let (sender, receiver) = mpsc::channel(WAITING_MAX);
         tokio::spawn(write_all(backend, receiver));
         Self(sender)
     }
 
-    /// As [`Backend::update_data`].
+    /// As [`Worker::update_data`].
     pub(crate) async fn update(&self, lease_ref: LeaseRef, members: Vec<u8>) -> Result<LeaseAnswer> {
         let (answer, answered) = oneshot::channel();
         let asked = Asked { update: Update { lease_ref, members }, answer };
@@ -39,7 +39,7 @@ impl Updates {
     }
 }
 
-async fn write_all(backend: Arc<dyn Backend>, mut receiver: mpsc::Receiver<Asked>) {
+async fn write_all(backend: Arc<dyn Worker>, mut receiver: mpsc::Receiver<Asked>) {
     let mut left_over: Option<Asked> = None;
     loop {
         let first = match left_over.take() {
@@ -67,7 +67,7 @@ async fn write_all(backend: Arc<dyn Backend>, mut receiver: mpsc::Receiver<Asked
     }
 }
 
-async fn write(backend: &dyn Backend, group: Vec<Asked>) {
+async fn write(backend: &dyn Worker, group: Vec<Asked>) {
     let (updates, answers): (Vec<Update>, Vec<_>) = group.into_iter().map(|asked| (asked.update, asked.answer)).unzip();
     // One alone may go a shorter way, and if one of several cannot be made now, the others are not to blame.
     let written = if updates.len() > 1 { backend.update_many(&updates).await.ok() } else { None };

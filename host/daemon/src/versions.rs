@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use laelaps_queue::{Backend, HostId, PluginVersion, Quarantine};
+use laelaps_queue::{HostId, PluginVersion, Quarantine, Worker};
 use tokio::sync::Notify;
 
 use crate::plugin::{Admissions, Control, Digest};
@@ -27,7 +27,7 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 pub(crate) struct Versions(Arc<Shared>);
 
 struct Shared {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Worker>,
     host: HostId,
     set: Mutex<Set>,
     /// Held while the set is written, so that what is written last holds.
@@ -62,7 +62,7 @@ pub(crate) struct Running {
 
 impl Versions {
     /// The versions of this host, of which none runs yet.
-    pub(crate) fn new(backend: Arc<dyn Backend>, host: HostId) -> Self {
+    pub(crate) fn new(backend: Arc<dyn Worker>, host: HostId) -> Self {
         Self(Arc::new(Shared {
             backend,
             host,

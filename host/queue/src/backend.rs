@@ -15,7 +15,8 @@ use crate::{
 /// Whether a write about an attempt still counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseAnswer {
-    /// The lease held, and the write is durable.
+    /// The lease held, and the write is durable. (On SQLite a renewal is durable with the next other write; a power loss that comes first ends
+    /// the attempt anyway.)
     Held,
     /// The lease had ended: nothing was changed.
     Lost,
@@ -38,7 +39,7 @@ pub struct Claim {
     /// Hand out tasks without looking at users (PerfectQueue's `disable_resource_limit`).
     pub ignore_users: bool,
     /// Which types the claimer can run. Only PerfectQueue's own table looks at it, where workers in Ruby can run what is left; a native queue
-    /// hands out every type, and a host answers one without a route by letting it wait. None: all.
+    /// hands out every type, and a host answers one that it cannot run by letting it wait. None: all.
     pub accepts: Option<Accepts>,
 }
 
@@ -315,32 +316,52 @@ pub enum SchemaStatus {
     },
 }
 
-/// A database that keeps tasks. Implementations pass the conformance suite in `tests/`.
-///
-/// All operations can be called at once from many threads. Dropping the future of a write leaves it either wholly done or not done.
+/// The tables of a queue, and whether they are as they have to be. See [`Backend`].
 #[async_trait]
-pub trait Backend: Debug + Send + Sync {
+pub trait Schema: Debug + Send + Sync {
     /// Bring the schema up to what this program needs. Safe to call twice, and by several hosts at once, also while hosts work. A newer schema
     /// that admits this program is left as it is.
     async fn init(&self) -> Result<Migration>;
 
-    /// What [`Backend::init`] would do now, oldest step first; empty if nothing. Changes nothing.
+    /// What [`Schema::init`] would do now, oldest step first; empty if nothing. Changes nothing.
     async fn plan(&self) -> Result<Vec<PlannedStep>>;
 
-    /// How the tables differ from those that [`Backend::init`] makes, each difference in words; empty if they do not. Somebody may have
-    /// altered or dropped one by hand. Only sensible while [`Backend::schema_status`] is [`SchemaStatus::Current`]: of a newer schema this program does not know the tables.
+    /// How the tables differ from those that [`Schema::init`] makes, each difference in words; empty if they do not. Somebody may have
+    /// altered or dropped one by hand. Only sensible while [`Schema::schema_status`] is [`SchemaStatus::Current`]: of a newer schema this program does not know the tables.
     async fn drift(&self) -> Result<Vec<String>>;
 
     /// Compare the schema with what this program needs.
     async fn schema_status(&self) -> Result<SchemaStatus>;
 
+    /// Compare every table with every other, and name each row that contradicts another: at most 1,000 findings, each in words with the
+    /// row's number. Empty if all is well. Reads one moment of the database; takes time that grows with it.
+    async fn audit(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// What of the tables works, and may surprise: a sentence each, for whoever checks an installation.
+    async fn warnings(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// Do what a host does, on rows of its own and in a transaction that is rolled back, and answer what it lacks for that: privileges, or
+    /// settings of the server that are in the way; each in words. Empty if a host could work. Waits for no lock longer than a
+    /// second.
+    async fn rehearse(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+}
+
+/// What a producer asks of a queue. See [`Backend`].
+#[async_trait]
+pub trait Producer: Debug + Send + Sync {
     /// The database's clock.
     async fn now(&self) -> Result<Timestamp>;
 
     /// Whether a task could be stored: its bounds, and what the tables have room for. Asks nobody.
     ///
     /// # Errors
-    /// As [`Backend::submit`].
+    /// As [`Producer::submit`].
     fn check(&self, task: &NewTask) -> Result<()> {
         task.check()
     }
@@ -352,13 +373,29 @@ pub trait Backend: Debug + Send + Sync {
     /// Store tasks as part of a caller's own transaction: they are there when it commits, and not at all if it rolls back.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidTask`] as [`Backend::submit`]; [`crate::Error::NotSupported`] if the transaction is on another kind of database, or
+    /// [`crate::Error::InvalidTask`] as [`Producer::submit`]; [`crate::Error::NotSupported`] if the transaction is on another kind of database, or
     /// this one has no other programs' transactions.
     async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
         let _ = tasks;
         Err(transaction.foreign("this database"))
     }
 
+    /// Make a held task claimable now. False if the queue has no held task of this key: it was released or dropped before.
+    async fn release_held(&self, key: &str) -> Result<bool>;
+
+    /// Remove a held task; its key is free again. False if the queue has no held task of this key.
+    async fn drop_held(&self, key: &str) -> Result<bool>;
+
+    /// The keys of held tasks that begin with `prefix`, in the order of their bytes, at most 10,000.
+    async fn held(&self, prefix: &str) -> Result<Vec<String>>;
+
+    /// Whether a task whose key begins with `prefix` is waiting (held ones included) or running. Costs the same at any number of other tasks.
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool>;
+}
+
+/// What a host asks of a queue: tasks, their leases and ends, and who is alive. See [`Backend`].
+#[async_trait]
+pub trait Worker: Debug + Send + Sync {
     /// Hand out waiting tasks under new leases.
     async fn claim(&self, claim: &Claim) -> Result<Claimed>;
 
@@ -374,7 +411,7 @@ pub trait Backend: Debug + Send + Sync {
     /// [`crate::Error::InvalidTask`] if `members` is not a JSON object or the merged data is too large.
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer>;
 
-    /// As [`Backend::update_data`] for several tasks, in one transaction where the database gains by it. Answers stand in the order of
+    /// As [`Worker::update_data`] for several tasks, in one transaction where the database gains by it. Answers stand in the order of
     /// `updates`; a refusal concerns its own update alone.
     ///
     /// # Errors
@@ -411,37 +448,13 @@ pub trait Backend: Debug + Send + Sync {
         Ok(Vec::new())
     }
 
-    /// Let a plugin version run again; its deaths count for nothing any more. False if it had none.
-    async fn release_plugin(&self, digest: &str) -> Result<bool> {
-        let _ = digest;
-        Ok(false)
-    }
-
-    /// Compare every table with every other, and name each row that contradicts another: at most 1,000 findings, each in words with the
-    /// row's number. Empty if all is well. Reads one moment of the database; takes time that grows with it.
-    async fn audit(&self) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    /// What of the tables works, and may surprise: a sentence each, for whoever checks an installation.
-    async fn warnings(&self) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
-    /// Do what a host does, on rows of its own and in a transaction that is rolled back, and answer what it lacks for that: privileges, or
-    /// settings of the server that are in the way; each in words. Empty if a host could work. Waits for no lock longer than a
-    /// second.
-    async fn rehearse(&self) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
     /// Take back what dead hosts and ended leases hold, and strike dead hosts off. `policy` decides what follows, by [`crate::decide`].
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed>;
 
-    /// Enter a host. It is alive until [`Backend::unregister_host`], or until its process ends, as far as the database can see that.
+    /// Enter a host. It is alive until [`Worker::unregister_host`], or until its process ends, as far as the database can see that.
     async fn register_host(&self, description: &HostDescription) -> Result<HostId>;
 
-    /// Strike a host off that holds no task any more; tasks it still holds are left to [`Backend::reclaim`].
+    /// Strike a host off that holds no task any more; tasks it still holds are left to [`Worker::reclaim`].
     async fn unregister_host(&self, host: HostId) -> Result<()>;
 
     /// Take back, in one transaction for each thousand, what the hosts with these identities hold, whether their leases have ended or not, and
@@ -465,24 +478,12 @@ pub trait Backend: Debug + Send + Sync {
     }
 
     /// Mark as gone those hosts that have given no sign since these were read: from now on they claim nothing, and what they hold is taken back by
-    /// [`Backend::hand_on`] or [`Backend::reclaim`]. One that has given another sign is left alone. Answers which of them have left by now, also
+    /// [`Worker::hand_on`] or [`Worker::reclaim`]. One that has given another sign is left alone. Answers which of them have left by now, also
     /// by the word of others.
     async fn mark_dead(&self, silent: &[Sign]) -> Result<Vec<HostId>> {
         let _ = silent;
         Ok(Vec::new())
     }
-
-    /// Make a held task claimable now. False if the queue has no held task of this key: it was released or dropped before.
-    async fn release_held(&self, key: &str) -> Result<bool>;
-
-    /// Remove a held task; its key is free again. False if the queue has no held task of this key.
-    async fn drop_held(&self, key: &str) -> Result<bool>;
-
-    /// The keys of held tasks that begin with `prefix`, in the order of their bytes, at most 10,000.
-    async fn held(&self, prefix: &str) -> Result<Vec<String>>;
-
-    /// Whether a task whose key begins with `prefix` is waiting (held ones included) or running. Costs the same at any number of other tasks.
-    async fn has_unsettled(&self, prefix: &str) -> Result<bool>;
 
     /// How many follow-ups that come from `root` have not ended, other than `task`; at most `limit`, and no more are counted. None if this
     /// queue does not keep it: PerfectQueue's table without ours beside it.
@@ -494,7 +495,24 @@ pub trait Backend: Debug + Send + Sync {
     /// Note which plugin versions (sha256, hexadecimal) a host serves, so that an attempt lost with it can be traced.
     async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()>;
 
-    /// The plugin versions that a host has served, in the order of [`Backend::note_plugins`]; empty if the back end has no place for them, or
+    /// Remove at most `limit` tasks whose retention has ended; answers how many.
+    async fn clean_up(&self, limit: u32) -> Result<u64>;
+
+    /// Wait for a hint that a claim may find something: a submit or a release in this process, or the database's own notice. Only a hint:
+    /// it can be missing or come for nothing, so callers poll as well.
+    async fn wakeup(&self);
+}
+
+/// What an operator asks of a queue. See [`Backend`].
+#[async_trait]
+pub trait Operator: Debug + Send + Sync {
+    /// Let a plugin version run again; its deaths count for nothing any more. False if it had none.
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        let _ = digest;
+        Ok(false)
+    }
+
+    /// The plugin versions that a host has served, in the order of [`Worker::note_plugins`]; empty if the back end has no place for them, or
     /// does not know the host.
     async fn host_plugins(&self, host: HostId) -> Result<Vec<String>>;
 
@@ -508,19 +526,19 @@ pub trait Backend: Debug + Send + Sync {
         Err(crate::Error::NotSupported { what: "naming a task by its number", why: "this queue does not know it".to_owned() })
     }
 
-    /// As [`Backend::cancel`], by number; also a task that was set aside as unreadable, which is removed at once.
+    /// As [`Operator::cancel`], by number; also a task that was set aside as unreadable, which is removed at once.
     ///
     /// # Errors
-    /// [`crate::Error::NoSuchId`], else as [`Backend::cancel`].
+    /// [`crate::Error::NoSuchId`], else as [`Operator::cancel`].
     async fn cancel_by_id(&self, id: TaskId, retention: Duration) -> Result<()> {
         let _ = (id, retention);
         Err(crate::Error::NotSupported { what: "naming a task by its number", why: "this queue does not know it".to_owned() })
     }
 
-    /// As [`Backend::retry`], by number.
+    /// As [`Operator::retry`], by number.
     ///
     /// # Errors
-    /// [`crate::Error::NoSuchId`], else as [`Backend::retry`].
+    /// [`crate::Error::NoSuchId`], else as [`Operator::retry`].
     async fn retry_by_id(&self, id: TaskId) -> Result<()> {
         let _ = id;
         Err(crate::Error::NotSupported { what: "naming a task by its number", why: "this queue does not know it".to_owned() })
@@ -544,14 +562,14 @@ pub trait Backend: Debug + Send + Sync {
     /// Make a waiting task due now, or give a failed or cancelled one a new life (its counters start again). Running and finished tasks
     /// are refused with [`crate::Error::WrongState`], and so are held ones, which only their holder releases.
     async fn retry(&self, key: &str) -> Result<()>;
+}
 
-    /// Remove at most `limit` tasks whose retention has ended; answers how many.
-    async fn clean_up(&self, limit: u32) -> Result<u64>;
-
-    /// Wait for a hint that a claim may find something: a submit or a release in this process, or the database's own notice. Only a hint:
-    /// it can be missing or come for nothing, so callers poll as well.
-    async fn wakeup(&self);
-
+/// A database that keeps tasks, whole. Who needs a part of it asks for that part: [`Schema`], [`Producer`], [`Worker`] or [`Operator`].
+/// Implementations pass the conformance suite in `tests/`.
+///
+/// All operations can be called at once from many threads. Dropping the future of a write leaves it either wholly done or not done.
+#[async_trait]
+pub trait Backend: Schema + Producer + Worker + Operator {
     /// Finish what is under way and close all connections.
     async fn close(&self);
 }

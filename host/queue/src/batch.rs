@@ -22,6 +22,7 @@ pub(crate) struct Row {
     pub(crate) user: String,
     pub(crate) max_running: Option<u32>,
     pub(crate) max_attempts: Option<u32>,
+    pub(crate) priority: i32,
     pub(crate) run_at: Option<i64>,
     /// The size of the data before compression.
     pub(crate) bytes: usize,
@@ -83,6 +84,7 @@ impl Row {
             user: task.user.clone().unwrap_or_default(),
             max_running: task.max_running,
             max_attempts: task.max_attempts,
+            priority: task.priority,
             run_at: if task.held { Some(NewTask::HELD_AT.0) } else { task.run_at.map(|moment| moment.0) },
             bytes: plain.len(),
             stored: data::compress(plain, task.compression),

@@ -1,6 +1,6 @@
-//! Whose task is next. Pure: the database brings the users and their oldest tasks, this picks.
+//! Whose task is next. Pure: the database brings the users and their first tasks, this picks.
 //!
-//! Users are picked one at a time by `max_running / (running + 1)`, highest first, then by the age of their oldest task. A user's oldest
+//! Users are picked one at a time by `max_running / (running + 1)`, highest first, then by the [`turn`] of their first task. A user's first
 //! ready task is its candidate, and the candidate's own `max_running` counts. Running is counted after each pick, so that a batch cannot
 //! overshoot. Tasks without a user stand for one user that never has anything running.
 //!
@@ -11,16 +11,33 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, VecDeque};
 
+use crate::NewTask;
+
 /// A user is aged that was passed over for more picks than this.
-pub(crate) const AGED_AFTER: i64 = 100;
+pub(crate) const AGED_AFTER: i64 = 64;
 /// One pick of this many goes to the user that is aged most, if any is.
 pub(crate) const AGED_EVERY: i64 = 8;
+
+/// So far apart are the turns of two priorities: more than all moments that a task may wait for.
+pub(crate) const PRIORITY_STEP: i64 = 1_000_000_000_000_000;
+
+/// Where a ready task stands among those of its user, in one number: the smaller is first. Tasks of a smaller priority come before others, and
+/// of one priority the older one. What somebody wrote into its row counts as the nearest that is allowed. The databases reckon the same.
+pub(crate) fn turn(priority: i64, run_at: i64) -> i64 {
+    let (least, most) = (i64::from(*NewTask::PRIORITIES.start()), i64::from(*NewTask::PRIORITIES.end()));
+    run_at.clamp(0, NewTask::HELD_AT.0) + priority.clamp(least, most) * PRIORITY_STEP
+}
+
+/// Whether a turn is one of the usual priority.
+pub(crate) fn is_usual(turn: i64) -> bool {
+    (0..PRIORITY_STEP).contains(&turn)
+}
 
 /// A ready task of a user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Candidate {
-    /// When it became ready, in milliseconds.
-    pub(crate) run_at: i64,
+    /// Its [`turn`].
+    pub(crate) turn: i64,
     /// Its row.
     pub(crate) task: i64,
     /// The most tasks of its user at once, as it sees it. None: no limit.
@@ -36,7 +53,7 @@ pub(crate) struct Account {
     pub(crate) running: i64,
     /// The number of the pick at which it was last picked, or came in.
     pub(crate) picked: i64,
-    /// Its oldest tasks, oldest first, as far as they are known.
+    /// Its first tasks, in their order, as far as they are known.
     pub(crate) candidates: VecDeque<Candidate>,
     /// What comes after them.
     pub(crate) rest: Rest,
@@ -76,7 +93,7 @@ struct Place {
     max_running: i64,
     /// Counted for the weight: none without a user.
     running: i64,
-    run_at: i64,
+    turn: i64,
     task: i64,
     account: usize,
     /// The account's running when the place was taken: tells a place that was overtaken by an aged pick.
@@ -90,7 +107,7 @@ impl Place {
         Some(Self {
             max_running: candidate.max_running.unwrap_or(1),
             running: if owner.user.is_empty() { 0 } else { owner.running },
-            run_at: candidate.run_at,
+            turn: candidate.turn,
             task: candidate.task,
             account,
             at_running: owner.running,
@@ -103,7 +120,7 @@ impl Ord for Place {
         // max / (running + 1) without rounding.
         let mine = i128::from(self.max_running) * (i128::from(other.running) + 1);
         let theirs = i128::from(other.max_running) * (i128::from(self.running) + 1);
-        mine.cmp(&theirs).then_with(|| (other.run_at, other.task).cmp(&(self.run_at, self.task)))
+        mine.cmp(&theirs).then_with(|| (other.turn, other.task).cmp(&(self.turn, self.task)))
     }
 }
 

@@ -39,8 +39,8 @@ mod sqlite;
 mod task;
 
 pub use backend::{
-    Accepts, Backend, Beat, Claim, Claimed, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, PlannedStep,
-    PluginVersion, Quarantine, Reclaimed, SchemaStatus, Transaction, Update,
+    Accepts, Backend, Beat, Claim, Claimed, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, Operator, PlannedStep,
+    PluginVersion, Producer, Quarantine, Reclaimed, Schema, SchemaStatus, Transaction, Update, Worker,
 };
 pub use config::{Config, Connections, Database, Kind, PerfectQueue, Tls};
 pub use error::{Error, Result};

@@ -59,8 +59,8 @@ use crate::batch::Batch;
 use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
-    Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
+    Schema, SchemaStatus, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker,
 };
 
 /// Submits at once that somebody may be in the way of: fewer than there are connections.
@@ -105,8 +105,8 @@ impl MySql {
         Ok(Self {
             access,
             steps: Arc::new(Steps::new(&schema::STEPS, config)),
+            marks: Arc::clone(&runner.marks),
             runner,
-            marks: Arc::default(),
             claims: Arc::default(),
             looked_for_primary: Arc::default(),
             repaired: Arc::default(),
@@ -119,7 +119,7 @@ impl MySql {
         })
     }
 
-    /// As [`Runner::run`]. What begins to wait may do so behind the marks.
+    /// As [`Runner::run`], and waits long for locks.
     async fn run<T, F>(&self, doing: &'static str, operation: F) -> Result<T>
     where
         T: Send + 'static,
@@ -134,9 +134,7 @@ impl MySql {
         T: Send + 'static,
         F: for<'s, 'c> Fn(&'s mut Session<'c>) -> Work<'s, T> + Send + Sync + 'static,
     {
-        let done = self.runner.run(waiting, doing, operation).await;
-        locked(&self.marks).hint();
-        done
+        self.runner.run(waiting, doing, operation).await
     }
 
     /// One row of a query, asked again if the connection was lost.
@@ -182,7 +180,7 @@ impl MySql {
 }
 
 #[async_trait]
-impl Backend for MySql {
+impl Schema for MySql {
     async fn init(&self) -> Result<Migration> {
         self.migrate().await
     }
@@ -203,6 +201,13 @@ impl Backend for MySql {
         self.rehearsed().await
     }
 
+    async fn audit(&self) -> Result<Vec<String>> {
+        self.compare_tables().await
+    }
+}
+
+#[async_trait]
+impl Producer for MySql {
     async fn now(&self) -> Result<Timestamp> {
         const NOW: &str = concat!("SELECT ", now!());
         let doing = "asking for the time";
@@ -226,6 +231,25 @@ impl Backend for MySql {
         Ok(answers)
     }
 
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        self.release(key).await
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        self.drop_from_hold(key).await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        self.held_keys(prefix).await
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        self.any_unsettled(prefix).await
+    }
+}
+
+#[async_trait]
+impl Worker for MySql {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
         self.claim_or_give_back(claim).await
     }
@@ -264,14 +288,6 @@ impl Backend for MySql {
         self.versions_under_quarantine().await
     }
 
-    async fn release_plugin(&self, digest: &str) -> Result<bool> {
-        self.release_version(digest).await
-    }
-
-    async fn audit(&self) -> Result<Vec<String>> {
-        self.compare_tables().await
-    }
-
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
         self.take_back(policy).await
     }
@@ -300,22 +316,6 @@ impl Backend for MySql {
         self.mark_hosts_dead(silent).await
     }
 
-    async fn release_held(&self, key: &str) -> Result<bool> {
-        self.release(key).await
-    }
-
-    async fn drop_held(&self, key: &str) -> Result<bool> {
-        self.drop_from_hold(key).await
-    }
-
-    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
-        self.held_keys(prefix).await
-    }
-
-    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
-        self.any_unsettled(prefix).await
-    }
-
     async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
         self.count_relatives(root, task, limit).await.map(Some)
     }
@@ -326,6 +326,21 @@ impl Backend for MySql {
 
     async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()> {
         self.note_versions(host, digests).await
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.remove_old(limit).await
+    }
+
+    async fn wakeup(&self) {
+        self.runner.wakeup.notified().await;
+    }
+}
+
+#[async_trait]
+impl Operator for MySql {
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        self.release_version(digest).await
     }
 
     async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
@@ -371,15 +386,10 @@ impl Backend for MySql {
     async fn retry(&self, key: &str) -> Result<()> {
         self.retry_by_hand(Name::Key(key.to_owned())).await
     }
+}
 
-    async fn clean_up(&self, limit: u32) -> Result<u64> {
-        self.remove_old(limit).await
-    }
-
-    async fn wakeup(&self) {
-        self.runner.wakeup.notified().await;
-    }
-
+#[async_trait]
+impl Backend for MySql {
     /// The hosts of this process leave, so that what they still hold comes back at once.
     async fn close(&self) {
         let hosts: Vec<HostId> = locked(&self.hosts).keys().copied().collect();

@@ -58,8 +58,8 @@ use crate::mysql::connect::Access;
 use crate::mysql::failure::Failure;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
-    Settlement, State, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
+    Schema, SchemaStatus, Settlement, State, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker,
 };
 
 /// How long closing waits for what is under way.
@@ -189,7 +189,7 @@ impl Shared {
 }
 
 #[async_trait]
-impl Backend for PerfectQueue {
+impl Schema for PerfectQueue {
     async fn init(&self) -> Result<Migration> {
         let shared = &self.shared;
         let done = async {
@@ -225,7 +225,10 @@ impl Backend for PerfectQueue {
     async fn schema_status(&self) -> Result<SchemaStatus> {
         Ok(self.columns("looking at the tables").await?.status(&self.shared.config))
     }
+}
 
+#[async_trait]
+impl Producer for PerfectQueue {
     async fn now(&self) -> Result<Timestamp> {
         self.shared.now().await
     }
@@ -261,6 +264,29 @@ impl Backend for PerfectQueue {
         submitted.await.map_err(|failure: Failure| failure.into_error("submitting tasks", &self.shared.access.place))
     }
 
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let released = self.shared.perform(hold::Release { key: key.to_owned(), earlier: Earlier::default() }).await?;
+        if released {
+            self.shared.wake();
+        }
+        Ok(released)
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        self.shared.perform(hold::Remove { key: key.to_owned(), earlier: Earlier::default() }).await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        self.shared.perform(hold::Keys { prefix: prefix.to_owned() }).await
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        self.shared.perform(hold::HasUnsettled { prefix: prefix.to_owned() }).await
+    }
+}
+
+#[async_trait]
+impl Worker for PerfectQueue {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
         self.shared.claim(claim).await
     }
@@ -329,36 +355,9 @@ impl Backend for PerfectQueue {
         self.shared.perform(deaths::Quarantined).await
     }
 
-    async fn release_plugin(&self, digest: &str) -> Result<bool> {
-        if !self.shared.config.side_table {
-            return Ok(false);
-        }
-        self.shared.perform(deaths::ReleasePlugin { digest: digest.to_owned(), earlier: Earlier::default() }).await
-    }
-
     /// The policy has its say when the tasks are met again, as with all leases here that were lost.
     async fn hand_on(&self, identities: &[String], _policy: &Policy) -> Result<Reclaimed> {
         self.shared.hand_on(identities).await
-    }
-
-    async fn release_held(&self, key: &str) -> Result<bool> {
-        let released = self.shared.perform(hold::Release { key: key.to_owned(), earlier: Earlier::default() }).await?;
-        if released {
-            self.shared.wake();
-        }
-        Ok(released)
-    }
-
-    async fn drop_held(&self, key: &str) -> Result<bool> {
-        self.shared.perform(hold::Remove { key: key.to_owned(), earlier: Earlier::default() }).await
-    }
-
-    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
-        self.shared.perform(hold::Keys { prefix: prefix.to_owned() }).await
-    }
-
-    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
-        self.shared.perform(hold::HasUnsettled { prefix: prefix.to_owned() }).await
     }
 
     async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
@@ -376,6 +375,24 @@ impl Backend for PerfectQueue {
     /// The version that ran an attempt is noted with its settlement; there is no place for more.
     async fn note_plugins(&self, _host: HostId, _digests: &[String]) -> Result<()> {
         Ok(())
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.shared.clean_up(limit).await
+    }
+
+    async fn wakeup(&self) {
+        self.shared.wakeup.notified().await;
+    }
+}
+
+#[async_trait]
+impl Operator for PerfectQueue {
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        if !self.shared.config.side_table {
+            return Ok(false);
+        }
+        self.shared.perform(deaths::ReleasePlugin { digest: digest.to_owned(), earlier: Earlier::default() }).await
     }
 
     async fn host_plugins(&self, _host: HostId) -> Result<Vec<String>> {
@@ -421,15 +438,10 @@ impl Backend for PerfectQueue {
     async fn retry(&self, key: &str) -> Result<()> {
         self.shared.retry(operate::Which::Key(key.to_owned())).await
     }
+}
 
-    async fn clean_up(&self, limit: u32) -> Result<u64> {
-        self.shared.clean_up(limit).await
-    }
-
-    async fn wakeup(&self) {
-        self.shared.wakeup.notified().await;
-    }
-
+#[async_trait]
+impl Backend for PerfectQueue {
     async fn close(&self) {
         self.shared.closes.send_replace(true);
         // A claim that waits for the lock ends at once; one in the middle of a statement ends by itself.

@@ -50,8 +50,8 @@ use crate::earlier::Earlier;
 use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
-    Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
+    Schema, SchemaStatus, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker,
 };
 
 /// A PostgreSQL database with tasks.
@@ -71,7 +71,7 @@ impl Postgres {
 }
 
 #[async_trait]
-impl Backend for Postgres {
+impl Schema for Postgres {
     async fn init(&self) -> Result<Migration> {
         let making = schema::MAKING_MAX;
         self.shared.run_long("creating the tables", making, |session| Box::pin(schema::migrate(session))).await
@@ -100,6 +100,13 @@ impl Backend for Postgres {
         Ok(warnings)
     }
 
+    async fn audit(&self) -> Result<Vec<String>> {
+        self.shared.run_long("comparing the tables", audit::TIME_MAX, |session| Box::pin(audit::audit(session))).await
+    }
+}
+
+#[async_trait]
+impl Producer for Postgres {
     async fn now(&self) -> Result<Timestamp> {
         const NOW: &str = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8";
         let now = self.shared.run("asking for the time", |session| {
@@ -136,6 +143,45 @@ impl Backend for Postgres {
         stored.map_err(|failure| failure.into_error("submitting tasks", self.shared.connections.place()))
     }
 
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        let released = self.shared.run("releasing a held task", move |session| {
+            let key = key.clone();
+            Box::pin(async move { operate::release_held(session, &key).await })
+        });
+        released.await
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        let asked = Arc::new((key.to_owned(), Earlier::default()));
+        let dropped = self.shared.run("dropping a held task", move |session| {
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { operate::drop_held(session, &asked.0, &asked.1).await })
+        });
+        dropped.await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        let prefix = prefix.to_owned();
+        let read = self.shared.run("reading held tasks", move |session| {
+            let prefix = prefix.clone();
+            Box::pin(async move { read::held(session, &prefix).await })
+        });
+        read.await
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        let prefix = prefix.to_owned();
+        let read = self.shared.run("looking for tasks that are not settled", move |session| {
+            let prefix = prefix.clone();
+            Box::pin(async move { read::has_unsettled(session, &prefix).await })
+        });
+        read.await
+    }
+}
+
+#[async_trait]
+impl Worker for Postgres {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
         let asked = Arc::new(claim::Asked::new(claim.clone()));
         let taken = self.shared.run_or_give_back(
@@ -147,6 +193,8 @@ impl Backend for Postgres {
             |shared, taken: claim::Taken| Box::pin(async move { taken.give_back(&shared).await }),
         );
         let mut taken = taken.await?;
+        let found = taken.value_mut().map_or(0, |taken| taken.len());
+        self.shared.listener.claimed(found, claim.limit);
         let broken = taken.value_mut().map(claim::Taken::open).unwrap_or_default();
         // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
         if !broken.is_empty()
@@ -207,19 +255,6 @@ impl Backend for Postgres {
         self.shared.run("reading plugin versions under quarantine", |session| Box::pin(versions::quarantined(session))).await
     }
 
-    async fn release_plugin(&self, digest: &str) -> Result<bool> {
-        let asked = Arc::new((digest.to_owned(), Earlier::default()));
-        let released = self.shared.run("releasing a plugin version", move |session| {
-            let asked = Arc::clone(&asked);
-            Box::pin(async move { versions::release(session, &asked.0, &asked.1).await })
-        });
-        released.await
-    }
-
-    async fn audit(&self) -> Result<Vec<String>> {
-        self.shared.run_long("comparing the tables", audit::TIME_MAX, |session| Box::pin(audit::audit(session))).await
-    }
-
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
         let asked = Arc::new((policy.clone(), Earlier::default()));
         let taken = self.shared.run("taking back lost tasks", move |session| {
@@ -265,42 +300,6 @@ impl Backend for Postgres {
         marked.await
     }
 
-    async fn release_held(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
-        let released = self.shared.run("releasing a held task", move |session| {
-            let key = key.clone();
-            Box::pin(async move { operate::release_held(session, &key).await })
-        });
-        released.await
-    }
-
-    async fn drop_held(&self, key: &str) -> Result<bool> {
-        let asked = Arc::new((key.to_owned(), Earlier::default()));
-        let dropped = self.shared.run("dropping a held task", move |session| {
-            let asked = Arc::clone(&asked);
-            Box::pin(async move { operate::drop_held(session, &asked.0, &asked.1).await })
-        });
-        dropped.await
-    }
-
-    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
-        let prefix = prefix.to_owned();
-        let read = self.shared.run("reading held tasks", move |session| {
-            let prefix = prefix.clone();
-            Box::pin(async move { read::held(session, &prefix).await })
-        });
-        read.await
-    }
-
-    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
-        let prefix = prefix.to_owned();
-        let read = self.shared.run("looking for tasks that are not settled", move |session| {
-            let prefix = prefix.clone();
-            Box::pin(async move { read::has_unsettled(session, &prefix).await })
-        });
-        read.await
-    }
-
     async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
         let counted = self.shared.run("counting follow-ups", move |session| {
             Box::pin(async move { read::relatives(session, root, task, limit).await })
@@ -319,6 +318,32 @@ impl Backend for Postgres {
             Box::pin(async move { versions::note_plugins(session, host, &digests).await })
         });
         noted.await
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        let earlier = Earlier::default();
+        let removed = self.shared.run("removing old tasks", move |session| {
+            let earlier = earlier.clone();
+            Box::pin(async move { operate::clean_up(session, limit, &earlier).await })
+        });
+        removed.await
+    }
+
+    async fn wakeup(&self) {
+        self.shared.listener.start(&self.shared);
+        self.shared.wakeup.notified().await;
+    }
+}
+
+#[async_trait]
+impl Operator for Postgres {
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        let asked = Arc::new((digest.to_owned(), Earlier::default()));
+        let released = self.shared.run("releasing a plugin version", move |session| {
+            let asked = Arc::clone(&asked);
+            Box::pin(async move { versions::release(session, &asked.0, &asked.1).await })
+        });
+        released.await
     }
 
     async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
@@ -375,21 +400,10 @@ impl Backend for Postgres {
     async fn retry(&self, key: &str) -> Result<()> {
         self.retry_one(Name::Key(key.to_owned())).await
     }
+}
 
-    async fn clean_up(&self, limit: u32) -> Result<u64> {
-        let earlier = Earlier::default();
-        let removed = self.shared.run("removing old tasks", move |session| {
-            let earlier = earlier.clone();
-            Box::pin(async move { operate::clean_up(session, limit, &earlier).await })
-        });
-        removed.await
-    }
-
-    async fn wakeup(&self) {
-        self.shared.listener.start(&self.shared);
-        self.shared.wakeup.notified().await;
-    }
-
+#[async_trait]
+impl Backend for Postgres {
     async fn close(&self) {
         self.shared.listener.stop();
         if !self.shared.end().await {

@@ -12,7 +12,7 @@ use crate::HostId;
 pub struct Sign {
     /// The host.
     pub host: HostId,
-    /// The identity under which it registered, for [`crate::Backend::hand_on`].
+    /// The identity under which it registered, for [`crate::Worker::hand_on`].
     pub identity: Option<String>,
     /// Another number with each sign that it gives.
     pub count: i64,

@@ -2,7 +2,8 @@
 //!
 //! Authority: the file. Any number of processes of one machine may use it at once; SQLite's lock lets one write at a time, and within a
 //! process all writes go through one connection (see [`writer`]). Reads run beside it on a few connections of their own. A commit is on the
-//! disk when it is answered (WAL, `synchronous=FULL`), so that a crash at any moment loses nothing and needs no repair.
+//! disk when it is answered (WAL, `synchronous=FULL`), so that a crash at any moment loses nothing and needs no repair. Only claims and renewals
+//! are not: after a power loss their tasks wait, as if nobody had claimed them.
 //!
 //! A host lives as long as its process holds a lock on a file of its own, in a folder beside the database (see [`hosts`]).
 
@@ -43,13 +44,13 @@ use tokio::sync::Notify;
 
 use self::neighbours::{Seen, Watch};
 use self::operate::Named;
-use self::writer::{Access, Original, Writer};
+use self::writer::{Access, Flush, Original, Writer};
 use crate::batch::Batch;
 use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Page, PlannedStep, PluginVersion, Policy, Quarantine, Reclaimed, Result, SchemaStatus,
-    Settlement, Stats, Submitted, Task, TaskId, Timestamp, Update,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
+    Schema, SchemaStatus, Settlement, Stats, Submitted, Task, TaskId, Timestamp, Update, Worker,
 };
 
 /// Connections that read.
@@ -229,7 +230,7 @@ async fn connect_with_patience(
 }
 
 #[async_trait]
-impl Backend for Sqlite {
+impl Schema for Sqlite {
     async fn init(&self) -> Result<Migration> {
         let (steps, path) = (Arc::clone(&self.steps), Arc::clone(&self.path));
         self.writer
@@ -256,6 +257,13 @@ impl Backend for Sqlite {
         schema::drift(&self.steps, &mut connection).await.map_err(|failure| failure.into_error(doing, &self.path))
     }
 
+    async fn audit(&self) -> Result<Vec<String>> {
+        audit::audit(&self.readers).await.map_err(self.reading("comparing the tables"))
+    }
+}
+
+#[async_trait]
+impl Producer for Sqlite {
     async fn now(&self) -> Result<Timestamp> {
         let now = sqlx::query_scalar(writer::NOW).fetch_one(&self.readers).await.map_err(self.reading("asking for the time"))?;
         Ok(Timestamp(now))
@@ -269,11 +277,33 @@ impl Backend for Sqlite {
         self.submits.submit(batch, &self.writer, &self.path).await
     }
 
+    async fn release_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        self.writer.run("releasing a held task", move |session| Box::pin(operate::release_held(session, key))).await
+    }
+
+    async fn drop_held(&self, key: &str) -> Result<bool> {
+        let key = key.to_owned();
+        self.writer.run("dropping a held task", move |session| Box::pin(operate::drop_held(session, key))).await
+    }
+
+    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
+        read::held(&self.readers, prefix).await.map_err(self.reading("reading held tasks"))
+    }
+
+    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
+        read::has_unsettled(&self.readers, prefix).await.map_err(self.reading("looking for tasks that are not settled"))
+    }
+}
+
+#[async_trait]
+impl Worker for Sqlite {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
         let (claim, host) = (claim.clone(), claim.host);
         let taken = self
             .writer
             .run_or_give_back(
+                Flush::Later,
                 "claiming tasks",
                 move |session| Box::pin(async move { claim::claim(session, &claim).await }),
                 claim::Taken::give_back,
@@ -296,7 +326,7 @@ impl Backend for Sqlite {
             return Ok(Vec::new());
         }
         let beats = keep::Beats::new(beats);
-        self.writer.run("renewing leases", move |session| Box::pin(beats.write(session))).await
+        self.writer.run_with(Flush::Later, "renewing leases", move |session| Box::pin(beats.write(session))).await
     }
 
     async fn settle(&self, settlements: &[Settlement]) -> Result<Vec<LeaseAnswer>> {
@@ -336,15 +366,6 @@ impl Backend for Sqlite {
         suspicion::quarantined(&self.readers).await.map_err(self.reading("reading the quarantine"))
     }
 
-    async fn release_plugin(&self, digest: &str) -> Result<bool> {
-        let digest = digest.to_owned();
-        self.writer.run("releasing a plugin version", move |session| Box::pin(suspicion::release(session, digest))).await
-    }
-
-    async fn audit(&self) -> Result<Vec<String>> {
-        audit::audit(&self.readers).await.map_err(self.reading("comparing the tables"))
-    }
-
     async fn reclaim(&self, policy: &Policy) -> Result<Reclaimed> {
         self.take_back(policy).await
     }
@@ -359,24 +380,6 @@ impl Backend for Sqlite {
 
     async fn hand_on(&self, identities: &[String], policy: &Policy) -> Result<Reclaimed> {
         self.hand_hosts_on(identities, policy).await
-    }
-
-    async fn release_held(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
-        self.writer.run("releasing a held task", move |session| Box::pin(operate::release_held(session, key))).await
-    }
-
-    async fn drop_held(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
-        self.writer.run("dropping a held task", move |session| Box::pin(operate::drop_held(session, key))).await
-    }
-
-    async fn held(&self, prefix: &str) -> Result<Vec<String>> {
-        read::held(&self.readers, prefix).await.map_err(self.reading("reading held tasks"))
-    }
-
-    async fn has_unsettled(&self, prefix: &str) -> Result<bool> {
-        read::has_unsettled(&self.readers, prefix).await.map_err(self.reading("looking for tasks that are not settled"))
     }
 
     async fn relatives(&self, root: TaskId, task: TaskId, limit: u32) -> Result<Option<u32>> {
@@ -395,6 +398,39 @@ impl Backend for Sqlite {
                 Box::pin(async move { hosts::note_plugins(session, host, &digests).await })
             })
             .await
+    }
+
+    async fn clean_up(&self, limit: u32) -> Result<u64> {
+        self.repair_accounts().await?;
+        if !operate::has_garbage(&self.readers).await.map_err(self.reading("looking for ended retention"))? {
+            return Ok(0);
+        }
+        let mut removed = 0;
+        loop {
+            let left = limit.saturating_sub(u32::try_from(removed).unwrap_or(u32::MAX));
+            let cleaning = self.writer.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, left)));
+            let (more, is_cut) = cleaning.await?;
+            removed += more;
+            if !is_cut || removed >= u64::from(limit) {
+                return Ok(removed);
+            }
+        }
+    }
+
+    async fn wakeup(&self) {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| {
+            let wakeup = Arc::clone(&self.wakeup);
+            Watch::start(&self.path, Arc::clone(&self.seen), self.writer.looker(), self.readers.clone(), wakeup)
+        });
+        self.wakeup.notified().await;
+    }
+}
+
+#[async_trait]
+impl Operator for Sqlite {
+    async fn release_plugin(&self, digest: &str) -> Result<bool> {
+        let digest = digest.to_owned();
+        self.writer.run("releasing a plugin version", move |session| Box::pin(suspicion::release(session, digest))).await
     }
 
     async fn host_plugins(&self, host: HostId) -> Result<Vec<String>> {
@@ -447,32 +483,10 @@ impl Backend for Sqlite {
         let named = Named::Id(id);
         self.writer.run("retrying a task", move |session| Box::pin(operate::retry(session, named))).await
     }
+}
 
-    async fn clean_up(&self, limit: u32) -> Result<u64> {
-        self.repair_accounts().await?;
-        if !operate::has_garbage(&self.readers).await.map_err(self.reading("looking for ended retention"))? {
-            return Ok(0);
-        }
-        let mut removed = 0;
-        loop {
-            let left = limit.saturating_sub(u32::try_from(removed).unwrap_or(u32::MAX));
-            let cleaning = self.writer.run("removing old tasks", move |session| Box::pin(operate::clean_up(session, left)));
-            let (more, is_cut) = cleaning.await?;
-            removed += more;
-            if !is_cut || removed >= u64::from(limit) {
-                return Ok(removed);
-            }
-        }
-    }
-
-    async fn wakeup(&self) {
-        self.watch.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| {
-            let wakeup = Arc::clone(&self.wakeup);
-            Watch::start(&self.path, Arc::clone(&self.seen), self.writer.looker(), self.readers.clone(), wakeup)
-        });
-        self.wakeup.notified().await;
-    }
-
+#[async_trait]
+impl Backend for Sqlite {
     async fn close(&self) {
         drop(self.watch.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.writer.close().await;

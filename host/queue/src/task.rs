@@ -142,9 +142,11 @@ pub struct NewTask {
     pub max_running: Option<u32>,
     /// The most counted attempts before it ends as failed; at least 1. None: no limit.
     pub max_attempts: Option<u32>,
+    /// -100 to 100. Of the tasks of one user, and of those without user, the smaller runs first; 0 is the usual one.
+    pub priority: i32,
     /// How the data is stored.
     pub compression: Compression,
-    /// Nobody may claim it, and no retention removes it, until [`crate::Backend::release_held`]. `run_at` counts for nothing then.
+    /// Nobody may claim it, and no retention removes it, until [`crate::Producer::release_held`]. `run_at` counts for nothing then.
     pub held: bool,
     /// Where a follow-up comes from; see [`ClaimedTask::descent`]. None: a producer submits it.
     pub descent: Option<Descent>,
@@ -165,6 +167,8 @@ impl NewTask {
     pub const NAME_BYTES_MAX: usize = 255;
     /// The most tasks of one submit.
     pub const BATCH_MAX: usize = 10_000;
+    /// What [`NewTask::priority`] may be.
+    pub const PRIORITIES: std::ops::RangeInclusive<i32> = -100..=100;
     /// The latest moment a task may wait for: the end of the year 9999.
     pub const RUN_AT_MAX: Timestamp = Timestamp(253_402_300_799_999);
     /// The `run_at` of a held task: one millisecond after the latest moment that a task may wait for, so never.
@@ -180,6 +184,7 @@ impl NewTask {
             user: None,
             max_running: None,
             max_attempts: None,
+            priority: 0,
             compression: Compression::None,
             held: false,
             descent: None,
@@ -209,6 +214,9 @@ impl NewTask {
         }
         if self.max_attempts == Some(0) {
             return Err(invalid("max_attempts is 0; it has to be at least 1".to_owned()));
+        }
+        if !Self::PRIORITIES.contains(&self.priority) {
+            return Err(invalid(format!("priority is {}; -100 to 100 are allowed", self.priority)));
         }
         if let Some(moment) = self.run_at.filter(|moment| *moment > Self::RUN_AT_MAX) {
             return Err(invalid(format!("run_at is {} ms, later than the year 9999", moment.0)));
@@ -317,6 +325,8 @@ pub struct Task {
     pub attempts: u32,
     /// The most counted attempts.
     pub max_attempts: Option<u32>,
+    /// Of its user's tasks, or of those without user, the smaller runs first.
+    pub priority: i32,
     /// How often it was lost with its host.
     pub lost: u32,
     /// When it was submitted.

@@ -60,15 +60,26 @@ impl Host for Imports {
     }
 
     fn submit(&self, request: SubmitRequest) -> Result<()> {
-        let compression = if request.gzip { imports::Compression::Gzip } else { imports::Compression::None };
-        let options = imports::SubmitOptions {
-            run_at: request.run_at_ms,
-            user: request.user,
-            max_running: request.max_running,
-            max_attempts: request.max_attempts,
-            compression,
-        };
-        imports::submit(&request.key, &request.kind, &request.data, &options).map_err(refused)
+        let submission = imports::Submission::new(&request.key, &request.kind);
+        if let Some(moment) = request.run_at_ms {
+            submission.run_at(moment);
+        }
+        if let Some(user) = &request.user {
+            submission.user(user);
+        }
+        if let Some(most) = request.max_running {
+            submission.max_running(most);
+        }
+        if let Some(most) = request.max_attempts {
+            submission.max_attempts(most);
+        }
+        if let Some(priority) = request.priority {
+            submission.priority(priority);
+        }
+        if request.gzip {
+            submission.compression(imports::Compression::Gzip);
+        }
+        submission.submit(&request.data).map_err(refused)
     }
 
     fn deadline_ms(&self) -> Option<u64> {

@@ -27,6 +27,7 @@ pub(crate) struct SubmitRequest {
     pub(crate) user: Option<String>,
     pub(crate) max_running: Option<u32>,
     pub(crate) max_attempts: Option<u32>,
+    pub(crate) priority: Option<i32>,
     pub(crate) gzip: bool,
 }
 

@@ -28,6 +28,7 @@ impl<'a> Submit<'a> {
             user: None,
             max_running: None,
             max_attempts: None,
+            priority: None,
             gzip: false,
         };
         Self { host, request, data: Ok(()) }
@@ -64,6 +65,12 @@ impl<'a> Submit<'a> {
     /// The most attempts before it ends as failed.
     pub fn max_attempts(mut self, most: u32) -> Self {
         self.request.max_attempts = Some(most);
+        self
+    }
+
+    /// From -100 to 100: of a user's tasks, and of those without user, the smaller runs first. Without this: 0.
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.request.priority = Some(priority);
         self
     }
 

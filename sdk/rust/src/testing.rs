@@ -79,6 +79,8 @@ pub struct Submitted {
     pub max_running: Option<u32>,
     /// The most attempts before it ends as failed.
     pub max_attempts: Option<u32>,
+    /// Of its user's tasks the smaller runs first; 0 is the usual one.
+    pub priority: i32,
     /// Whether its data is stored compressed.
     pub gzip: bool,
 }
@@ -320,6 +322,7 @@ impl Host for Double {
             user: request.user,
             max_running: request.max_running,
             max_attempts: request.max_attempts,
+            priority: request.priority.unwrap_or(0),
             gzip: request.gzip,
         });
         Ok(())

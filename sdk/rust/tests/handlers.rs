@@ -96,14 +96,22 @@ fn a_handler_may_have_an_error_of_its_own() {
 #[test]
 fn follow_ups_carry_their_options_and_are_dropped_with_a_failure() {
     let submit = |context: &Context| {
-        context.submit("next", "mail").data(&json!({ "a": 1 })).user("u").max_running(2).max_attempts(3).gzip().send()?;
+        context
+            .submit("next", "mail")
+            .data(&json!({ "a": 1 }))
+            .user("u")
+            .max_running(2)
+            .max_attempts(3)
+            .priority(-4)
+            .gzip()
+            .send()?;
         context.submit("bare", "mail").send()
     };
     let ended = Attempt::of(json!({})).run(submit);
     assert_eq!(ended.submitted.len(), 2);
     let next = &ended.submitted[0];
     assert_eq!((next.key.as_str(), &next.data, next.user.as_deref()), ("next", &json!({ "a": 1 }), Some("u")));
-    assert_eq!((next.max_running, next.max_attempts, next.gzip), (Some(2), Some(3), true));
+    assert_eq!((next.max_running, next.max_attempts, next.priority, next.gzip), (Some(2), Some(3), -4, true));
     assert_eq!(ended.submitted[1].data, json!({}));
 
     let ended = Attempt::of(json!({})).run(|context: &Context| {

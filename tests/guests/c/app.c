@@ -73,12 +73,14 @@ static bool submit(const task_t *task, outcome_t *outcome, failure_t *failure) {
   char text[300];
   snprintf(text, sizeof text, "%.*s-next", (int)task->key.len, (char *)task->key.ptr);
   plugin_string_t key = lent(text), kind = lent("silent");
-  laelaps_worker_context_submit_options_t options;
-  memset(&options, 0, sizeof options);
-  options.compression = LAELAPS_WORKER_CONTEXT_COMPRESSION_GZIP;
+  laelaps_worker_context_own_submission_t submission = laelaps_worker_context_constructor_submission(&key, &kind);
+  laelaps_worker_context_borrow_submission_t it = laelaps_worker_context_borrow_submission(submission);
+  laelaps_worker_context_method_submission_compression(it, LAELAPS_WORKER_CONTEXT_COMPRESSION_GZIP);
   plugin_list_u8_t data = {task->data.ptr, task->data.len};
   laelaps_worker_context_refusal_t refusal;
-  if (!laelaps_worker_context_submit(&key, &kind, &data, &options, &refusal)) return refused(failure, &refusal);
+  bool taken = laelaps_worker_context_method_submission_submit(it, &data, &refusal);
+  laelaps_worker_context_submission_drop_own(submission);
+  if (!taken) return refused(failure, &refusal);
   return finish(outcome, "{\"submitted\":1}", 15);
 }
 

@@ -6,7 +6,7 @@ import time
 from componentize_py_types import Err
 from wit_world import exports
 from wit_world.imports import context, log
-from wit_world.imports.context import Compression, Progress, SubmitOptions
+from wit_world.imports.context import Progress, Submission
 from wit_world.imports.types import (
     Failure,
     FailureKind,
@@ -93,10 +93,19 @@ def describe(task: Task, data: dict) -> dict:
 
 
 def submit(task: Task, data: dict) -> Outcome:
-    options = SubmitOptions(data.get("run_at_ms"), data.get("user"), data.get("max_running"), data.get("max_attempts"), Compression.NONE)
-    key = data.get("key", f"{task.key}-next")
+    submission = Submission(data.get("key", f"{task.key}-next"), data.get("kind", "silent"))
+    said = {
+        "run_at_ms": submission.run_at,
+        "user": submission.user,
+        "max_running": submission.max_running,
+        "max_attempts": submission.max_attempts,
+        "priority": submission.priority,
+    }
+    for name, say in said.items():
+        if data.get(name) is not None:
+            say(data[name])
     try:
-        context.submit(key, data.get("kind", "silent"), json.dumps(data.get("data", {})).encode(), options)
+        submission.submit(json.dumps(data.get("data", {})).encode())
     except Err as error:
         return finish({"submitted": 0, "code": error.value.code, "message": error.value.message})
     return finish({"submitted": 1})

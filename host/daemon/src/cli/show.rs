@@ -90,6 +90,7 @@ fn facts(task: &Task) -> Vec<(&'static str, String)> {
     ];
     let mut add = |name, value: Option<String>| facts.extend(value.map(|value| (name, value)));
     add("user", task.user.clone());
+    add("priority", (task.priority != 0).then(|| task.priority.to_string()));
     add("max_running", task.max_running.map(|limit| limit.to_string()));
     add("lost", (task.lost > 0).then(|| task.lost.to_string()));
     add("until", task.until.map(moment));

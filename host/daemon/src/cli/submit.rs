@@ -13,8 +13,8 @@ use super::{Complaint, Exit, Place};
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "A file holds one JSON object a line: {\"key\": ..., \"type\": ..., \"data\": {...}} and, if wanted, user, run_at, max_running, \
-                        max_attempts and gzip. Lines that cannot be submitted are named and passed over; a key that exists counts as submitted, so a \
+    after_help = "A file holds one JSON object a line: {\"key\": ..., \"type\": ..., \"data\": {...}} and, if wanted, user, run_at, priority, \
+                        max_running, max_attempts and gzip. Lines that cannot be submitted are named and passed over; a key that exists counts as submitted, so a \
                         mended file can be submitted again as a whole."
 )]
 pub(super) struct Arguments {
@@ -49,11 +49,14 @@ struct Options {
     /// Not before this moment: seconds since 1970, a time such as 2026-12-24T18:00:00Z, or a date (its beginning in UTC)
     #[arg(short = 't', long, value_name = "UNIXTIME", value_parser = line::moment_from_text, allow_negative_numbers = true)]
     run_at: Option<Timestamp>,
+    /// From -100 to 100: of a user's tasks, and of those without user, the smaller runs first [default: 0]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(i32).range(-100..=100), allow_negative_numbers = true)]
+    priority: Option<i32>,
     /// The most tasks of this user at once
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_running: Option<u32>,
     /// The most attempts before it fails
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), allow_negative_numbers = true)]
     max_attempts: Option<u32>,
     /// Store the data compressed
     #[arg(long)]
@@ -84,6 +87,7 @@ impl Options {
         NewTask {
             run_at: self.run_at,
             user: self.user.clone(),
+            priority: self.priority.unwrap_or(0),
             max_running: self.max_running,
             max_attempts: self.max_attempts,
             compression: if self.gzip { Compression::Gzip } else { Compression::None },

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Backend, Error, HostId, Policy, Sign};
+use laelaps_queue::{Error, HostId, Policy, Sign, Worker};
 use laelaps_watchdog::fleet::Health;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -50,7 +50,7 @@ pub(crate) struct Signs {
 
 impl Signs {
     /// Begin to give signs for a host that has just registered. `pulse` must notice within half of `timeout` that the host is not well.
-    pub(crate) fn start(backend: Arc<dyn Backend>, policy: Policy, pulse: Arc<Pulse>, host: HostId, timeout: Duration) -> Self {
+    pub(crate) fn start(backend: Arc<dyn Worker>, policy: Policy, pulse: Arc<Pulse>, host: HostId, timeout: Duration) -> Self {
         let (struck_off_sender, struck_off) = watch::channel(false);
         let (given_sender, given) = watch::channel(None);
         let giver = Giver { backend: Arc::clone(&backend), pulse, host, timeout, given: given_sender };
@@ -73,7 +73,7 @@ impl Drop for Signs {
 
 /// Gives signs. Nothing that takes long happens here, so that handing on what others had does not make this host seem dead.
 struct Giver {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Worker>,
     pulse: Arc<Pulse>,
     host: HostId,
     timeout: Duration,
@@ -125,7 +125,7 @@ impl Giver {
 
 /// Watches over the others.
 struct Watcher {
-    backend: Arc<dyn Backend>,
+    backend: Arc<dyn Worker>,
     policy: Policy,
     host: HostId,
     timeout: Duration,

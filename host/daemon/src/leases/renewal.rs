@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Backend, Beat, Error, LeaseAnswer, LeaseRef, Progress};
+use laelaps_queue::{Beat, Error, LeaseAnswer, LeaseRef, Progress, Worker};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::{Held, REQUESTS_MAX, Table, lock};
@@ -25,7 +25,7 @@ pub(super) struct Request {
 }
 
 pub(super) struct Renewer {
-    pub(super) backend: Arc<dyn Backend>,
+    pub(super) backend: Arc<dyn Worker>,
     pub(super) held: Arc<Mutex<Table>>,
     pub(super) incoming: mpsc::Receiver<Request>,
     pub(super) progressed: Arc<Notify>,

@@ -14,10 +14,12 @@ pub(super) mod v0_1 {
             "laelaps:worker/context.heartbeat": async | trappable,
             "laelaps:worker/context.update-data": async | trappable,
             "laelaps:worker/context.submit": async | trappable,
+            "laelaps:worker/context.[method]submission.submit": async | trappable,
             "laelaps:worker/context.deadline": async | trappable,
             default: trappable,
         },
         exports: { default: async },
+        with: { "laelaps:worker/context.submission": crate::plugin::submission::Submission },
     });
 }
 

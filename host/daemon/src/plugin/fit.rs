@@ -51,6 +51,17 @@ const OFFERED: [(&str, &[(&str, &str)]); 2] = [
             ("max-attempts", "func() -> option<u32>"),
             ("setting", "func(name: string) -> option<string>"),
             ("settings", "func() -> list<tuple<string, string>>"),
+            ("[constructor]submission", "func(key: string, kind: string) -> own<resource>"),
+            ("[method]submission.run-at", "func(self: borrow<resource>, moment: u64)"),
+            ("[method]submission.user", "func(self: borrow<resource>, user: string)"),
+            ("[method]submission.max-running", "func(self: borrow<resource>, most: u32)"),
+            ("[method]submission.max-attempts", "func(self: borrow<resource>, most: u32)"),
+            ("[method]submission.priority", "func(self: borrow<resource>, priority: s32)"),
+            ("[method]submission.compression", "func(self: borrow<resource>, compression: enum { none, gzip })"),
+            (
+                "[method]submission.submit",
+                "func(self: borrow<resource>, data: list<u8>) -> result<_, record { code: string, message: string }>",
+            ),
         ],
     ),
     (

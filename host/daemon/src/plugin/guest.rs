@@ -7,7 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Compression, NewTask, Progress, Timestamp};
+use laelaps_queue::{NewTask, Progress, Timestamp};
 use tokio::runtime::Handle;
 use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -17,6 +17,7 @@ use super::capture::{Capture, Level};
 use super::follow_ups::{FollowUps, Parent, Refused};
 use super::grants::{Files, FilesView};
 use super::limiter::MemoryLimiter;
+use super::submission::{compression, moment};
 use super::{Cancellation, Control, Limits, Services};
 
 /// The longest time for which a handler may hold its lease with one heartbeat.
@@ -88,7 +89,7 @@ impl Attempt {
     }
 
     /// The follow-up as it is to be stored, or why it is refused. Nothing is asked of the database.
-    fn check_follow_up(&self, task: NewTask) -> Result<NewTask, context::Refusal> {
+    pub(super) fn check_follow_up(&self, task: NewTask) -> Result<NewTask, context::Refusal> {
         refused(&task, self.services.check(&task))?;
         let Some(parent) = &self.parent else { return Err(lease_lost()) };
         let task = self.follow_up_grant.grant(parent, task, |task_type| self.services.leads_here(task_type))?;
@@ -109,7 +110,7 @@ impl Attempt {
     }
 
     /// Whether there is room for one more follow-up beside those that wait. The database is asked once for an attempt.
-    async fn check_waiting(&mut self) -> wasmtime::Result<Result<(), context::Refusal>> {
+    pub(super) async fn check_waiting(&mut self) -> wasmtime::Result<Result<(), context::Refusal>> {
         let relatives = match self.relatives {
             Some(relatives) => relatives,
             None => {
@@ -175,30 +176,15 @@ impl context::Host for Guest {
         data: Vec<u8>,
         options: context::SubmitOptions,
     ) -> wasmtime::Result<Result<(), context::Refusal>> {
-        if self.attempt.is_lease_lost() {
-            return Ok(Err(lease_lost()));
-        }
-        let task = NewTask {
-            run_at: options.run_at.map(|moment| Timestamp(i64::try_from(moment).unwrap_or(i64::MAX))),
+        self.take_follow_up(NewTask {
+            run_at: options.run_at.map(moment),
             user: options.user,
             max_running: options.max_running,
             max_attempts: options.max_attempts,
-            compression: match options.compression {
-                context::Compression::None => Compression::None,
-                context::Compression::Gzip => Compression::Gzip,
-            },
+            compression: compression(options.compression),
             ..NewTask::new(key, kind, data)
-        };
-        let task = match self.attempt.check_follow_up(task) {
-            Ok(task) => task,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        if let Err(refusal) = self.attempt.check_waiting().await? {
-            return Ok(Err(refusal));
-        }
-        self.attempt.follow_up_bytes += task.data.len() as u64;
-        self.attempt.follow_ups.push(task);
-        Ok(Ok(()))
+        })
+        .await
     }
 
     async fn deadline(&mut self) -> wasmtime::Result<Option<u64>> {

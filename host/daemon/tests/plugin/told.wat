@@ -5,6 +5,15 @@
   (import "context" "update-data" (func $update_data (param i32 i32 i32)))
   (import "context" "submit"
     (func $submit (param i32 i32 i32 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32 i32 i32 i32)))
+  (import "context" "submission" (func $submission (param i32 i32 i32 i32) (result i32)))
+  (import "context" "submission-run-at" (func $submission_run_at (param i32 i64)))
+  (import "context" "submission-user" (func $submission_user (param i32 i32 i32)))
+  (import "context" "submission-max-running" (func $submission_max_running (param i32 i32)))
+  (import "context" "submission-max-attempts" (func $submission_max_attempts (param i32 i32)))
+  (import "context" "submission-priority" (func $submission_priority (param i32 i32)))
+  (import "context" "submission-compression" (func $submission_compression (param i32 i32)))
+  (import "context" "submission-submit" (func $submission_submit (param i32 i32 i32 i32)))
+  (import "context" "submission-drop" (func $submission_drop (param i32)))
   (import "context" "deadline" (func $deadline (param i32)))
   (import "context" "created-at" (func $created_at (result i64)))
   (import "context" "max-attempts" (func $max_attempts (param i32)))
@@ -44,13 +53,13 @@
   (func (export "handle")
     (param $key i32) (param $key_length i32) (param $kind i32) (param $kind_length i32) (param $data i32) (param $data_length i32)
     (param $has_user i32) (param $user i32) (param $user_length i32) (param $attempt i32) (result i32)
-    (local $what i32)
+    (local $what i32) (local $submission i32)
     (global.set $at (local.get $data))
     (global.set $end (i32.add (local.get $data) (local.get $data_length)))
     (block $over
       (loop $next
         (br_if $over (i32.ge_u (global.get $at) (global.get $end)))
-        (local.set $what (i32.rem_u (call $byte) (i32.const 13)))
+        (local.set $what (i32.rem_u (call $byte) (i32.const 14)))
         (if (i32.eq (local.get $what) (i32.const 0)) (then
           (drop (call $heartbeat (call $flag) (call $long) (call $flag) (call $long) (call $pointer) (call $length) (call $flag) (call $long)))))
         (if (i32.eq (local.get $what) (i32.const 1)) (then (call $is_cancelled (call $answer))))
@@ -69,6 +78,16 @@
         ;; 11: what stands in its result is written by what it is told.
         (if (i32.eq (local.get $what) (i32.const 11)) (then
           (i32.store8 (i32.add (i32.const 512) (i32.and (call $byte) (i32.const 63))) (call $byte))))
+        (if (i32.eq (local.get $what) (i32.const 13)) (then
+          (local.set $submission (call $submission (call $pointer) (call $length) (call $pointer) (call $length)))
+          (if (call $flag) (then (call $submission_run_at (local.get $submission) (call $long))))
+          (if (call $flag) (then (call $submission_user (local.get $submission) (call $pointer) (call $length))))
+          (if (call $flag) (then (call $submission_max_running (local.get $submission) (call $word))))
+          (if (call $flag) (then (call $submission_max_attempts (local.get $submission) (call $word))))
+          (if (call $flag) (then (call $submission_priority (local.get $submission) (call $word))))
+          (if (call $flag) (then (call $submission_compression (local.get $submission) (call $flag))))
+          (call $submission_submit (local.get $submission) (call $pointer) (call $length) (call $answer))
+          (if (call $flag) (then (call $submission_drop (local.get $submission))))))
         (if (i32.eq (local.get $what) (i32.const 12)) (then (br_if $over (i32.eqz (i32.and (call $byte) (i32.const 7))))))
         (br $next)))
     (if (i32.lt_u (call $byte) (i32.const 250)) (then (return (i32.const 512))))

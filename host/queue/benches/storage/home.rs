@@ -24,6 +24,7 @@ pub(crate) struct Fresh {
 pub(crate) fn has_part(database: &str, part: &str) -> bool {
     match part {
         "pinned" => database == "postgres",
+        "producers" => database != "sqlite",
         "perfectqueue" => database == "mariadb",
         _ => true,
     }

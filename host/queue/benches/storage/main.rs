@@ -13,6 +13,7 @@ mod home;
 mod path;
 mod perfectqueue;
 mod pinned;
+mod producers;
 mod raw;
 mod report;
 mod statements;
@@ -54,6 +55,7 @@ async fn measure(database: &'static str, words: &Words, report: &mut Report) {
         report.say(format!("\n{}: {part}", home.name()));
         match part {
             "submit" => submit::measure(&home, words, report).await,
+            "producers" => producers::measure(&home, words, report).await,
             "path" => path::measure(&home, words, report).await,
             "backlog" => backlog::measure(&home, words, report).await,
             "finished" => finished::measure(&home, words, report).await,

@@ -20,7 +20,7 @@ const SHARE: u32 = 20;
 
 const LATE: &str = "slow-producer";
 /// A look from the head, without its locks.
-const LOOK: &str = "SELECT ctid::text FROM laelaps.ready WHERE user_name = '' ORDER BY run_at, task LIMIT 500";
+const LOOK: &str = "SELECT ctid::text FROM laelaps.ready WHERE user_name = '' ORDER BY turn, task LIMIT 500";
 
 /// What the claims met.
 #[derive(Default)]

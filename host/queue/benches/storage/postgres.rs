@@ -60,13 +60,13 @@ async fn of_the_same_layout(home: &Home, count: usize, batch: usize, connections
 
 async fn raw_work(connection: &mut PgConnection, batch: usize) -> usize {
     const CLAIM: &str = "WITH chosen AS MATERIALIZED (
-            SELECT ctid AS place, run_at, task FROM laelaps.ready WHERE user_name = '' AND (run_at, task) >= ($2, $3)
-            ORDER BY run_at, task LIMIT $1 FOR UPDATE SKIP LOCKED),
+            SELECT ctid AS place, turn, task FROM laelaps.ready WHERE user_name = '' AND (turn, task) >= ($2, $3)
+            ORDER BY turn, task LIMIT $1 FOR UPDATE SKIP LOCKED),
         gone AS (DELETE FROM laelaps.ready WHERE ctid = ANY(ARRAY(SELECT place FROM chosen))),
         taken AS (
             UPDATE laelaps.task SET state = 'running', lease = nextval('laelaps.lease_number'), host = 1,
                 until = (extract(epoch FROM statement_timestamp()) * 1000)::int8 + 300000
-            WHERE id = ANY(ARRAY(SELECT task FROM chosen)) RETURNING id, lease, key, type, data, run_at)
+            WHERE id = ANY(ARRAY(SELECT task FROM chosen)) RETURNING id, lease, key, type, data, turn)
         SELECT * FROM taken";
     const FINISH: &str = "WITH done AS (
             UPDATE laelaps.task SET state = 'finished', until = NULL, event = 'finish', attempts = attempts + 1, plugin = 1,

@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     alone          TINYINT        NOT NULL DEFAULT 0,
     created_at     BIGINT         NOT NULL,
     run_at         BIGINT         NOT NULL,
+    priority       TINYINT        NOT NULL DEFAULT 0,
     -- The number, host and end of the last claim; until is only set while it runs. Before the first claim the number is that of the submit
     -- that stored the task, negative.
     lease          BIGINT         NOT NULL DEFAULT 0,
@@ -39,11 +40,15 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           BIGINT,
     depth          INT UNSIGNED,
+    -- Where it stands among the ready tasks of its user: by priority, and of one priority by time. The smaller is first.
+    turn           BIGINT         GENERATED ALWAYS AS (LEAST(GREATEST(run_at, 0), 253402300800000)
+                       + LEAST(GREATEST(CAST(priority AS SIGNED), -100), 100) * 1000000000000000) VIRTUAL,
     PRIMARY KEY (id),
     UNIQUE KEY by_key (`key`),
     CONSTRAINT laelaps_task_until CHECK ((state = 'running') = (until <> 0)),
     CONSTRAINT laelaps_task_finished_at CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at <> 0)),
-    CONSTRAINT laelaps_task_retained_until CHECK ((finished_at = 0) = (retained_until = 0))
+    CONSTRAINT laelaps_task_retained_until CHECK ((finished_at = 0) = (retained_until = 0)),
+    CONSTRAINT laelaps_task_priority CHECK (priority BETWEEN -100 AND 100)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- Data apart from the task, so that a claim and a settlement rewrite a narrow row. As submitted, or gzip; in parts, so that no statement
@@ -58,21 +63,21 @@ CREATE TABLE IF NOT EXISTS laelaps_task_data (
     PRIMARY KEY (task, part)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- What may be claimed now, oldest first: tasks without user, and tasks of users. The second index is for who does not look at users.
+-- What may be claimed now, in the order of turns: tasks without user, and tasks of users. The second index is for who does not look at users.
 CREATE TABLE IF NOT EXISTS laelaps_ready (
-    run_at      BIGINT NOT NULL,
+    turn        BIGINT NOT NULL,
     task        BIGINT NOT NULL,
     max_running INT UNSIGNED,
-    PRIMARY KEY (run_at, task)
+    PRIMARY KEY (turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 CREATE TABLE IF NOT EXISTS laelaps_ready_of_user (
     user        VARBINARY(255) NOT NULL,
-    run_at      BIGINT         NOT NULL,
+    turn        BIGINT         NOT NULL,
     task        BIGINT         NOT NULL,
     max_running INT UNSIGNED,
-    PRIMARY KEY (user, run_at, task),
-    KEY in_time (run_at, task)
+    PRIMARY KEY (user, turn, task),
+    KEY in_turn (turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- What is not due yet. Moves to where it is ready, or to suspect, in batches when it is. A held task is here with a run_at that never comes,
@@ -86,21 +91,21 @@ CREATE TABLE IF NOT EXISTS laelaps_scheduled (
 -- What was lost with its host too often to run in company, and is due. A host that ends its work to run it has it reserved for itself until
 -- then; 0 is nobody.
 CREATE TABLE IF NOT EXISTS laelaps_suspect (
-    run_at BIGINT NOT NULL,
+    turn   BIGINT NOT NULL,
     task   BIGINT NOT NULL,
     host   BIGINT NOT NULL DEFAULT 0,
     until  BIGINT NOT NULL DEFAULT 0,
-    PRIMARY KEY (run_at, task)
+    PRIMARY KEY (turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- A user with work that is ready or running. Only who holds the counter's row writes here, so that claims of users' tasks follow each other;
--- everybody else leaves a change, which the next such claim folds in. The head is the oldest ready task: the user's candidate. A user is open
+-- everybody else leaves a change, which the next such claim folds in. The head is the first ready task: the user's candidate. A user is open
 -- while its candidate may run. The least weight is next: index entries are in ascending order on every server. Users whose candidate has no
 -- limit are found by an index of their own, in which all others are NULL: what a claim changes of those writes nothing there.
 CREATE TABLE IF NOT EXISTS laelaps_account (
     user      VARBINARY(255) NOT NULL,
     running   BIGINT         NOT NULL DEFAULT 0,
-    head_at   BIGINT,
+    head_turn BIGINT,
     head_task BIGINT,
     head_max  INT UNSIGNED,
     -- The number of the pick at which it was last picked, or entered.
@@ -108,14 +113,14 @@ CREATE TABLE IF NOT EXISTS laelaps_account (
     open      TINYINT        GENERATED ALWAYS AS (head_task IS NOT NULL AND (head_max IS NULL OR running < GREATEST(head_max, 1))) STORED,
     weight    DOUBLE         GENERATED ALWAYS AS (- (COALESCE(head_max, 1) / (running + 1e0))) STORED,
     free_weight DOUBLE        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, - (1 / (running + 1e0)))) STORED,
-    free_at     BIGINT        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, head_at)) STORED,
+    free_turn   BIGINT        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, head_turn)) STORED,
     PRIMARY KEY (user),
-    KEY by_weight (open, weight, head_at, head_task),
-    KEY without_limit (free_weight, free_at),
+    KEY by_weight (open, weight, head_turn, head_task),
+    KEY without_limit (free_weight, free_turn),
     KEY by_age (open, picked)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- Changes to users' accounts that are not folded in yet: so many more run, and the oldest ready task may be another one.
+-- Changes to users' accounts that are not folded in yet: so many more run, and the first ready task may be another one.
 CREATE TABLE IF NOT EXISTS laelaps_account_change (
     id      BIGINT         NOT NULL AUTO_INCREMENT,
     user    VARBINARY(255) NOT NULL,
@@ -280,8 +285,9 @@ CREATE TABLE IF NOT EXISTS laelaps_tally (
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- For producers that speak SQL, in a transaction of their own or without:
---     CALL laelaps_submit('report-7', 'report', '{"month": 7}', NULL, NULL, NULL, NULL)
--- A key that the queue has already is left alone. `run_at` in milliseconds since 1970; NULL, or a moment that has passed, is at once. Hosts
+--     CALL laelaps_submit('report-7', 'report', '{"month": 7}', NULL)
+--     CALL laelaps_submit('report-7', 'report', '{"month": 7}', '{"user": "ann", "priority": -10}')
+-- The options are the members of a JSON object, the same as everywhere: see docs/tasks.md. A key that the queue has already is left alone. Hosts
 -- find the task when they poll. Who may EXECUTE it needs no privilege on the tables. An error takes back what the call has done, and only
 -- that; without a transaction around it the call is one of its own, which a savepoint that does not last tells.
 DROP PROCEDURE IF EXISTS laelaps_submit;
@@ -289,7 +295,7 @@ DROP PROCEDURE IF EXISTS laelaps_submit;
 DELIMITER //
 CREATE PROCEDURE laelaps_submit(
     IN task_key LONGTEXT CHARACTER SET utf8mb4, IN task_type LONGTEXT CHARACTER SET utf8mb4, IN task_data LONGTEXT CHARACTER SET utf8mb4,
-    IN task_user LONGTEXT CHARACTER SET utf8mb4, IN task_max_running BIGINT, IN task_max_attempts BIGINT, IN task_run_at BIGINT
+    IN task_options LONGTEXT CHARACTER SET utf8mb4
 )
     MODIFIES SQL DATA
     SQL SECURITY DEFINER
@@ -297,8 +303,10 @@ BEGIN
     DECLARE on_its_own INT DEFAULT 0;
     DECLARE now_ms BIGINT DEFAULT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000;
     DECLARE plain LONGBLOB DEFAULT CAST(COALESCE(task_data, '{}') AS BINARY);
-    DECLARE owner VARBINARY(255) DEFAULT '';
-    DECLARE starts_at BIGINT;
+    DECLARE owner LONGTEXT CHARACTER SET utf8mb4 DEFAULT '';
+    DECLARE urgency, at_once, attempts_max BIGINT;
+    DECLARE starts_at BIGINT DEFAULT now_ms;
+    DECLARE place BIGINT;
     DECLARE id BIGINT;
     DECLARE part INT DEFAULT 0;
     DECLARE part_bytes INT DEFAULT LEAST(4194304, @@max_allowed_packet DIV 4);
@@ -306,7 +314,11 @@ BEGIN
     DECLARE ended_state VARCHAR(10) CHARACTER SET utf8mb4;
     DECLARE rest LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
     DECLARE length_before BIGINT;
-    DECLARE depth INT DEFAULT 0;
+    DECLARE depth INT;
+    DECLARE document LONGTEXT CHARACTER SET utf8mb4 DEFAULT task_data;
+    DECLARE wrong VARCHAR(255) CHARACTER SET utf8mb4 DEFAULT 'data: a JSON object as text, at most 16777216 bytes';
+    DECLARE members, said LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
+    DECLARE kind, name VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
     DECLARE EXIT HANDLER FOR SQLEXCEPTION
     BEGIN
         IF on_its_own = 1 THEN
@@ -327,52 +339,125 @@ BEGIN
     IF task_type IS NULL OR LENGTH(task_type) NOT BETWEEN 1 AND 255 OR task_type REGEXP '[\\x{00}-\\x{1f}\\x{7f}-\\x{9f}]' THEN
         SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'type: 1 to 255 bytes of text, without control characters';
     END IF;
-    IF LENGTH(task_user) > 255 OR task_user REGEXP '[\\x{00}-\\x{1f}\\x{7f}-\\x{9f}]' THEN
-        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'user: at most 255 bytes of text, without control characters';
-    END IF;
     IF LENGTH(plain) > 16777216 THEN
-        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
     END IF;
-    IF task_data IS NOT NULL AND VERSION() LIKE '%MariaDB%' THEN
-        -- Its JSON functions take what is not JSON, {"a":1.} for example, and nothing deep. So strings become a sign that JSON has not, other scalars
-        -- 0, and then the innermost objects and arrays 0, until one 0 is left of all.
-        SET rest = REGEXP_REPLACE(task_data COLLATE utf8mb4_bin,
-            '"(?:[^"\\\\\\x{00}-\\x{1f}]++|\\\\(?:["\\\\/bfnrt]|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}\\\\u[dD][c-fC-F][0-9a-fA-F]{2}))*+"', CHAR(1));
-        SET rest = REGEXP_REPLACE(rest, '-?(?:0|[1-9][0-9]*+)(?:\\.[0-9]++)?(?:[eE][+-]?[0-9]++)?|true|false|null', '0');
-        SET rest = REGEXP_REPLACE(rest, '[ \\t\\n\\r]++', '');
-        IF LEFT(rest, 1) = '{' AND INSTR(task_data, CHAR(1)) = 0 THEN
-            REPEAT
-                SET length_before = CHAR_LENGTH(rest);
-                SET rest = REGEXP_REPLACE(rest,
-                    '\\{(?:\\x{01}:[0\\x{01}](?:,\\x{01}:[0\\x{01}])*+)?\\}|\\[(?:[0\\x{01}](?:,[0\\x{01}])*+)?\\]', '0');
-                SET depth = depth + 1;
-            UNTIL CHAR_LENGTH(rest) = length_before OR depth = 1000 END REPEAT;
-        ELSE
-            SET rest = '';
+    -- The data, then the options.
+    checking: LOOP
+        SET depth = 0;
+        IF document IS NOT NULL AND VERSION() LIKE '%MariaDB%' THEN
+            -- Its JSON functions take what is not JSON, {"a":1.} for example, and nothing deep. So strings become a sign that JSON has not, other scalars
+            -- 0, and then the innermost objects and arrays 0, until one 0 is left of all.
+            SET rest = REGEXP_REPLACE(document COLLATE utf8mb4_bin,
+                '"(?:[^"\\\\\\x{00}-\\x{1f}]++|\\\\(?:["\\\\/bfnrt]|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}|u[dD][89abAB][0-9a-fA-F]{2}\\\\u[dD][c-fC-F][0-9a-fA-F]{2}))*+"', CHAR(1));
+            SET rest = REGEXP_REPLACE(rest, '-?(?:0|[1-9][0-9]*+)(?:\\.[0-9]++)?(?:[eE][+-]?[0-9]++)?|true|false|null', '0');
+            SET rest = REGEXP_REPLACE(rest, '[ \\t\\n\\r]++', '');
+            IF LEFT(rest, 1) = '{' AND INSTR(document, CHAR(1)) = 0 THEN
+                REPEAT
+                    SET length_before = CHAR_LENGTH(rest);
+                    SET rest = REGEXP_REPLACE(rest,
+                        '\\{(?:\\x{01}:[0\\x{01}](?:,\\x{01}:[0\\x{01}])*+)?\\}|\\[(?:[0\\x{01}](?:,[0\\x{01}])*+)?\\]', '0');
+                    SET depth = depth + 1;
+                UNTIL CHAR_LENGTH(rest) = length_before OR depth = 1000 END REPEAT;
+            ELSE
+                SET rest = '';
+            END IF;
+            IF rest <> '0' THEN
+                SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
+            END IF;
+        ELSEIF document IS NOT NULL THEN
+            -- Its JSON functions take what follows a NUL, and refuse numbers beyond a double: with an exponent of 0 these are looked at once more.
+            SET rest = IF(JSON_VALID(document), document, REGEXP_REPLACE(document, '([0-9])[eE][+-]?[0-9]+', '$1e0'));
+            IF NOT JSON_VALID(rest) OR INSTR(CAST(document AS BINARY), x'00') > 0 THEN
+                SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
+            ELSEIF JSON_TYPE(rest) <> 'OBJECT' THEN
+                SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
+            END IF;
         END IF;
-        IF rest <> '0' THEN
-            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+        IF task_options IS NULL OR wrong LIKE 'options:%' THEN
+            LEAVE checking;
         END IF;
-    ELSEIF task_data IS NOT NULL THEN
-        -- Its JSON functions take what follows a NUL, and refuse numbers beyond a double: with an exponent of 0 these are looked at once more.
-        SET rest = IF(JSON_VALID(task_data), task_data, REGEXP_REPLACE(task_data, '([0-9])[eE][+-]?[0-9]+', '$1e0'));
-        IF NOT JSON_VALID(rest) OR INSTR(CAST(task_data AS BINARY), x'00') > 0 THEN
-            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
-        ELSEIF JSON_TYPE(rest) <> 'OBJECT' THEN
-            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'data: a JSON object as text, at most 16777216 bytes';
+        SET document = task_options, wrong = 'options: a JSON object as text, at most 65536 bytes';
+        IF LENGTH(document) > 65536 THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
+        END IF;
+    END LOOP;
+    IF task_options IS NOT NULL THEN
+        IF REPLACE(task_options, '\\\\', '') LIKE '%\\\\u0000%' THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'options: no text holds a \\u0000';
+        END IF;
+        SET members = JSON_KEYS(task_options), depth = 0;
+        WHILE depth < JSON_LENGTH(members) DO
+            SET said = JSON_UNQUOTE(JSON_EXTRACT(members, CONCAT('$[', depth, ']'))), depth = depth + 1;
+            IF said NOT IN ('user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip') THEN
+                SET wrong = CONCAT('options: no option is called "', LEFT(said, 24),
+                    '"; there are user, run_at, priority, max_running, max_attempts and gzip');
+                SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
+            END IF;
+        END WHILE;
+        -- Servers keep one of two members of a name. Without the values, which are no objects, only the names have quotes.
+        SET said = REGEXP_REPLACE(task_options, ':[ \\t\\n\\r]*("([^"\\\\]|\\\\.)*"|[^",}]*)', '');
+        IF INSTR(said, '\\') > 0 THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'options: their names are written without escapes';
+        ELSEIF CHAR_LENGTH(said) - CHAR_LENGTH(REPLACE(said, '"', '')) > 2 * JSON_LENGTH(members) THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'options: one of them is there twice';
+        END IF;
+        WHILE depth > 0 DO
+            SET depth = depth - 1, name = JSON_UNQUOTE(JSON_EXTRACT(members, CONCAT('$[', depth, ']'))), wrong = NULL;
+            SET document = JSON_EXTRACT(task_options, CONCAT('$.', name)), kind = JSON_TYPE(JSON_EXTRACT(task_options, CONCAT('$.', name)));
+            SET said = JSON_UNQUOTE(document);
+            CASE
+                WHEN kind = 'NULL' THEN SET said = NULL;
+                WHEN name = 'user' THEN
+                    IF kind <> 'STRING' OR LENGTH(said) > 255 OR said REGEXP '[\\x{00}-\\x{1f}\\x{7f}-\\x{9f}]' THEN
+                        SET wrong = 'at most 255 bytes of text, without control characters';
+                    END IF;
+                    SET owner = said;
+                WHEN name = 'gzip' THEN
+                    IF kind <> 'BOOLEAN' OR said <> 'false' THEN
+                        SET wrong = 'false; what is submitted in SQL is not compressed';
+                    END IF;
+                WHEN name = 'run_at' THEN
+                    SET starts_at = NULL;
+                    BEGIN
+                        -- A date that there is not, or a number that is too large.
+                        DECLARE CONTINUE HANDLER FOR SQLEXCEPTION BEGIN END;
+                        IF kind IN ('INTEGER', 'UNSIGNED INTEGER', 'DOUBLE', 'DECIMAL') THEN
+                            SET starts_at = ROUND(GREATEST(CAST(said AS DOUBLE), -1) * 1000);
+                        ELSEIF kind = 'STRING' AND said REGEXP
+                            '^[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2}))?$' THEN
+                            SET starts_at = TIMESTAMPDIFF(MICROSECOND, '1970-01-01', CAST(CONCAT(LEFT(said, 10), ' ', IF(CHAR_LENGTH(said) = 10,
+                                '00:00', REGEXP_REPLACE(SUBSTRING(said, 12), '(Z|[+-][0-9]{2}:[0-9]{2})$', ''))) AS DATETIME(6))) DIV 1000
+                                - IF(said REGEXP '[+-][0-9]{2}:[0-9]{2}$', 60000 * (60 * SUBSTRING(said, -5, 2) + RIGHT(said, 2))
+                                    * IF(SUBSTRING(said, -6, 1) = '-', -1, 1), 0);
+                        END IF;
+                    END;
+                    IF COALESCE(starts_at > 253402300799999, TRUE) THEN
+                        SET wrong = 'seconds since 1970, a time with its offset such as 2026-12-24T18:00:00Z, or a date, up to the year 9999';
+                    END IF;
+                WHEN kind NOT IN ('INTEGER', 'UNSIGNED INTEGER') OR NOT said REGEXP '^(0|-?[1-9][0-9]{0,9})$' THEN
+                    SET wrong = 'a whole number';
+                WHEN name = 'priority' AND said NOT BETWEEN -100 AND 100 THEN SET wrong = 'a whole number from -100 to 100';
+                WHEN name = 'max_running' AND said NOT BETWEEN 0 AND 4294967295 THEN SET wrong = 'a whole number from 0 to 4294967295';
+                WHEN name = 'max_attempts' AND said NOT BETWEEN 1 AND 4294967295 THEN SET wrong = 'a whole number from 1 to 4294967295';
+                WHEN name = 'priority' THEN SET urgency = said;
+                WHEN name = 'max_running' THEN SET at_once = said;
+                ELSE SET attempts_max = said;
+            END CASE;
+            IF wrong = 'a whole number' THEN
+                SET wrong = CONCAT(wrong, CASE name WHEN 'priority' THEN ' from -100 to 100' WHEN 'max_running' THEN ' from 0 to 4294967295'
+                    ELSE ' from 1 to 4294967295' END);
+            END IF;
+            IF wrong IS NOT NULL THEN
+                SET wrong = CONCAT(name, ': ', wrong);
+                SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
+            END IF;
+        END WHILE;
+        IF at_once IS NOT NULL AND owner = '' THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'max_running: it limits the tasks of a user, and there is none';
         END IF;
     END IF;
-    IF task_max_running NOT BETWEEN 0 AND 4294967295 THEN
-        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'max_running: a whole number from 0 to 4294967295';
-    END IF;
-    IF task_max_attempts NOT BETWEEN 1 AND 4294967295 THEN
-        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'max_attempts: a whole number from 1 to 4294967295';
-    END IF;
-    IF task_run_at > 253402300799999 THEN
-        SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'run_at: milliseconds since 1970, up to the year 9999';
-    END IF;
-    SET owner = CAST(COALESCE(task_user, '') AS BINARY);
-    SET starts_at = GREATEST(now_ms, COALESCE(task_run_at, 0));
+    SET starts_at = GREATEST(now_ms, starts_at);
 
     SAVEPOINT laelaps_submit;
     BEGIN
@@ -403,10 +488,10 @@ BEGIN
         END IF;
     END IF;
 
-    INSERT IGNORE INTO laelaps_task (`key`, type, user, max_running, max_attempts, created_at, run_at)
-        VALUES (task_key, task_type, owner, task_max_running, task_max_attempts, now_ms, starts_at);
+    INSERT IGNORE INTO laelaps_task (`key`, type, user, priority, max_running, max_attempts, created_at, run_at)
+        VALUES (task_key, task_type, owner, COALESCE(urgency, 0), at_once, attempts_max, now_ms, starts_at);
     IF ROW_COUNT() = 1 THEN
-        SET id = LAST_INSERT_ID();
+        SET id = LAST_INSERT_ID(), place = starts_at + COALESCE(urgency, 0) * 1000000000000000;
         REPEAT
             INSERT INTO laelaps_task_data (task, part, bytes, data)
                 VALUES (id, part, IF(part = 0, LENGTH(plain), 0), SUBSTRING(plain, part * part_bytes + 1, part_bytes));
@@ -415,9 +500,9 @@ BEGIN
         IF starts_at > now_ms THEN
             INSERT INTO laelaps_scheduled (run_at, task) VALUES (starts_at, id);
         ELSEIF owner = '' THEN
-            INSERT INTO laelaps_ready (run_at, task, max_running) VALUES (starts_at, id, task_max_running);
+            INSERT INTO laelaps_ready (turn, task, max_running) VALUES (place, id, at_once);
         ELSE
-            INSERT INTO laelaps_ready_of_user (user, run_at, task, max_running) VALUES (owner, starts_at, id, task_max_running);
+            INSERT INTO laelaps_ready_of_user (user, turn, task, max_running) VALUES (owner, place, id, at_once);
             INSERT INTO laelaps_account_change (user, running) VALUES (owner, 0);
         END IF;
         INSERT INTO laelaps_tally (what, name, tasks) VALUES ('type', task_type, 1);

@@ -29,6 +29,9 @@ CREATE TABLE laelaps.task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           int8,
     depth          int4,
+    -- Where it stands among the ready tasks of its user: by priority, and of one priority by time. The smaller is first.
+    turn           int8 NOT NULL GENERATED ALWAYS AS
+        (least(greatest(run_at, 0), 253402300800000) + least(greatest(priority, -100), 100)::int8 * 1000000000000000) STORED,
     state          laelaps.state NOT NULL DEFAULT 'waiting',
     attempts       int4 NOT NULL DEFAULT 0,
     -- The plugin version that settled it last, and how that attempt ended.
@@ -39,6 +42,7 @@ CREATE TABLE laelaps.task (
     lost           int4,
     lost_alone     int4,
     alone          bool NOT NULL DEFAULT false,
+    priority       int2 NOT NULL DEFAULT 0,
     max_running    int8,
     max_attempts   int8,
     -- The size of the data before compression.
@@ -48,6 +52,7 @@ CREATE TABLE laelaps.task (
     user_name      text COLLATE "C" NOT NULL DEFAULT '',
     -- UTF-8 as submitted, or gzip. Up to 256 bytes stand here, more in task_data.
     data           bytea,
+    CHECK (priority BETWEEN -100 AND 100),
     CHECK ((state = 'running') = (until IS NOT NULL)),
     CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
     CHECK ((finished_at IS NULL) = (retained_until IS NULL))
@@ -60,17 +65,17 @@ CREATE TABLE laelaps.task_data (
     data bytea NOT NULL
 );
 
--- What may be claimed now, in the order of claims: by user, and (for who does not look at users) by time.
+-- What may be claimed now, in the order of claims: by user, and for who does not look at users.
 CREATE TABLE laelaps.ready (
-    run_at      int8 NOT NULL,
+    turn        int8 NOT NULL,
     task        int8 NOT NULL,
     bytes       int4 NOT NULL,
     max_running int8,
     user_name   text COLLATE "C" NOT NULL,
-    PRIMARY KEY (user_name, run_at, task)
+    PRIMARY KEY (user_name, turn, task)
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
-CREATE INDEX ready_in_time ON laelaps.ready (run_at, task) WHERE user_name <> '';
+CREATE INDEX ready_in_turn ON laelaps.ready (turn, task) WHERE user_name <> '';
 
 -- What is not due yet. Moves to ready or suspect in batches when it is. A held task is here with a run_at that never comes, 253402300800000.
 CREATE TABLE laelaps.scheduled (
@@ -81,11 +86,11 @@ CREATE TABLE laelaps.scheduled (
 
 -- What was lost with its host too often to run in company, and is due. One host is told of it, and drains for it until `reserved_until`.
 CREATE TABLE laelaps.suspect (
-    run_at         int8 NOT NULL,
+    turn           int8 NOT NULL,
     task           int8 NOT NULL,
     reserved_by    int8,
     reserved_until int8,
-    PRIMARY KEY (run_at, task)
+    PRIMARY KEY (turn, task)
 );
 
 -- What was claimed together, so that the running tasks of a host and those whose leases have ended are found without an index on the task.
@@ -99,12 +104,12 @@ CREATE TABLE laelaps.claim (
 
 CREATE INDEX claim_check_at ON laelaps.claim (check_at);
 
--- A user with work that is ready or running. The head is the oldest ready task: the user's candidate. A user is open while its candidate
+-- A user with work that is ready or running. The head is the first ready task: the user's candidate. A user is open while its candidate
 -- may run. Right except for what account_change still holds.
 CREATE TABLE laelaps.account (
     user_name text COLLATE "C" NOT NULL PRIMARY KEY,
     running   int8 NOT NULL DEFAULT 0,
-    head_at   int8,
+    head_turn int8,
     head_task int8,
     head_max  int8,
     -- The number of the pick at which it was last picked, or entered.
@@ -113,17 +118,17 @@ CREATE TABLE laelaps.account (
     weight    float8 NOT NULL GENERATED ALWAYS AS (coalesce(head_max, 1)::float8 / greatest(running + 1, 1)) STORED
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
-CREATE INDEX account_by_weight ON laelaps.account (weight DESC, head_at, head_task) WHERE open;
+CREATE INDEX account_by_weight ON laelaps.account (weight DESC, head_turn, head_task) WHERE open;
 CREATE INDEX account_by_age ON laelaps.account (picked) WHERE open;
-CREATE INDEX account_without_limit ON laelaps.account (weight DESC, head_at, head_task) WHERE open AND head_max IS NULL;
+CREATE INDEX account_without_limit ON laelaps.account (weight DESC, head_turn, head_task) WHERE open AND head_max IS NULL;
 
--- What came about for users, to be entered into their accounts before the next choice between them: tasks that run no more, and the oldest
+-- What came about for users, to be entered into their accounts before the next choice between them: tasks that run no more, and the first
 -- task that became ready. Appended, so that submits and settlements wait for nobody.
 CREATE TABLE laelaps.account_change (
     id        int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     user_name text COLLATE "C" NOT NULL,
     stopped   int8 NOT NULL DEFAULT 0,
-    run_at    int8,
+    turn      int8,
     task      int8,
     max_running int8
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
@@ -296,22 +301,111 @@ EXCEPTION WHEN data_exception OR statement_too_complex THEN
     RETURN false;
 END $$;
 
+-- The listening connections that wait for a notice. See host/queue/src/postgres/listen.rs.
+CREATE UNLOGGED TABLE laelaps.waiting (
+    pid int4 NOT NULL PRIMARY KEY
+);
+
+-- Wake hosts when this transaction commits, if any of them waits: a notice takes a lock of the whole server while its transaction commits. To be called
+-- by who has stored something: only then does this transaction have a number, by which hosts know that it was under way.
+CREATE FUNCTION laelaps.wake() RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- Other transactions may see who waited some time ago.
+    IF current_setting('transaction_isolation') <> 'read committed' OR EXISTS (SELECT FROM laelaps.waiting) THEN
+        PERFORM pg_notify('laelaps', '');
+    END IF;
+END $$;
+
+-- What a producer says of a task beside its key, type and data, from a JSON object: the same members as everywhere, see docs/tasks.md.
+CREATE FUNCTION laelaps.submit_options(
+    options text, OUT user_name text, OUT run_at int8, OUT priority int4, OUT max_running int8, OUT max_attempts int8
+) LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    whole CONSTANT text := '^(0|-?[1-9][0-9]{0,9})$';
+    dated CONSTANT text := '^[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]{1,9})?)?(Z|[+-][0-9]{2}:[0-9]{2}))?$';
+    option record;
+    seen text[] := '{}';
+    said text;
+    wrong text;
+BEGIN
+    user_name := '';
+    priority := 0;
+    IF octet_length(options) > 65536 OR NOT laelaps.is_data(options) THEN
+        RAISE 'options: a JSON object, at most 65536 bytes' USING ERRCODE = 'invalid_parameter_value';
+    ELSIF replace(options, '\\', '') ~ '\\u0000' THEN
+        RAISE 'options: no text holds a \u0000' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    FOR option IN SELECT key AS name, value, json_typeof(value) AS kind FROM json_each(options::json) LOOP
+        IF option.name NOT IN ('user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip') THEN
+            RAISE 'options: no option is called "%"; there are user, run_at, priority, max_running, max_attempts and gzip', option.name
+                USING ERRCODE = 'invalid_parameter_value';
+        ELSIF option.name = ANY (seen) THEN
+            RAISE 'options: "%" is there twice', option.name USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        seen := seen || option.name;
+        CONTINUE WHEN option.kind = 'null';
+        said := option.value #>> '{}';
+        wrong := CASE option.name
+            WHEN 'user' THEN CASE WHEN option.kind <> 'string' OR octet_length(said) > 255 OR said COLLATE "C" ~ '[\u0001-\u001f\u007f-\u009f]'
+                THEN 'at most 255 bytes of text, without control characters' END
+            WHEN 'run_at' THEN CASE WHEN option.kind <> 'number' AND (option.kind <> 'string' OR said !~ dated)
+                THEN 'seconds since 1970, a time with its offset such as 2026-12-24T18:00:00Z, or a date, up to the year 9999' END
+            WHEN 'gzip' THEN CASE WHEN option.kind <> 'boolean' OR said <> 'false'
+                THEN 'false; what is submitted in SQL is not compressed' END
+            WHEN 'priority' THEN CASE WHEN option.kind <> 'number' OR said !~ whole OR said::int8 NOT BETWEEN -100 AND 100
+                THEN 'a whole number from -100 to 100' END
+            WHEN 'max_running' THEN CASE WHEN option.kind <> 'number' OR said !~ whole OR said::int8 NOT BETWEEN 0 AND 4294967295
+                THEN 'a whole number from 0 to 4294967295' END
+            WHEN 'max_attempts' THEN CASE WHEN option.kind <> 'number' OR said !~ whole OR said::int8 NOT BETWEEN 1 AND 4294967295
+                THEN 'a whole number from 1 to 4294967295' END
+        END;
+        IF wrong IS NULL AND option.name = 'run_at' THEN
+            BEGIN
+                run_at := floor(1000 * CASE option.kind WHEN 'number' THEN greatest(said::float8, -1)::numeric
+                    ELSE extract(epoch FROM (said || CASE WHEN length(said) = 10 THEN 'T00:00:00Z' ELSE '' END)::timestamptz) END);
+            EXCEPTION WHEN data_exception THEN
+                run_at := 253402300800000;
+            END;
+            IF run_at > 253402300799999 THEN
+                wrong := 'seconds since 1970, a time with its offset such as 2026-12-24T18:00:00Z, or a date, up to the year 9999';
+            END IF;
+        END IF;
+        IF wrong IS NOT NULL THEN
+            RAISE '%: %', option.name, wrong USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+        CASE option.name
+            WHEN 'user' THEN user_name := said;
+            WHEN 'priority' THEN priority := said;
+            WHEN 'max_running' THEN max_running := said;
+            WHEN 'max_attempts' THEN max_attempts := said;
+            ELSE NULL;
+        END CASE;
+    END LOOP;
+    IF max_running IS NOT NULL AND user_name = '' THEN
+        RAISE 'max_running: it limits the tasks of a user, and there is none' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+END $$;
+
 -- For producers in any language, in their own transactions:
 --     SELECT laelaps.submit('report-7', 'report', '{"month": 7}')
+--     SELECT laelaps.submit('report-7', 'report', '{"month": 7}', '{"user": "ann", "priority": -10}')
 -- True if the task is new; a key that the queue has already is left alone, unless its task has ended and its retention too. Who may use the schema may submit:
 --     GRANT USAGE ON SCHEMA laelaps TO producer
--- `run_at` NULL, or a moment that has passed, is at once. Hosts are woken when the transaction commits, unless `wake` is false.
+-- Hosts are woken when the transaction commits, unless `wake` is false.
 CREATE FUNCTION laelaps.submit(
-    key text, type text, data text DEFAULT '{}', user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
-    max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
+    key text, type text, data text DEFAULT '{}', options text DEFAULT NULL, wake bool DEFAULT true
 ) RETURNS bool LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     names CONSTANT text := '[\u0001-\u001f\u007f-\u009f]';
     plain CONSTANT bytea := convert_to(coalesce(submit.data, '{}'), 'UTF8');
-    account CONSTANT text := coalesce(submit.user_name, '');
     now CONSTANT int8 := extract(epoch FROM clock_timestamp()) * 1000;
-    moment int8;
+    account text := '';
+    urgency int4 := 0;
+    at_once int8;
+    attempts_max int8;
+    moment int8 := now;
+    place int8;
     number int8;
     gone int8;
 BEGIN
@@ -321,28 +415,19 @@ BEGIN
     IF submit.type IS NULL OR octet_length(submit.type) NOT BETWEEN 1 AND 255 OR submit.type COLLATE "C" ~ names THEN
         RAISE 'type: 1 to 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF octet_length(account) > 255 OR account COLLATE "C" ~ names THEN
-        RAISE 'user_name: at most 255 bytes of text, without control characters' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
     IF NOT laelaps.is_data(coalesce(submit.data, '{}')) THEN
         RAISE 'data: a JSON object, at most 16777216 bytes' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF submit.max_running NOT BETWEEN 0 AND 4294967295 THEN
-        RAISE 'max_running: a whole number from 0 to 4294967295' USING ERRCODE = 'invalid_parameter_value';
+    IF submit.options IS NOT NULL THEN
+        SELECT said.user_name, said.priority, said.max_running, said.max_attempts, greatest(now, said.run_at)
+            INTO account, urgency, at_once, attempts_max, moment FROM laelaps.submit_options(submit.options) AS said;
     END IF;
-    IF submit.max_attempts NOT BETWEEN 1 AND 4294967295 THEN
-        RAISE 'max_attempts: a whole number from 1 to 4294967295' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
-    IF submit.run_at > '9999-12-31 23:59:59.999+00' THEN
-        RAISE 'run_at: at most the year 9999' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
-    moment := CASE WHEN submit.run_at > clock_timestamp() THEN extract(epoch FROM submit.run_at) * 1000 ELSE now END;
 
     FOR round IN 1 .. 2 LOOP
-        INSERT INTO laelaps.task (created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, data)
-            VALUES (now, moment, octet_length(plain), submit.max_running, submit.max_attempts, submit.key, submit.type, account,
+        INSERT INTO laelaps.task (created_at, run_at, bytes, priority, max_running, max_attempts, key, type, user_name, data)
+            VALUES (now, moment, octet_length(plain), urgency, at_once, attempts_max, submit.key, submit.type, account,
                 CASE WHEN octet_length(plain) <= 256 THEN plain END)
-            ON CONFLICT (key) DO NOTHING RETURNING id INTO number;
+            ON CONFLICT (key) DO NOTHING RETURNING id, turn INTO number, place;
         EXIT WHEN number IS NOT NULL;
         -- A task that clean-up has not come to yet does not keep its key.
         WITH over AS (
@@ -372,26 +457,40 @@ BEGIN
     IF moment > now THEN
         INSERT INTO laelaps.scheduled (run_at, task) VALUES (moment, number);
     ELSE
-        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-            VALUES (moment, number, octet_length(plain), submit.max_running, account);
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+            VALUES (place, number, octet_length(plain), at_once, account);
         IF account <> '' THEN
-            INSERT INTO laelaps.account_change (user_name, run_at, task, max_running) VALUES (account, moment, number, submit.max_running);
+            INSERT INTO laelaps.account_change (user_name, turn, task, max_running) VALUES (account, place, number, at_once);
         END IF;
     END IF;
     INSERT INTO laelaps.tally (type, live, scheduled) VALUES (submit.type, 1, CASE WHEN moment > now THEN 1 ELSE 0 END);
     IF wake THEN
-        PERFORM pg_notify('laelaps', '');
+        PERFORM laelaps.wake();
     END IF;
     RETURN true;
 END $$;
 
--- The same for data of the other two types.
-CREATE FUNCTION laelaps.submit(
-    key text, type text, data json, user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
-    max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
-) RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, user_name, max_running, max_attempts, run_at, wake) $$;
+-- The same for data and options of the other two types.
+CREATE FUNCTION laelaps.submit(key text, type text, data json, options text DEFAULT NULL, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, options, wake) $$;
 
-CREATE FUNCTION laelaps.submit(
-    key text, type text, data jsonb, user_name text DEFAULT NULL, max_running int8 DEFAULT NULL,
-    max_attempts int8 DEFAULT NULL, run_at timestamptz DEFAULT NULL, wake bool DEFAULT true
-) RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, user_name, max_running, max_attempts, run_at, wake) $$;
+CREATE FUNCTION laelaps.submit(key text, type text, data jsonb, options text DEFAULT NULL, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, options, wake) $$;
+
+CREATE FUNCTION laelaps.submit(key text, type text, data text, options json, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data, options::text, wake) $$;
+
+CREATE FUNCTION laelaps.submit(key text, type text, data json, options json, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, options::text, wake) $$;
+
+CREATE FUNCTION laelaps.submit(key text, type text, data jsonb, options json, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, options::text, wake) $$;
+
+CREATE FUNCTION laelaps.submit(key text, type text, data text, options jsonb, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data, options::text, wake) $$;
+
+CREATE FUNCTION laelaps.submit(key text, type text, data json, options jsonb, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, options::text, wake) $$;
+
+CREATE FUNCTION laelaps.submit(key text, type text, data jsonb, options jsonb, wake bool DEFAULT true)
+RETURNS bool LANGUAGE sql AS $$ SELECT laelaps.submit(key, type, data::text, options::text, wake) $$;

@@ -20,6 +20,7 @@ CREATE TABLE task (
     alone          INTEGER NOT NULL DEFAULT 0,
     created_at     INTEGER NOT NULL,
     run_at         INTEGER NOT NULL,
+    priority       INTEGER NOT NULL DEFAULT 0,
     -- The number, host and end of the last claim; until is only set while it runs.
     lease          INTEGER NOT NULL DEFAULT 0,
     host           INTEGER,
@@ -32,8 +33,12 @@ CREATE TABLE task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           INTEGER,
     depth          INTEGER,
+    -- Where it stands among the ready tasks of its user: by priority, and of one priority by time. The smaller is first.
+    turn           INTEGER NOT NULL GENERATED ALWAYS AS
+        (max(0, min(run_at, 253402300800000)) + max(-100, min(priority, 100)) * 1000000000000000) VIRTUAL,
     -- Behind the greatest number there is SQLite gives out none.
     CHECK (id < 4611686018427387904),
+    CHECK (priority BETWEEN -100 AND 100),
     CHECK (state IN ('waiting', 'running', 'finished', 'failed', 'cancelled')),
     CHECK ((state = 'running') = (until IS NOT NULL)),
     CHECK ((state IN ('finished', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
@@ -68,16 +73,16 @@ CREATE TABLE task_data_piece (
 
 CREATE INDEX task_data_piece_task ON task_data_piece (task, pieces, number);
 
--- What may be claimed now, in the order of claims: by user, and (for who does not look at users) by time.
+-- What may be claimed now, in the order of claims: by user, and for who does not look at users.
 CREATE TABLE ready (
     user        TEXT    NOT NULL,
-    run_at      INTEGER NOT NULL,
+    turn        INTEGER NOT NULL,
     task        INTEGER NOT NULL,
     max_running INTEGER,
-    PRIMARY KEY (user, run_at, task)
+    PRIMARY KEY (user, turn, task)
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX ready_in_time ON ready (run_at, task) WHERE user <> '';
+CREATE INDEX ready_in_turn ON ready (turn, task) WHERE user <> '';
 
 -- What is not due yet. Moves to ready or suspect in batches when it is. A held task is here with a run_at that never comes, 253402300800000.
 CREATE TABLE scheduled (
@@ -88,20 +93,20 @@ CREATE TABLE scheduled (
 
 -- What was lost with its host too often to run in company, and is due. One host at a time ends what it has, to run it: host, until when.
 CREATE TABLE suspect (
-    run_at INTEGER NOT NULL,
+    turn   INTEGER NOT NULL,
     task   INTEGER NOT NULL,
     host   INTEGER,
     until  INTEGER,
-    PRIMARY KEY (run_at, task)
+    PRIMARY KEY (turn, task)
 ) STRICT, WITHOUT ROWID;
 
--- A user with work that is ready or running. Changed with every change of its tasks, in the same transaction. The head is the oldest
+-- A user with work that is ready or running. Changed with every change of its tasks, in the same transaction. The head is the first
 -- ready task: the user's candidate. A user is open while its candidate may run.
 CREATE TABLE account (
     user      TEXT    NOT NULL PRIMARY KEY,
     ready     INTEGER NOT NULL DEFAULT 0 CHECK (ready >= 0),
     running   INTEGER NOT NULL DEFAULT 0 CHECK (running >= 0),
-    head_at   INTEGER,
+    head_turn   INTEGER,
     head_task INTEGER,
     head_max  INTEGER,
     -- The number of the pick at which it was last picked, or entered.
@@ -112,9 +117,9 @@ CREATE TABLE account (
         (CAST(coalesce(head_max, 1) AS REAL) / (CASE WHEN user = '' THEN 1 ELSE running + 1 END)) VIRTUAL
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX account_by_weight ON account (weight DESC, head_at, head_task) WHERE open;
+CREATE INDEX account_by_weight ON account (weight DESC, head_turn, head_task) WHERE open;
 CREATE INDEX account_by_age ON account (picked) WHERE open;
-CREATE INDEX account_without_limit ON account (weight DESC, head_at, head_task) WHERE open AND head_max IS NULL;
+CREATE INDEX account_without_limit ON account (weight DESC, head_turn, head_task) WHERE open AND head_max IS NULL;
 
 -- The last lease number given out, and the number of picks between users so far. Neither ever goes back.
 CREATE TABLE counter (
@@ -231,12 +236,14 @@ CREATE TABLE tally (
 
 -- For producers that speak SQL, with any SQLite from 3.38 on:
 --     INSERT INTO submit (key, type, data) VALUES ('report-7', 'report', '{"month": 7}')
--- A key that the queue has already is left alone, until its retention has ended. `run_at` in milliseconds since 1970; NULL, or a moment that has
--- passed, is at once. It can be part of the producer's own transaction. Hosts learn of it when it commits.
+--     INSERT INTO submit (key, type, data, options) VALUES ('report-7', 'report', '{"month": 7}', '{"user": "ann", "priority": -10}')
+-- The options are the members of a JSON object, the same as everywhere: see docs/tasks.md. A key that the queue has already is left alone, until its
+-- retention has ended. It can be part of the producer's own transaction. Hosts learn of it when it commits.
 CREATE VIEW submit AS
     SELECT task.key, task.type, coalesce(task_data.data, (SELECT group_concat(part, '') FROM
             (SELECT data AS part FROM task_data_piece WHERE pieces = task_data.pieces ORDER BY number))) AS data,
-        task.user, task.max_running, task.max_attempts, task.run_at
+        json_object('user', task.user, 'run_at', task.run_at / 1000.0, 'priority', task.priority, 'max_running', task.max_running,
+            'max_attempts', task.max_attempts) AS options
     FROM task JOIN task_data ON task_data.task = task.id WHERE task.state = 'waiting';
 
 -- A name is UTF-8 if each of its characters, read and written again, has the same bytes. (SQLite reads U+FFFE and U+FFFF as U+FFFD.)
@@ -258,14 +265,6 @@ BEGIN
         FROM json_each('[' || substr(replace(hex(zeroblob(length(NEW.type))), '00', ',0'), 2) || ']') AS place
         WHERE CAST(substr(NEW.type, place.key + 1, 1) AS BLOB)
             NOT IN (CAST(char(unicode(substr(NEW.type, place.key + 1, 1))) AS BLOB), x'efbfbe', x'efbfbf'));
-    SELECT RAISE(ABORT, 'user: at most 255 bytes of text, without control characters') WHERE NEW.user IS NOT NULL
-        AND NOT coalesce(typeof(NEW.user) = 'text'
-        AND length(CAST(NEW.user AS BLOB)) <= 255 AND instr(NEW.user, char(0)) = 0
-        AND NEW.user NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
-    SELECT RAISE(ABORT, 'user: not UTF-8') WHERE NEW.user GLOB '*[^ -~]*' AND EXISTS (SELECT 1
-        FROM json_each('[' || substr(replace(hex(zeroblob(length(NEW.user))), '00', ',0'), 2) || ']') AS place
-        WHERE CAST(substr(NEW.user, place.key + 1, 1) AS BLOB)
-            NOT IN (CAST(char(unicode(substr(NEW.user, place.key + 1, 1))) AS BLOB), x'efbfbe', x'efbfbf'));
     SELECT RAISE(ABORT, 'data: a JSON object as text, at most 16777216 bytes') WHERE NEW.data IS NOT NULL
         AND NOT coalesce(typeof(NEW.data) = 'text' AND length(CAST(NEW.data AS BLOB)) <= 16777216 AND instr(NEW.data, char(0)) = 0
             AND CASE WHEN json_valid(NEW.data) THEN json_type(NEW.data) = 'object' END, 0);
@@ -278,12 +277,44 @@ BEGIN
     SELECT RAISE(ABORT, 'data: half a pair of surrogates') WHERE NEW.data GLOB '*\u[dD][89a-fA-F]*' AND EXISTS (
         SELECT 1 FROM (SELECT key AS text FROM json_tree(NEW.data) UNION ALL SELECT atom FROM json_tree(NEW.data) WHERE type = 'text')
         WHERE replace(replace(replace(text, char(65533), ''), CAST(x'efbfbe' AS TEXT), ''), CAST(x'efbfbf' AS TEXT), '') GLOB '*' || char(65533) || '*');
-    SELECT RAISE(ABORT, 'max_running: a whole number from 0 to 4294967295') WHERE NEW.max_running IS NOT NULL
-        AND NOT (typeof(NEW.max_running) = 'integer' AND NEW.max_running BETWEEN 0 AND 4294967295);
-    SELECT RAISE(ABORT, 'max_attempts: a whole number from 1 to 4294967295') WHERE NEW.max_attempts IS NOT NULL
-        AND NOT (typeof(NEW.max_attempts) = 'integer' AND NEW.max_attempts BETWEEN 1 AND 4294967295);
-    SELECT RAISE(ABORT, 'run_at: milliseconds since 1970, up to the year 9999') WHERE NEW.run_at IS NOT NULL
-        AND NOT (typeof(NEW.run_at) = 'integer' AND NEW.run_at <= 253402300799999);
+    SELECT RAISE(ABORT, 'options: a JSON object as text, at most 65536 bytes') WHERE NEW.options IS NOT NULL
+        AND NOT coalesce(typeof(NEW.options) = 'text' AND length(CAST(NEW.options AS BLOB)) <= 65536 AND instr(NEW.options, char(0)) = 0
+            AND CASE WHEN json_valid(NEW.options) THEN json_type(NEW.options) = 'object' END, 0);
+    SELECT RAISE(ABORT, 'options: no text holds a \u0000') WHERE replace(NEW.options, '\\', '') GLOB '*\u0000*';
+    -- Only of a wrong path can SQLite before 3.47 say which.
+    SELECT json_extract('{}', 'options: no option is called "' || key || '"; there are user, run_at, priority, max_running, max_attempts and gzip')
+        FROM json_each(NEW.options) WHERE key NOT IN ('user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip');
+    SELECT json_extract('{}', 'options: "' || key || '" is there twice') FROM json_each(NEW.options) GROUP BY key HAVING count(*) > 1;
+    SELECT RAISE(ABORT, 'options: their names are written without escapes') FROM json_each(NEW.options)
+        WHERE json_type(NEW.options, '$.' || key) IS NULL;
+    SELECT RAISE(ABORT, 'user: at most 255 bytes of text, without control characters') WHERE json_type(NEW.options, '$.user') <> 'null'
+        AND NOT coalesce(json_type(NEW.options, '$.user') = 'text' AND length(CAST((NEW.options ->> 'user') AS BLOB)) <= 255
+        AND (NEW.options ->> 'user') NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
+    SELECT RAISE(ABORT, 'user: not UTF-8') WHERE (NEW.options ->> 'user') GLOB '*[^ -~]*' AND (EXISTS (SELECT 1
+        FROM json_each('[' || substr(replace(hex(zeroblob(length((NEW.options ->> 'user')))), '00', ',0'), 2) || ']') AS place
+        WHERE CAST(substr((NEW.options ->> 'user'), place.key + 1, 1) AS BLOB)
+            NOT IN (CAST(char(unicode(substr((NEW.options ->> 'user'), place.key + 1, 1))) AS BLOB), x'efbfbe', x'efbfbf'))
+        -- Half a pair of surrogates is read as U+FFFD.
+        OR NEW.options GLOB '*\u[dD][89a-fA-F]*' AND (NEW.options ->> 'user') GLOB '*' || char(65533) || '*');
+    SELECT RAISE(ABORT, 'max_running: a whole number from 0 to 4294967295') WHERE json_type(NEW.options, '$.max_running') <> 'null'
+        AND NOT (json_type(NEW.options, '$.max_running') = 'integer' AND NEW.options ->> 'max_running' BETWEEN 0 AND 4294967295);
+    SELECT RAISE(ABORT, 'max_running: it limits the tasks of a user, and there is none')
+        WHERE NEW.options ->> 'max_running' IS NOT NULL AND coalesce((NEW.options ->> 'user'), '') = '';
+    SELECT RAISE(ABORT, 'max_attempts: a whole number from 1 to 4294967295') WHERE json_type(NEW.options, '$.max_attempts') <> 'null'
+        AND NOT (json_type(NEW.options, '$.max_attempts') = 'integer' AND NEW.options ->> 'max_attempts' BETWEEN 1 AND 4294967295);
+    SELECT RAISE(ABORT, 'priority: a whole number from -100 to 100') WHERE json_type(NEW.options, '$.priority') <> 'null'
+        AND NOT (json_type(NEW.options, '$.priority') = 'integer' AND NEW.options ->> 'priority' BETWEEN -100 AND 100);
+    SELECT RAISE(ABORT, 'run_at: seconds since 1970, a time with its offset such as 2026-12-24T18:00:00Z, or a date, up to the year 9999')
+        WHERE json_type(NEW.options, '$.run_at') <> 'null' AND NOT coalesce(CASE json_type(NEW.options, '$.run_at')
+            WHEN 'text' THEN date(substr(NEW.options ->> 'run_at', 1, 10), '+0 days') = substr(NEW.options ->> 'run_at', 1, 10)
+                AND (NEW.options ->> 'run_at' GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]'
+                    OR NEW.options ->> 'run_at' GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T[0-9][0-9]:[0-9][0-9]*Z'
+                    OR NEW.options ->> 'run_at' GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T[0-9][0-9]:[0-9][0-9]*[+-][0-9][0-9]:[0-9][0-9]')
+                AND round((julianday(NEW.options ->> 'run_at') - 2440587.5) * 86400000) <= 253402300799999
+            WHEN 'integer' THEN NEW.options ->> 'run_at' < 253402300800
+            WHEN 'real' THEN round((NEW.options ->> 'run_at') * 1000) <= 253402300799999 END, 0);
+    SELECT RAISE(ABORT, 'gzip: false; what is submitted in SQL is not compressed')
+        WHERE json_type(NEW.options, '$.gzip') NOT IN ('null', 'false');
 
     -- What had this key before and is over.
     DELETE FROM task_data WHERE task = (SELECT id FROM task WHERE key = NEW.key);
@@ -297,18 +328,22 @@ BEGIN
     DELETE FROM tally WHERE what = 'ended' AND tasks = 0;
     DELETE FROM task WHERE key = NEW.key;
 
-    INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at)
-        SELECT NEW.key, NEW.type, coalesce(NEW.user, ''), NEW.max_running, NEW.max_attempts, clock.now, max(clock.now, coalesce(NEW.run_at, 0))
+    INSERT INTO task (key, type, user, max_running, max_attempts, priority, created_at, run_at)
+        SELECT NEW.key, NEW.type, coalesce((NEW.options ->> 'user'), ''), NEW.options ->> 'max_running', NEW.options ->> 'max_attempts',
+            coalesce(NEW.options ->> 'priority', 0), clock.now,
+            max(clock.now, coalesce(CASE json_type(NEW.options, '$.run_at')
+                WHEN 'text' THEN CAST(round((julianday(NEW.options ->> 'run_at') - 2440587.5) * 86400000) AS INTEGER)
+                ELSE CAST(round((NEW.options ->> 'run_at') * 1000.0) AS INTEGER) END, 0))
         FROM (SELECT CAST(round((julianday('now') - 2440587.5) * 86400000) AS INTEGER) AS now) AS clock;
     INSERT OR REPLACE INTO task_data (task, bytes, data)
         SELECT id, length(CAST(coalesce(NEW.data, '{}') AS BLOB)), coalesce(NEW.data, '{}') FROM task WHERE key = NEW.key;
     INSERT INTO scheduled (run_at, task) SELECT run_at, id FROM task WHERE key = NEW.key AND run_at > created_at;
-    INSERT INTO ready (user, run_at, task, max_running)
-        SELECT user, run_at, id, max_running FROM task WHERE key = NEW.key AND run_at <= created_at;
+    INSERT INTO ready (user, turn, task, max_running)
+        SELECT user, turn, id, max_running FROM task WHERE key = NEW.key AND run_at <= created_at;
     INSERT INTO account (user, picked)
         SELECT user, (SELECT coalesce(max(pick), 0) FROM counter) FROM task WHERE key = NEW.key AND run_at <= created_at ON CONFLICT (user) DO NOTHING;
-    UPDATE account SET ready = ready + 1, (head_at, head_task, head_max) =
-            (SELECT run_at, task, max_running FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
+    UPDATE account SET ready = ready + 1, (head_turn, head_task, head_max) =
+            (SELECT turn, task, max_running FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
         WHERE user = (SELECT user FROM task WHERE key = NEW.key AND run_at <= created_at);
     INSERT INTO tally (what, name, tasks) VALUES ('type', NEW.type, 1) ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + 1;
 END;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn candidates(tasks: impl IntoIterator<Item = (i64, Option<i64>)>) -> VecDeque<Candidate> {
-    tasks.into_iter().map(|(task, max_running)| Candidate { run_at: task, task, max_running }).collect()
+    tasks.into_iter().map(|(task, max_running)| Candidate { turn: task, task, max_running }).collect()
 }
 
 fn account(user: &str, running: i64, tasks: impl IntoIterator<Item = (i64, Option<i64>)>) -> Account {
@@ -82,7 +82,7 @@ fn any_accounts() -> impl Strategy<Value = Vec<Account>> {
     let one = (0i64..6, 0i64..200, tasks, any::<bool>()).prop_map(|(running, picked, mut tasks, unknown)| {
         tasks.sort_unstable();
         let candidates: VecDeque<Candidate> =
-            tasks.into_iter().map(|(run_at, max_running)| Candidate { run_at, task: 0, max_running }).collect();
+            tasks.into_iter().map(|(turn, max_running)| Candidate { turn, task: 0, max_running }).collect();
         let rest = if unknown && !candidates.is_empty() { Rest::Unknown } else { Rest::Nothing };
         Account { user: String::new(), running, picked, candidates, rest }
     });
@@ -157,7 +157,7 @@ proptest! {
                 user: format!("user{user}"),
                 running: 0,
                 picked: first_pick - 1,
-                candidates: [Candidate { run_at: 0, task: i64::try_from(user).unwrap(), max_running: Some(if user < favoured { 1_000_000 } else { 900 }) }].into(),
+                candidates: [Candidate { turn: 0, task: i64::try_from(user).unwrap(), max_running: Some(if user < favoured { 1_000_000 } else { 900 }) }].into(),
                 rest: Rest::Alike,
             })
             .collect();

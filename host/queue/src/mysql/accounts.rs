@@ -14,7 +14,7 @@ use super::failure::Failure;
 use super::mend::places_of_unreadable;
 use super::rows::{count, names, places};
 use super::session::Session;
-use crate::State;
+use crate::{State, fair};
 
 /// Changes that a claim folds in before it chooses. Where there are more, it chooses by what it knows.
 pub(super) const FOLDED_BY_CLAIM: i64 = 1_000;
@@ -30,15 +30,23 @@ const TALLY_LEFT: usize = 1_000;
 pub(super) struct Waiting {
     pub(super) task: i64,
     pub(super) run_at: i64,
+    pub(super) priority: i64,
     pub(super) user: String,
     pub(super) max_running: Option<u32>,
     pub(super) alone: bool,
 }
 
+impl Waiting {
+    /// Where it stands once it is due.
+    fn turn(&self) -> i64 {
+        fair::turn(self.priority, self.run_at)
+    }
+}
+
 /// What an operation changed.
 #[derive(Default)]
 pub(super) struct Changes {
-    /// For each user whose oldest ready task may be another one now: how many more of its tasks run.
+    /// For each user whose first ready task may be another one now: how many more of its tasks run.
     users: BTreeMap<String, i64>,
     types: BTreeMap<String, i64>,
     ended: BTreeMap<&'static str, i64>,
@@ -110,34 +118,34 @@ impl Changes {
     /// Put tasks where waiting tasks wait: ready, suspect or scheduled.
     pub(super) async fn enqueue(&mut self, session: &mut Session<'_>, waiting: &[Waiting]) -> Result<(), Failure> {
         // A row that is there already, which nothing of ours leaves behind, is as good.
-        const READY: &str = "INSERT IGNORE INTO laelaps_ready (run_at, task, max_running)
-            SELECT s.run_at, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
-                run_at BIGINT PATH '$[0]', task BIGINT PATH '$[1]', max_running BIGINT PATH '$[2]')) AS s";
-        const READY_OF_USER: &str = "INSERT IGNORE INTO laelaps_ready_of_user (user, run_at, task, max_running)
-            SELECT s.user, s.run_at, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
-                user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
+        const READY: &str = "INSERT IGNORE INTO laelaps_ready (turn, task, max_running)
+            SELECT s.turn, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
+                turn BIGINT PATH '$[0]', task BIGINT PATH '$[1]', max_running BIGINT PATH '$[2]')) AS s";
+        const READY_OF_USER: &str = "INSERT IGNORE INTO laelaps_ready_of_user (user, turn, task, max_running)
+            SELECT s.user, s.turn, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
+                user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', turn BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
                 max_running BIGINT PATH '$[3]')) AS s";
-        const SUSPECT: &str =
-            concat!("INSERT IGNORE INTO laelaps_suspect (run_at, task) SELECT s.run_at, s.task FROM ", places!());
+        const SUSPECT: &str = concat!("INSERT IGNORE INTO laelaps_suspect (turn, task) SELECT s.at, s.task FROM ", places!());
         const SCHEDULED: &str =
-            concat!("INSERT IGNORE INTO laelaps_scheduled (run_at, task) SELECT s.run_at, s.task FROM ", places!());
+            concat!("INSERT IGNORE INTO laelaps_scheduled (run_at, task) SELECT s.at, s.task FROM ", places!());
         let now = session.now;
         let (due, later): (Vec<&Waiting>, Vec<&Waiting>) = waiting.iter().partition(|task| task.run_at <= now);
         let (suspect, ready): (Vec<&Waiting>, Vec<&Waiting>) = due.into_iter().partition(|task| task.alone);
         let (of_users, ready): (Vec<&Waiting>, Vec<&Waiting>) = ready.into_iter().partition(|task| !task.user.is_empty());
-        for rows in session.chunks(ready.iter().map(|task| (task.run_at, task.task, task.max_running))) {
+        for rows in session.chunks(ready.iter().map(|task| (task.turn(), task.task, task.max_running))) {
             sqlx::query(READY).bind(rows).execute(session.db()).await?;
         }
-        for rows in session.chunks(of_users.iter().map(|task| (&task.user, task.run_at, task.task, task.max_running))) {
+        for rows in session.chunks(of_users.iter().map(|task| (&task.user, task.turn(), task.task, task.max_running))) {
             sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?;
         }
         for task in &of_users {
             self.user(&task.user, 0);
         }
-        for (sql, tasks) in [(SUSPECT, &suspect), (SCHEDULED, &later)] {
-            for rows in session.chunks(tasks.iter().map(|task| (task.run_at, task.task))) {
-                sqlx::query(sql).bind(rows).execute(session.db()).await?;
-            }
+        for rows in session.chunks(suspect.iter().map(|task| (task.turn(), task.task))) {
+            sqlx::query(SUSPECT).bind(rows).execute(session.db()).await?;
+        }
+        for rows in session.chunks(later.iter().map(|task| (task.run_at, task.task))) {
+            sqlx::query(SCHEDULED).bind(rows).execute(session.db()).await?;
         }
         // Also a task for later: the claimer has to learn when it is due.
         self.woken |= !waiting.is_empty();
@@ -230,19 +238,19 @@ async fn remove_by_id(session: &mut Session<'_>, sql: &'static str, ids: &[i64])
     Ok(())
 }
 
-/// Write changes of accounts, each with its user's oldest ready task as it is now. The caller holds the counter's row.
+/// Write changes of accounts, each with its user's first ready task as it is now. The caller holds the counter's row.
 pub(super) async fn write_accounts(session: &mut Session<'_>, pick: i64, changes: Vec<AccountChange>) -> Result<(), Failure> {
     // As the place says it, whatever the task's own row says: so it is chosen, found out, and mended.
     const HEADS: &str = concat!(
-        "SELECT s.name, (SELECT CONCAT_WS(',', r.run_at, r.task, r.max_running) FROM laelaps_ready_of_user AS r WHERE r.user = s.name
-            ORDER BY r.run_at, r.task LIMIT 1) FROM ",
+        "SELECT s.name, (SELECT CONCAT_WS(',', r.turn, r.task, r.max_running) FROM laelaps_ready_of_user AS r WHERE r.user = s.name
+            ORDER BY r.turn, r.task LIMIT 1) FROM ",
         names!()
     );
-    const WRITE: &str = "INSERT INTO laelaps_account (user, running, head_at, head_task, head_max, picked)
-        SELECT s.user, s.running, s.head_at, s.head_task, s.head_max, s.picked FROM JSON_TABLE(?, '$[*]' COLUMNS (
-            user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', running BIGINT PATH '$[1]', head_at BIGINT PATH '$[2]',
+    const WRITE: &str = "INSERT INTO laelaps_account (user, running, head_turn, head_task, head_max, picked)
+        SELECT s.user, s.running, s.head_turn, s.head_task, s.head_max, s.picked FROM JSON_TABLE(?, '$[*]' COLUMNS (
+            user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', running BIGINT PATH '$[1]', head_turn BIGINT PATH '$[2]',
             head_task BIGINT PATH '$[3]', head_max BIGINT PATH '$[4]', picked BIGINT PATH '$[5]', was_picked INT PATH '$[6]')) AS s
-        ON DUPLICATE KEY UPDATE running = laelaps_account.running + VALUES(running), head_at = VALUES(head_at),
+        ON DUPLICATE KEY UPDATE running = laelaps_account.running + VALUES(running), head_turn = VALUES(head_turn),
             head_task = VALUES(head_task), head_max = VALUES(head_max),
             picked = IF(s.was_picked = 1, VALUES(picked), laelaps_account.picked)";
     /// The account of the tasks without user stays.
@@ -264,12 +272,12 @@ pub(super) async fn write_accounts(session: &mut Session<'_>, pick: i64, changes
         }
     }
     let rows = session.chunks(changes.iter().map(|change| {
-        let (head_at, head_task, head_max) = match heads.get(&change.user).filter(|_| !change.user.is_empty()) {
-            Some((run_at, task, max_running)) => (Some(*run_at), Some(*task), *max_running),
+        let (head_turn, head_task, head_max) = match heads.get(&change.user).filter(|_| !change.user.is_empty()) {
+            Some((turn, task, max_running)) => (Some(*turn), Some(*task), *max_running),
             None => (None, None, None),
         };
         let picked = change.picked.unwrap_or(pick);
-        (&change.user, change.running, head_at, head_task, head_max, picked, u8::from(change.picked.is_some()))
+        (&change.user, change.running, head_turn, head_task, head_max, picked, u8::from(change.picked.is_some()))
     }));
     for rows in rows {
         sqlx::query(WRITE).bind(rows).execute(session.db()).await?;
@@ -281,11 +289,11 @@ pub(super) async fn write_accounts(session: &mut Session<'_>, pick: i64, changes
     Ok(())
 }
 
-/// Time, task and max_running of an oldest ready task.
+/// Turn, task and max_running of a first ready task.
 fn head(words: &str) -> Option<(i64, i64, Option<u32>)> {
     let mut words = words.split(',');
-    let (run_at, task) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-    Some((run_at, task, words.next().and_then(|most| most.parse().ok())))
+    let (turn, task) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    Some((turn, task, words.next().and_then(|most| most.parse().ok())))
 }
 
 /// Fold rows of counts together, if there are many. Answers where to begin the next time.

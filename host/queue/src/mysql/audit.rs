@@ -14,7 +14,7 @@ use crate::Result;
 const FINDINGS_MAX: usize = 1_000;
 
 /// A rule, in words, and what breaks it: a list of names with numbers, with LIMIT at its end.
-const RULES: [(&str, &str); 17] = [
+const RULES: [(&str, &str); 18] = [
     (
         "a waiting task stands in exactly one place, any other in none",
         "SELECT CONCAT('task ', t.id, ', ', t.state, ', in ', COUNT(p.task)) FROM laelaps_task AS t LEFT JOIN (
@@ -26,14 +26,14 @@ const RULES: [(&str, &str); 17] = [
         "a place names a task as its row is",
         "SELECT what FROM (
             SELECT CONCAT('task ', r.task, ' in laelaps_ready') AS what FROM laelaps_ready AS r LEFT JOIN laelaps_task AS t ON t.id = r.task
-                AND t.user = '' AND t.run_at = r.run_at AND t.max_running <=> r.max_running AND NOT t.alone WHERE t.id IS NULL
+                AND t.user = '' AND t.turn = r.turn AND t.max_running <=> r.max_running AND NOT t.alone WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_ready_of_user') FROM laelaps_ready_of_user AS r
-                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.user = r.user AND t.user <> '' AND t.run_at = r.run_at
+                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.user = r.user AND t.user <> '' AND t.turn = r.turn
                 AND t.max_running <=> r.max_running AND NOT t.alone WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_scheduled') FROM laelaps_scheduled AS r
                 LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.run_at = r.run_at WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_suspect') FROM laelaps_suspect AS r
-                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.run_at = r.run_at AND t.alone WHERE t.id IS NULL) AS found LIMIT ?",
+                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.turn = r.turn AND t.alone WHERE t.id IS NULL) AS found LIMIT ?",
     ),
     (
         "an account and its changes count what runs",
@@ -48,10 +48,10 @@ const RULES: [(&str, &str); 17] = [
             WHERE user NOT IN (SELECT user FROM laelaps_account) AND user NOT IN (SELECT user FROM laelaps_account_change) LIMIT ?",
     ),
     (
-        "an account without changes knows its oldest ready task",
+        "an account without changes knows its first ready task",
         "SELECT CONCAT('user ', a.user) FROM laelaps_account AS a
             WHERE a.user NOT IN (SELECT user FROM laelaps_account_change) AND NOT (a.head_task <=>
-                (SELECT r.task FROM laelaps_ready_of_user AS r WHERE r.user = a.user ORDER BY r.run_at, r.task LIMIT 1)) LIMIT ?",
+                (SELECT r.task FROM laelaps_ready_of_user AS r WHERE r.user = a.user ORDER BY r.turn, r.task LIMIT 1)) LIMIT ?",
     ),
     (
         "an idle user has no account",
@@ -75,6 +75,10 @@ const RULES: [(&str, &str); 17] = [
         "SELECT CONCAT('task ', id) FROM laelaps_task WHERE (state = 'running') <> (until <> 0)
             OR (state IN ('finished', 'failed', 'cancelled')) <> (finished_at <> 0) OR (finished_at = 0) <> (retained_until = 0)
             OR (lost = 0) <> (lost_at = 0) OR state = 0 LIMIT ?",
+    ),
+    (
+        "a priority is from -100 to 100",
+        "SELECT CONCAT('task ', id) FROM laelaps_task WHERE priority NOT BETWEEN -100 AND 100 LIMIT ?",
     ),
     (
         "an ended task will be removed",

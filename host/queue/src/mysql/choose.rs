@@ -1,4 +1,4 @@
-//! Which tasks a claim takes. Those without user are simply the oldest ones that no other claim has its hands on. Tasks of users are chosen
+//! Which tasks a claim takes. Those without user are simply the first ones that no other claim has its hands on. Tasks of users are chosen
 //! by [`crate::fair`], one claim after the other: the counter's row is held until the claim has committed, and with it all accounts.
 
 use std::collections::{HashMap, HashSet};
@@ -20,7 +20,7 @@ const CLAIMED_BYTES_MAX: i64 = 64 << 20;
 /// Rounds of choosing, where users' tasks differ so much in their max_running that the first did not fill the batch.
 const ROUNDS_MAX: usize = 4;
 
-/// A place in the order of ready tasks: time and task.
+/// A place in the order of ready tasks: turn and task; of scheduled ones: time and task.
 pub(super) type Ready = (i64, i64);
 /// Before every place.
 pub(super) const HEAD: Ready = (i64::MIN, 0);
@@ -28,7 +28,7 @@ pub(super) const HEAD: Ready = (i64::MIN, 0);
 /// A task that was chosen, and where it waited.
 pub(super) struct Chosen {
     pub(super) task: i64,
-    pub(super) run_at: i64,
+    pub(super) turn: i64,
     pub(super) user: String,
     /// The number of its pick between users, if it was picked between users.
     pub(super) pick: Option<i64>,
@@ -37,15 +37,15 @@ pub(super) struct Chosen {
 /// How to choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
-    /// Tasks without user, oldest first.
+    /// Tasks without user, in their order.
     WithoutUser,
-    /// All tasks, oldest first.
-    Oldest,
+    /// All tasks, in their order.
+    First,
     /// Between users.
     BetweenUsers,
     /// One that has to run alone; if there is none that may, as otherwise.
     Alone {
-        /// Otherwise is by age, not between users.
+        /// Otherwise is by turn, not between users.
         ignore_users: bool,
     },
 }
@@ -56,6 +56,8 @@ pub(super) struct Starts {
     pub(super) ready: Ready,
     pub(super) of_users: Ready,
     pub(super) changes: i64,
+    /// How often something had entered by then, as far as this process knows.
+    pub(super) entered: u64,
 }
 
 /// A look at the ready tasks: where it began, how long it took, where it came to.
@@ -72,7 +74,7 @@ pub(super) struct Choice {
     pub(super) ready: Look<Ready>,
     pub(super) of_users: Look<Ready>,
     pub(super) changes: Look<i64>,
-    /// Places (time and task) that contradict their tasks, to be mended.
+    /// Places (turn and task) that contradict their tasks, to be mended.
     pub(super) broken: Vec<(i64, i64)>,
 }
 
@@ -91,10 +93,10 @@ pub(super) async fn choose(session: &mut Session<'_>, way: Way, limits: Limits, 
     let limit = limits.tasks;
     match way {
         Way::WithoutUser => {
-            let found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
+            let found = first(session, FIRST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
             choice.chosen = found.into_iter().map(|found| found.chosen).collect();
         }
-        Way::Oldest => choice.chosen = oldest_of_all(session, limit, starts, &mut choice).await?,
+        Way::First => choice.chosen = first_of_all(session, limit, starts, &mut choice).await?,
         Way::BetweenUsers | Way::Alone { .. } => {
             let pick: i64 = sqlx::query_scalar(HOLD).fetch_one(session.db()).await?;
             choice.pick = Some(pick);
@@ -106,7 +108,7 @@ pub(super) async fn choose(session: &mut Session<'_>, way: Way, limits: Limits, 
             choice.alone = suspect.is_some();
             choice.chosen = match suspect {
                 Some(chosen) => vec![chosen],
-                None if way == (Way::Alone { ignore_users: true }) => oldest_of_all(session, limit, starts, &mut choice).await?,
+                None if way == (Way::Alone { ignore_users: true }) => first_of_all(session, limit, starts, &mut choice).await?,
                 None => between_users(session, limits, pick, starts, &mut choice).await?,
             };
         }
@@ -118,17 +120,17 @@ pub(super) async fn choose(session: &mut Session<'_>, way: Way, limits: Limits, 
     Ok(choice)
 }
 
-/// The oldest tasks, whosever they are.
-async fn oldest_of_all(
+/// The first tasks, whosever they are.
+async fn first_of_all(
     session: &mut Session<'_>,
     limit: usize,
     starts: Starts,
     choice: &mut Choice,
 ) -> Result<Vec<Chosen>, Failure> {
-    let mut found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
-    let of_users = oldest(session, OLDEST_OF_USERS, starts.of_users, limit, &mut choice.of_users, &mut choice.broken).await?;
+    let mut found = first(session, FIRST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
+    let of_users = first(session, FIRST_OF_USERS, starts.of_users, limit, &mut choice.of_users, &mut choice.broken).await?;
     found.extend(of_users);
-    found.sort_unstable_by_key(|found| (found.chosen.run_at, found.chosen.task));
+    found.sort_unstable_by_key(|found| (found.chosen.turn, found.chosen.task));
     found.truncate(limit);
     Ok(found.into_iter().map(|found| found.chosen).collect())
 }
@@ -139,14 +141,14 @@ struct Found {
     max_running: Option<u32>,
 }
 
-pub(super) const OLDEST: &str = "SELECT run_at, task, max_running, '' FROM laelaps_ready
-    WHERE (run_at = ? AND task > ?) OR run_at > ? ORDER BY run_at, task LIMIT ? FOR UPDATE SKIP LOCKED";
+pub(super) const FIRST: &str = "SELECT turn, task, max_running, '' FROM laelaps_ready
+    WHERE (turn = ? AND task > ?) OR turn > ? ORDER BY turn, task LIMIT ? FOR UPDATE SKIP LOCKED";
 
-pub(super) const OLDEST_OF_USERS: &str = "SELECT run_at, task, max_running, user FROM laelaps_ready_of_user FORCE INDEX (in_time)
-    WHERE (run_at = ? AND task > ?) OR run_at > ? ORDER BY run_at, task LIMIT ? FOR UPDATE SKIP LOCKED";
+pub(super) const FIRST_OF_USERS: &str = "SELECT turn, task, max_running, user FROM laelaps_ready_of_user FORCE INDEX (in_turn)
+    WHERE (turn = ? AND task > ?) OR turn > ? ORDER BY turn, task LIMIT ? FOR UPDATE SKIP LOCKED";
 
-/// Take hold of the oldest tasks behind a place that nobody else holds; of all, if there are none behind it.
-async fn oldest(
+/// Take hold of the first tasks behind a place that nobody else holds; of all, if there are none behind it.
+async fn first(
     session: &mut Session<'_>,
     sql: &'static str,
     start: Ready,
@@ -162,14 +164,14 @@ async fn oldest(
         let mut found = Vec::with_capacity(rows.len());
         let mut last = None;
         for row in &rows {
-            let (run_at, task) = (row.try_get(0)?, row.try_get(1)?);
-            last = Some((run_at, task));
+            let (turn, task) = (row.try_get(0)?, row.try_get(1)?);
+            last = Some((turn, task));
             match String::from_utf8(row.try_get(3)?) {
-                Ok(user) if !user.is_empty() || sql == OLDEST => {
-                    let chosen = Chosen { run_at, task, user, pick: None };
+                Ok(user) if !user.is_empty() || sql == FIRST => {
+                    let chosen = Chosen { turn, task, user, pick: None };
                     found.push(Found { chosen, max_running: row.try_get(2)? });
                 }
-                _ => broken.push((run_at, task)),
+                _ => broken.push((turn, task)),
             }
         }
         *look = Some((start, took, last));
@@ -208,7 +210,7 @@ async fn between_users(
         let first = chosen.len();
         chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| Chosen {
             task: pick.candidate.task,
-            run_at: pick.candidate.run_at,
+            turn: pick.candidate.turn,
             user: accounts[pick.account].user.clone(),
             pick: Some(number + count(place)),
         }));
@@ -223,10 +225,10 @@ async fn between_users(
 }
 
 pub(super) const OPEN_ACCOUNTS: &str =
-    "(SELECT user, running, picked, head_at, head_task, head_max FROM laelaps_account FORCE INDEX (by_weight)
-        WHERE open = 1 ORDER BY weight, head_at, head_task LIMIT ?)
+    "(SELECT user, running, picked, head_turn, head_task, head_max FROM laelaps_account FORCE INDEX (by_weight)
+        WHERE open = 1 ORDER BY weight, head_turn, head_task LIMIT ?)
     UNION
-    (SELECT user, running, picked, head_at, head_task, head_max FROM laelaps_account FORCE INDEX (by_age)
+    (SELECT user, running, picked, head_turn, head_task, head_max FROM laelaps_account FORCE INDEX (by_age)
         WHERE open = 1 AND picked < ? ORDER BY picked LIMIT ?)";
 
 /// The users that could be picked: those of the greatest weight, and those passed over for long.
@@ -260,8 +262,8 @@ async fn open_accounts(
             broken.extend(places_of_unreadable(session, &user).await?);
             continue;
         };
-        let head_at: Option<i64> = row.try_get(3)?;
-        let head = candidate(head_at.unwrap_or(0), row.try_get(4)?, row.try_get(5)?);
+        let head_turn: Option<i64> = row.try_get(3)?;
+        let head = candidate(head_turn.unwrap_or(0), row.try_get(4)?, row.try_get(5)?);
         accounts.push(Account {
             user,
             running: row.try_get(1)?,
@@ -273,8 +275,8 @@ async fn open_accounts(
     Ok(accounts)
 }
 
-pub(super) const OPEN_WITHOUT_LIMIT: &str = "SELECT user, running, picked, head_at, head_task, head_max
-    FROM laelaps_account FORCE INDEX (without_limit) WHERE free_weight IS NOT NULL ORDER BY free_weight, free_at LIMIT ?";
+pub(super) const OPEN_WITHOUT_LIMIT: &str = "SELECT user, running, picked, head_turn, head_task, head_max
+    FROM laelaps_account FORCE INDEX (without_limit) WHERE free_weight IS NOT NULL ORDER BY free_weight, free_turn LIMIT ?";
 
 /// Whether a task counts against its user's limit.
 fn is_limited(account: &Account, candidate: &Candidate) -> bool {
@@ -317,39 +319,38 @@ async fn without_user(
     choice: &mut Choice,
 ) -> Result<Option<Account>, Failure> {
     const PICKED: &str = "SELECT picked FROM laelaps_account WHERE user = ''";
-    let found = oldest(session, OLDEST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
+    let found = first(session, FIRST, starts.ready, limit, &mut choice.ready, &mut choice.broken).await?;
     if found.is_empty() {
         return Ok(None);
     }
     let picked: Option<i64> = sqlx::query_scalar(PICKED).fetch_optional(session.db()).await?;
     let rest = if found.len() < limit { Rest::Nothing } else { Rest::Unknown };
-    let candidates =
-        found.into_iter().map(|found| candidate(found.chosen.run_at, found.chosen.task, found.max_running)).collect();
+    let candidates = found.into_iter().map(|found| candidate(found.chosen.turn, found.chosen.task, found.max_running)).collect();
     Ok(Some(Account { user: String::new(), running: 0, picked: picked.unwrap_or(0), candidates, rest }))
 }
 
-fn candidate(run_at: i64, task: i64, max_running: Option<u32>) -> Candidate {
-    Candidate { run_at, task, max_running: max_running.map(i64::from) }
+fn candidate(turn: i64, task: i64, max_running: Option<u32>) -> Candidate {
+    Candidate { turn, task, max_running: max_running.map(i64::from) }
 }
 
-pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, run_at, task, max_running FROM laelaps_ready_of_user
-    WHERE (user = ? AND run_at = ? AND task > ?) OR (user = ? AND run_at > ?) ORDER BY user, run_at, task LIMIT ?";
+pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, turn, task, max_running FROM laelaps_ready_of_user
+    WHERE (user = ? AND turn = ? AND task > ?) OR (user = ? AND turn > ?) ORDER BY user, turn, task LIMIT ?";
 
 /// Of several users, each step to the next task of one.
 pub(super) const CANDIDATES_OF_SEVERAL: &str =
-    "WITH RECURSIVE walk (user, run_at, task, max_running, wanted, steps) AS (
-        SELECT s.user, s.run_at, s.task, CAST(NULL AS UNSIGNED), s.wanted, 0 FROM JSON_TABLE(?, '$[*]' COLUMNS (
-            user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
+    "WITH RECURSIVE walk (user, turn, task, max_running, wanted, steps) AS (
+        SELECT s.user, s.turn, s.task, CAST(NULL AS UNSIGNED), s.wanted, 0 FROM JSON_TABLE(?, '$[*]' COLUMNS (
+            user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', turn BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
             wanted BIGINT PATH '$[3]')) AS s
         UNION ALL
-        SELECT walk.user, t.run_at, t.id, t.max_running, walk.wanted - 1, walk.steps + 1
+        SELECT walk.user, t.turn, t.id, t.max_running, walk.wanted - 1, walk.steps + 1
         FROM walk STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = (SELECT later.task FROM laelaps_ready_of_user AS later
-            WHERE later.user = walk.user AND later.run_at >= walk.run_at AND (later.run_at > walk.run_at OR later.task > walk.task)
-            ORDER BY later.run_at, later.task LIMIT 1)
+            WHERE later.user = walk.user AND later.turn >= walk.turn AND (later.turn > walk.turn OR later.task > walk.task)
+            ORDER BY later.turn, later.task LIMIT 1)
         WHERE walk.wanted > 0)
-    SELECT user, run_at, task, max_running FROM walk WHERE steps > 0";
+    SELECT user, turn, task, max_running FROM walk WHERE steps > 0";
 
-/// Fetch as many of each user's oldest tasks as are needed.
+/// Fetch as many of each user's first tasks as are needed.
 async fn candidates(session: &mut Session<'_>, accounts: &mut [Account], needed: &[usize]) -> Result<(), Failure> {
     let wanted: Vec<(&str, i64, i64, i64)> = accounts
         .iter()
@@ -359,12 +360,12 @@ async fn candidates(session: &mut Session<'_>, accounts: &mut [Account], needed:
         })
         .filter_map(|(account, needed)| {
             let last = account.candidates.back()?;
-            Some((account.user.as_str(), last.run_at, last.task, count(*needed - account.candidates.len())))
+            Some((account.user.as_str(), last.turn, last.task, count(*needed - account.candidates.len())))
         })
         .collect();
     let rows = match wanted.as_slice() {
         [] => return Ok(()),
-        [(user, run_at, task, more)] => next_of(session, user, (*run_at, *task), *more).await?,
+        [(user, turn, task, more)] => next_of(session, user, (*turn, *task), *more).await?,
         several => sqlx::query(CANDIDATES_OF_SEVERAL).bind(json(several)).fetch_all(session.db()).await?,
     };
     let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
@@ -372,14 +373,14 @@ async fn candidates(session: &mut Session<'_>, accounts: &mut [Account], needed:
         let user: Vec<u8> = row.try_get(0)?;
         let max_running: Option<u64> = row.try_get(3)?;
         let max_running = max_running.and_then(|most| i64::try_from(most).ok());
-        let candidate = Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running };
+        let candidate = Candidate { turn: row.try_get(1)?, task: row.try_get(2)?, max_running };
         found.entry(String::from_utf8_lossy(&user).into_owned()).or_default().push(candidate);
     }
     let asked: HashMap<String, i64> = wanted.iter().map(|(user, _, _, more)| ((*user).to_owned(), *more)).collect();
     for account in accounts.iter_mut() {
         let Some(asked) = asked.get(&account.user) else { continue };
         let mut more = found.remove(&account.user).unwrap_or_default();
-        more.sort_unstable_by_key(|candidate| (candidate.run_at, candidate.task));
+        more.sort_unstable_by_key(|candidate| (candidate.turn, candidate.task));
         if count(more.len()) < *asked {
             account.rest = Rest::Nothing;
         }
@@ -398,7 +399,7 @@ async fn refill(session: &mut Session<'_>, accounts: &mut [Account], chosen: &[C
     let empty = |account: &&mut Account| account.candidates.is_empty() && account.rest == Rest::Unknown;
     for account in accounts.iter_mut().filter(empty) {
         let Some(last) = chosen.iter().rev().find(|chosen| chosen.user == account.user) else { continue };
-        match next_of(session, &account.user, (last.run_at, last.task), 1).await?.first() {
+        match next_of(session, &account.user, (last.turn, last.task), 1).await?.first() {
             Some(row) => account.candidates.push_back(candidate(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?)),
             None => account.rest = Rest::Nothing,
         }

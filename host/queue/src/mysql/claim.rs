@@ -18,7 +18,7 @@ use super::due::move_due;
 use super::failure::{self, Failure};
 use super::mark::Looks;
 use super::mend::{mend, unreadable_names, user_of};
-use super::rows::{Joined, count, ids, json, lockable, places};
+use super::rows::{Joined, count, ids, json, lockable, places, priority_in_range};
 use super::session::{Session, Waiting as LockWait, now};
 use super::{MySql, locked};
 use crate::outcome::ms;
@@ -133,7 +133,7 @@ impl MySql {
         let way = if claim.alone && outlook.suspects > 0 {
             Some(Way::Alone { ignore_users: claim.ignore_users })
         } else if claim.ignore_users {
-            (outlook.of_users || outlook.ready).then_some(Way::Oldest)
+            (outlook.of_users || outlook.ready).then_some(Way::First)
         } else if outlook.users_changed || outlook.users_open {
             Some(Way::BetweenUsers)
         } else {
@@ -201,8 +201,8 @@ impl MySql {
             (SELECT COUNT(*) FROM (SELECT 1 FROM laelaps_suspect LIMIT 2) AS few),
             EXISTS (SELECT 1 FROM laelaps_account_change WHERE id > ?),
             EXISTS (SELECT 1 FROM laelaps_account WHERE open = 1),
-            EXISTS (SELECT 1 FROM laelaps_ready WHERE run_at >= ?),
-            EXISTS (SELECT 1 FROM laelaps_ready_of_user WHERE run_at >= ?), @@read_only"
+            EXISTS (SELECT 1 FROM laelaps_ready WHERE turn >= ?),
+            EXISTS (SELECT 1 FROM laelaps_ready_of_user WHERE turn >= ?), @@read_only"
         );
         let (starts, scheduled) = {
             let marks = locked(&self.marks);
@@ -244,9 +244,7 @@ impl MySql {
                 Box::pin(async move { move_due(session, start).await })
             })
             .await?;
-        let mut marks = locked(&self.marks);
-        marks.scheduled.looked(start, took, last);
-        marks.hint();
+        locked(&self.marks).scheduled.looked(start, took, last);
         Ok(())
     }
 }
@@ -273,7 +271,7 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
     let tasks = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
     let limited = claim.limited.map_or(tasks, |limited| usize::try_from(limited).unwrap_or(tasks)).min(tasks);
     let mut choice = choose(session, way, Limits { tasks, limited }, starts).await?;
-    let looks = Looks { ready: choice.ready, of_users: choice.of_users, changes: choice.changes };
+    let looks = Looks { ready: choice.ready, of_users: choice.of_users, changes: choice.changes, entered: starts.entered };
     let mut changes = Changes::default();
     mend(session, &choice.broken, &mut changes).await?;
     let overtaken = if session.conflicts > 0 { leave_out_overtaken(session, &mut choice).await? } else { Vec::new() };
@@ -306,7 +304,7 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
     }
     if users.len() < choice.chosen.len() {
         let wrong = choice.chosen.iter().filter(|chosen| !users.contains_key(&chosen.task));
-        let wrong: Vec<(i64, i64)> = wrong.map(|chosen| (chosen.run_at, chosen.task)).collect();
+        let wrong: Vec<(i64, i64)> = wrong.map(|chosen| (chosen.turn, chosen.task)).collect();
         mend(session, &wrong, &mut changes).await?;
     }
     changes.write(session).await?;
@@ -314,9 +312,9 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
 }
 
 pub(super) const STILL_OF_USER: &str = concat!(
-    "SELECT r.run_at, r.task FROM ",
+    "SELECT r.turn, r.task FROM ",
     lockable!(places!()),
-    " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_time) ON r.run_at = s.run_at AND r.task = s.task FOR UPDATE"
+    " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_turn) ON r.turn = s.at AND r.task = s.task FOR UPDATE"
 );
 
 /// Leave out tasks of users that are not where they were seen: another one has taken them, or the account was wrong about them. Answers those.
@@ -325,7 +323,7 @@ async fn leave_out_overtaken(session: &mut Session<'_>, choice: &mut Choice) -> 
         return Ok(Vec::new());
     }
     let of_users = choice.chosen.iter().filter(|chosen| !chosen.user.is_empty());
-    let places = json(of_users.map(|chosen| (chosen.run_at, chosen.task)));
+    let places = json(of_users.map(|chosen| (chosen.turn, chosen.task)));
     if places == "[]" {
         return Ok(Vec::new());
     }
@@ -333,7 +331,7 @@ async fn leave_out_overtaken(session: &mut Session<'_>, choice: &mut Choice) -> 
         sqlx::query_as(STILL_OF_USER).bind(places).fetch_all(session.db()).await?.into_iter().collect();
     let chosen = std::mem::take(&mut choice.chosen);
     let (there, overtaken) =
-        chosen.into_iter().partition(|chosen| chosen.user.is_empty() || still.contains(&(chosen.run_at, chosen.task)));
+        chosen.into_iter().partition(|chosen| chosen.user.is_empty() || still.contains(&(chosen.turn, chosen.task)));
     choice.chosen = there;
     Ok(overtaken)
 }
@@ -368,18 +366,18 @@ fn of_accounts(chosen: &[Chosen], running: &[&str]) -> Vec<AccountChange> {
 pub(super) const READY: &str = concat!(
     "DELETE r FROM ",
     places!(),
-    " STRAIGHT_JOIN laelaps_ready AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task"
+    " STRAIGHT_JOIN laelaps_ready AS r FORCE INDEX (PRIMARY) ON r.turn = s.at AND r.task = s.task"
 );
 
 pub(super) const SUSPECT_OUT: &str = concat!(
     "DELETE r FROM ",
     places!(),
-    " STRAIGHT_JOIN laelaps_suspect AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task"
+    " STRAIGHT_JOIN laelaps_suspect AS r FORCE INDEX (PRIMARY) ON r.turn = s.at AND r.task = s.task"
 );
 
 pub(super) const READY_OF_USER: &str = "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]',
-            run_at BIGINT PATH '$[1]', task BIGINT PATH '$[2]')) AS s
-        STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (PRIMARY) ON r.user = s.user AND r.run_at = s.run_at AND r.task = s.task";
+            turn BIGINT PATH '$[1]', task BIGINT PATH '$[2]')) AS s
+        STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (PRIMARY) ON r.user = s.user AND r.turn = s.turn AND r.task = s.task";
 
 /// Take the chosen from where they wait.
 async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Failure> {
@@ -387,12 +385,12 @@ async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Fail
         choice.chosen.iter().partition(|chosen| !chosen.user.is_empty() && !choice.alone);
     let mut taken = 0;
     if !ready.is_empty() {
-        let rows = json(ready.iter().map(|chosen| (chosen.run_at, chosen.task)));
+        let rows = json(ready.iter().map(|chosen| (chosen.turn, chosen.task)));
         let sql = if choice.alone { SUSPECT_OUT } else { READY };
         taken += sqlx::query(sql).bind(rows).execute(session.db()).await?.rows_affected();
     }
     if !of_users.is_empty() {
-        for rows in session.chunks(of_users.iter().map(|chosen| (&chosen.user, chosen.run_at, chosen.task))) {
+        for rows in session.chunks(of_users.iter().map(|chosen| (&chosen.user, chosen.turn, chosen.task))) {
             taken += sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?.rows_affected();
         }
     }
@@ -401,11 +399,13 @@ async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Fail
 }
 
 /// A place that its task's row does not know gives nothing.
-pub(super) const LEASE: &str =
-    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, run_at BIGINT PATH '$[0]', id BIGINT PATH '$[1]')) AS s
+pub(super) const LEASE: &str = concat!(
+    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, turn BIGINT PATH '$[0]', id BIGINT PATH '$[1]')) AS s
     STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
-    SET t.state = 'running', t.lease = ? + s.place, t.host = ?, t.until = ?, t.finished_at = 0, t.retained_until = 0
-    WHERE t.state = 'waiting' AND t.run_at = s.run_at AND t.alone = ?";
+    SET t.state = 'running', t.lease = ? + s.place, t.host = ?, t.until = ?, t.finished_at = 0, t.retained_until = 0, ",
+    priority_in_range!(),
+    " WHERE t.state = 'waiting' AND t.turn = s.turn AND t.alone = ?"
+);
 
 pub(super) const LEASED: &str = concat!(
     "SELECT t.id, t.lease, t.`key`, t.type, t.user, t.attempts, t.max_attempts, t.lost, t.lost_alone, t.alone, t.releases,
@@ -425,7 +425,7 @@ struct Leased {
 /// Enter the claim, put the chosen under its leases, and read them.
 async fn lease(session: &mut Session<'_>, claim: &Claim, choice: &Choice) -> Result<Leased, Failure> {
     let tasks = json(choice.chosen.iter().map(|chosen| chosen.task));
-    let places = json(choice.chosen.iter().map(|chosen| (chosen.run_at, chosen.task)));
+    let places = json(choice.chosen.iter().map(|chosen| (chosen.turn, chosen.task)));
     let now = session.now;
     let alive_ms = ms(claim.alive_time);
     // A lease that is over at once is one that ends with this millisecond.

@@ -19,7 +19,7 @@ pub(super) const DUE: &str =
     "SELECT run_at, task FROM laelaps_scheduled WHERE run_at >= ? AND run_at <= ? ORDER BY run_at, task LIMIT ?";
 
 pub(super) const DUE_TASKS: &str = concat!(
-    "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone FROM ",
+    "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority FROM ",
     lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE SKIP LOCKED"
 );
@@ -27,13 +27,13 @@ pub(super) const DUE_TASKS: &str = concat!(
 pub(super) const STILL_DUE: &str = concat!(
     "SELECT r.run_at, r.task FROM ",
     lockable!(places!()),
-    " STRAIGHT_JOIN laelaps_scheduled AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task FOR UPDATE"
+    " STRAIGHT_JOIN laelaps_scheduled AS r FORCE INDEX (PRIMARY) ON r.run_at = s.at AND r.task = s.task FOR UPDATE"
 );
 
 pub(super) const OUT_OF_SCHEDULED: &str = concat!(
     "DELETE r FROM ",
     places!(),
-    " STRAIGHT_JOIN laelaps_scheduled AS r FORCE INDEX (PRIMARY) ON r.run_at = s.run_at AND r.task = s.task"
+    " STRAIGHT_JOIN laelaps_scheduled AS r FORCE INDEX (PRIMARY) ON r.run_at = s.at AND r.task = s.task"
 );
 
 /// Whoever moves a task holds its row first, as everybody does who takes it from where it waits: else it could be moved to where another one
@@ -53,6 +53,7 @@ pub(super) async fn move_due(session: &mut Session<'_>, start: Ready) -> Result<
         let waiting = Waiting {
             task: row.try_get(0)?,
             run_at: row.try_get(2)?,
+            priority: row.try_get(6)?,
             user: user_of(&row, 3)?,
             max_running: row.try_get(4)?,
             alone: row.try_get(5)?,

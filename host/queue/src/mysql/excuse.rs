@@ -8,7 +8,7 @@ use super::MySql;
 use super::accounts::Changes;
 use super::failure::Failure;
 use super::mend::place_anew;
-use super::rows::{ids, json, lockable};
+use super::rows::{ids, json, lockable, priority_in_range};
 use super::session::Session;
 use super::settle::leases;
 use crate::earlier::Earlier;
@@ -42,7 +42,7 @@ impl MySql {
 }
 
 pub(super) const TASKS: &str = concat!(
-    "SELECT t.id, t.state = 'waiting', t.run_at, t.lost, t.lost_alone, t.alone, t.lost_at FROM ",
+    "SELECT t.id, t.state = 'waiting', t.run_at, t.lost, t.lost_alone, t.alone, t.lost_at, t.turn FROM ",
     lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE"
 );
@@ -61,10 +61,13 @@ pub(super) const EXCUSE: &str = concat!(
     SET a.event = 'excused' WHERE a.host = ? AND a.event = 'lost'"
 );
 
-pub(super) const CLEAR: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]', lost BIGINT PATH '$[1]',
+pub(super) const CLEAR: &str = concat!(
+    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]', lost BIGINT PATH '$[1]',
         lost_alone BIGINT PATH '$[2]', alone INT PATH '$[3]', run_at BIGINT PATH '$[4]')) AS s
     STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
-    SET t.lost = s.lost, t.lost_alone = s.lost_alone, t.alone = s.alone, t.run_at = s.run_at, t.lost_at = IF(s.lost = 0, 0, t.lost_at)";
+    SET t.lost = s.lost, t.lost_alone = s.lost_alone, t.alone = s.alone, t.run_at = s.run_at, t.lost_at = IF(s.lost = 0, 0, t.lost_at), ",
+    priority_in_range!()
+);
 
 async fn excuse(session: &mut Session<'_>, host: HostId, leases: &[(i64, i64)]) -> Result<u64, Failure> {
     const INNOCENT: [&str; 2] =
@@ -107,7 +110,7 @@ async fn excuse(session: &mut Session<'_>, host: HostId, leases: &[(i64, i64)]) 
         // What runs has its losses with it, and its host writes them.
         let in_company_again = waits && alone && lost < Policy::LOST_MAX;
         let run_at_now = if in_company_again {
-            moved.push((run_at, task));
+            moved.extend([(run_at, task), (row.try_get(7)?, task)]);
             run_at.min(now)
         } else {
             run_at

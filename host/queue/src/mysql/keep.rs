@@ -8,7 +8,7 @@ use sqlx::Row as _;
 use super::MySql;
 use super::connect::text;
 use super::failure::Failure;
-use super::rows::{Joined, Parts, count, json, parts};
+use super::rows::{Joined, Parts, count, json, parts, priority_in_range};
 use super::session::{Session, moment};
 use super::settle::{holds, leases};
 use crate::outcome::ms;
@@ -25,7 +25,9 @@ const MERGED_BYTES_MAX: usize = 16 << 20;
 pub(super) const RENEW: &str = concat!(
     "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (task BIGINT PATH '$[0]', lease BIGINT PATH '$[1]', alive_ms BIGINT PATH '$[2]')) AS s
     STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
-    SET t.until = GREATEST(t.until, ? + s.alive_ms) WHERE t.lease = s.lease AND t.state = 'running' AND t.until > ",
+    SET t.until = GREATEST(t.until, ? + s.alive_ms), ",
+    priority_in_range!(),
+    " WHERE t.lease = s.lease AND t.state = 'running' AND t.until > ",
     moment!()
 );
 

@@ -1,7 +1,7 @@
 //! Where to begin looking. While some session reads an old snapshot, InnoDB keeps what was deleted since, and whoever begins at the head of
 //! a table from which others delete walks over all of it, more each time. So the last place is kept in memory, and the next look begins
-//! there. What enters behind it is found by a look from the head: at every look as long as those are quick, else once in [`INTERVAL`], or
-//! when somebody in this process says that something entered.
+//! there. What enters behind it, as a task of a smaller priority does, is found by a look from the head: at every look as long as those are quick,
+//! else once in [`INTERVAL`], or when somebody in this process says that something entered.
 
 use std::time::{Duration, Instant};
 
@@ -57,21 +57,25 @@ pub(super) struct Marks {
     of_users: Mark<Ready>,
     pub(super) scheduled: Mark<Ready>,
     changes: Mark<i64>,
+    /// How often something entered, as far as this process knows.
+    entered: u64,
 }
 
 impl Default for Marks {
     fn default() -> Self {
-        Self { ready: Mark::at(HEAD), of_users: Mark::at(HEAD), scheduled: Mark::at(HEAD), changes: Mark::at(0) }
+        Self { ready: Mark::at(HEAD), of_users: Mark::at(HEAD), scheduled: Mark::at(HEAD), changes: Mark::at(0), entered: 0 }
     }
 }
 
 impl Marks {
     pub(super) fn starts(&self) -> Starts {
-        Starts { ready: self.ready.start(), of_users: self.of_users.start(), changes: self.changes.start() }
+        let (ready, of_users, changes) = (self.ready.start(), self.of_users.start(), self.changes.start());
+        Starts { ready, of_users, changes, entered: self.entered }
     }
 
     /// Something began to wait, perhaps behind the marks.
     pub(super) fn hint(&mut self) {
+        self.entered += 1;
         self.ready.hint();
         self.of_users.hint();
     }
@@ -95,6 +99,11 @@ impl Marks {
         note(&mut self.ready, choice.ready);
         note(&mut self.of_users, choice.of_users);
         note(&mut self.changes, choice.changes);
+        // It may have entered after the look had passed there.
+        if choice.entered != self.entered {
+            self.ready.hint();
+            self.of_users.hint();
+        }
     }
 }
 
@@ -104,6 +113,8 @@ pub(super) struct Looks {
     pub(super) ready: Look<Ready>,
     pub(super) of_users: Look<Ready>,
     pub(super) changes: Look<i64>,
+    /// As in the [`Starts`] that they began with.
+    pub(super) entered: u64,
 }
 
 #[cfg(test)]
@@ -128,5 +139,23 @@ mod tests {
         assert_eq!(mark.start(), 0);
         mark.looked(0, Duration::from_secs(1), None);
         assert_eq!(mark.start(), 9);
+    }
+
+    #[test]
+    fn what_entered_during_a_look_is_looked_for_by_the_next() {
+        let mut marks = Marks::default();
+        let slow_look = |starts: Starts| Looks {
+            ready: Some((starts.ready, Duration::from_secs(1), Some((7, 1)))),
+            of_users: Some((starts.of_users, Duration::from_secs(1), Some((7, 1)))),
+            changes: None,
+            entered: starts.entered,
+        };
+        let undisturbed = marks.starts();
+        marks.looked(&slow_look(undisturbed));
+        assert_eq!((marks.starts().ready, marks.starts().of_users), ((7, 1), (7, 1)));
+        let disturbed = marks.starts();
+        marks.hint();
+        marks.looked(&slow_look(disturbed));
+        assert_eq!((marks.starts().ready, marks.starts().of_users), (HEAD, HEAD));
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn unreadable(name: &[u8]) -> Option<String> {
     }
 }
 
-/// Take tasks out of the places (time and task) where they stand wrongly, put those that wait where their own rows say, and tell their numbers.
+/// Take tasks out of the places (turn or time, and task) where they stand wrongly, put those that wait where their own rows say, and tell their numbers.
 pub(super) async fn mend(session: &mut Session<'_>, found: &[(i64, i64)], changes: &mut Changes) -> Result<(), Failure> {
     for (_, task) in found {
         tracing::error!(task, "a task stood where its own row does not say; it is put where it belongs");
@@ -39,15 +39,15 @@ pub(super) async fn mend(session: &mut Session<'_>, found: &[(i64, i64)], change
     place_anew(session, found, changes).await
 }
 
-/// Take tasks out of places (time and task), and put those that wait where their own rows say.
+/// Take tasks out of places (turn or time, and task), and put those that wait where their own rows say.
 pub(super) async fn place_anew(session: &mut Session<'_>, found: &[(i64, i64)], changes: &mut Changes) -> Result<(), Failure> {
     const TASKS: &str = concat!(
-        "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone FROM ",
+        "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.turn FROM ",
         lockable!(ids!()),
         " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE"
     );
     macro_rules! out_of {
-        ($table:literal, $index:literal) => {
+        ($table:literal, $index:literal, $at:literal) => {
             concat!(
                 "DELETE r FROM ",
                 places!(),
@@ -55,15 +55,17 @@ pub(super) async fn place_anew(session: &mut Session<'_>, found: &[(i64, i64)], 
                 $table,
                 " AS r FORCE INDEX (",
                 $index,
-                ") ON r.run_at = s.run_at AND r.task = s.task"
+                ") ON r.",
+                $at,
+                " = s.at AND r.task = s.task"
             )
         };
     }
     const OUT: [&str; 4] = [
-        out_of!("laelaps_ready", "PRIMARY"),
-        out_of!("laelaps_ready_of_user", "in_time"),
-        out_of!("laelaps_scheduled", "PRIMARY"),
-        out_of!("laelaps_suspect", "PRIMARY"),
+        out_of!("laelaps_ready", "PRIMARY", "turn"),
+        out_of!("laelaps_ready_of_user", "in_turn", "turn"),
+        out_of!("laelaps_scheduled", "PRIMARY", "run_at"),
+        out_of!("laelaps_suspect", "PRIMARY", "turn"),
     ];
     if found.is_empty() {
         return Ok(());
@@ -75,13 +77,14 @@ pub(super) async fn place_anew(session: &mut Session<'_>, found: &[(i64, i64)], 
     let mut waiting: HashMap<i64, Waiting> = HashMap::new();
     for row in sqlx::query(TASKS).bind(json(&tasks)).fetch_all(session.db()).await? {
         let (task, run_at) = (row.try_get(0)?, row.try_get(2)?);
-        places.push((run_at, task));
+        places.extend([(run_at, task), (row.try_get(7)?, task)]);
         let user = user_of(&row, 3)?;
         if !user.is_empty() {
             changes.unready(&user);
         }
         if row.try_get::<bool, _>(1)? {
-            waiting.insert(task, Waiting { task, run_at, user, max_running: row.try_get(4)?, alone: row.try_get(5)? });
+            let (max_running, alone, priority) = (row.try_get(4)?, row.try_get(5)?, row.try_get(6)?);
+            waiting.insert(task, Waiting { task, run_at, priority, user, max_running, alone });
         }
     }
     for sql in OUT {
@@ -95,7 +98,7 @@ pub(super) async fn place_anew(session: &mut Session<'_>, found: &[(i64, i64)], 
 
 /// Where tasks of a user stand whose name cannot be read, at most a batch; its account goes.
 pub(super) async fn places_of_unreadable(session: &mut Session<'_>, user: &[u8]) -> Result<Vec<(i64, i64)>, Failure> {
-    const PLACES: &str = "SELECT run_at, task FROM laelaps_ready_of_user WHERE user = ? ORDER BY run_at, task LIMIT ?";
+    const PLACES: &str = "SELECT turn, task FROM laelaps_ready_of_user WHERE user = ? ORDER BY turn, task LIMIT ?";
     const ACCOUNT: &str = "DELETE FROM laelaps_account WHERE user = ? AND user <> ''";
     const AGAIN: &str = "INSERT INTO laelaps_account_change (user, running) VALUES (?, 0)";
     let query = sqlx::query_as(PLACES).bind(user.to_vec()).bind(ROWS_OF_USER_MAX);

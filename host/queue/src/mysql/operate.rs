@@ -11,7 +11,7 @@ use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::{self, Failure};
 use super::mend::{numbers, tasks_retained_until, user_of};
-use super::rows::{count, ids, json, lockable};
+use super::rows::{count, ids, json, lockable, priority_in_range};
 use super::session::{Session, now};
 use super::settle::{Record, record_attempts, retain, set_aside};
 use super::submit::{descend, end_descent};
@@ -77,6 +77,9 @@ struct Found {
     user: String,
     max_running: Option<u32>,
     run_at: i64,
+    priority: i64,
+    /// Where it stands if it is ready or a suspect.
+    turn: i64,
     lease: i64,
     host: i64,
     attempts: u32,
@@ -96,7 +99,7 @@ macro_rules! find_by {
     ($condition:literal) => {
         concat!(
             "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
-                CAST(event AS CHAR), root FROM laelaps_task WHERE ",
+                CAST(event AS CHAR), root, priority, turn FROM laelaps_task WHERE ",
             $condition,
             " FOR UPDATE"
         )
@@ -124,26 +127,26 @@ async fn look_up(session: &mut Session<'_>, name: &Name) -> Result<Option<Found>
         alone: row.try_get(10)?,
         event: text(&row, 11)?,
         root: row.try_get(12)?,
+        priority: row.try_get(13)?,
+        turn: row.try_get(14)?,
     }))
 }
 
 /// Take a waiting task from where it waits.
 async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
-    const OF_USER: &str = "DELETE FROM laelaps_ready_of_user WHERE user = ? AND run_at = ? AND task = ?";
-    const PLACES: [&str; 3] = [
-        "DELETE FROM laelaps_ready WHERE run_at = ? AND task = ?",
-        "DELETE FROM laelaps_scheduled WHERE run_at = ? AND task = ?",
-        "DELETE FROM laelaps_suspect WHERE run_at = ? AND task = ?",
-    ];
+    const OF_USER: &str = "DELETE FROM laelaps_ready_of_user WHERE user = ? AND turn = ? AND task = ?";
+    const READY: &str = "DELETE FROM laelaps_ready WHERE turn = ? AND task = ?";
+    const SCHEDULED: &str = "DELETE FROM laelaps_scheduled WHERE run_at = ? AND task = ?";
+    const SUSPECT: &str = "DELETE FROM laelaps_suspect WHERE turn = ? AND task = ?";
     if !found.user.is_empty() {
-        let query = sqlx::query(OF_USER).bind(found.user.as_bytes().to_vec()).bind(found.run_at).bind(found.task);
+        let query = sqlx::query(OF_USER).bind(found.user.as_bytes().to_vec()).bind(found.turn).bind(found.task);
         if query.execute(session.db()).await?.rows_affected() == 1 {
             changes.unready(&found.user);
             return Ok(());
         }
     }
-    for sql in PLACES {
-        let query = sqlx::query(sql).bind(found.run_at).bind(found.task);
+    for (sql, at) in [(READY, found.turn), (SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
+        let query = sqlx::query(sql).bind(at).bind(found.task);
         if query.execute(session.db()).await?.rows_affected() == 1 {
             break;
         }
@@ -159,7 +162,11 @@ async fn end(
     retention: Duration,
     earlier: &Earlier<()>,
 ) -> Result<(), Failure> {
-    const END: &str = "UPDATE laelaps_task SET state = ?, until = 0, event = ?, finished_at = ?, retained_until = ? WHERE id = ?";
+    const END: &str = concat!(
+        "UPDATE laelaps_task SET state = ?, until = 0, event = ?, finished_at = ?, retained_until = ?, ",
+        priority_in_range!(),
+        " WHERE id = ?"
+    );
     let found = match look_up(session, name).await? {
         // It was set aside, and the earlier try has removed it; or its retention is over since.
         None if earlier.get().is_some() => return Ok(()),
@@ -218,16 +225,19 @@ async fn is_set_aside(session: &mut Session<'_>, task: i64) -> Result<bool, Fail
     Ok(UNREADABLE.contains(&code.as_str()))
 }
 
-const DUE: &str = "UPDATE laelaps_task SET run_at = ? WHERE id = ?";
+const DUE: &str = concat!("UPDATE laelaps_task SET run_at = ?, ", priority_in_range!(), " WHERE id = ?");
 
 /// Make a waiting task due now, or give a failed or cancelled one a new life.
 ///
 /// `earlier` is how an earlier try found it, lease and state. If it is not like that any more, that try was committed, and whatever became of the
 /// task since is left alone.
 async fn retry(session: &mut Session<'_>, name: &Name, earlier: &Earlier<(i64, State)>) -> Result<(), Failure> {
-    const REVIVE: &str =
+    const REVIVE: &str = concat!(
         "UPDATE laelaps_task SET state = 'waiting', run_at = ?, attempts = 0, releases = 0, lost = 0, lost_alone = 0,
-        lost_at = 0, alone = 0, finished_at = 0, retained_until = 0 WHERE id = ?";
+        lost_at = 0, alone = 0, finished_at = 0, retained_until = 0, ",
+        priority_in_range!(),
+        " WHERE id = ?"
+    );
     const FORGET: [&str; 2] = ["DELETE FROM laelaps_failure WHERE task = ?", "DELETE FROM laelaps_set_aside WHERE task = ?"];
     let found = look_up(session, name).await?;
     let is_now = found.as_ref().map(|found| (found.lease, found.state));
@@ -262,7 +272,8 @@ async fn retry(session: &mut Session<'_>, name: &Name, earlier: &Earlier<(i64, S
         State::Running => return Err(refused(found, "it has an attempt under way")),
         State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
     };
-    let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
+    let Found { task, priority, user, max_running, .. } = found;
+    let waiting = Waiting { task, run_at, priority, user, max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await?;
     earlier.note(was);
@@ -279,7 +290,8 @@ async fn release_held(session: &mut Session<'_>, name: &Name, seen: &AtomicBool)
     let now = session.now;
     unqueue(session, &found, &mut changes).await?;
     sqlx::query(DUE).bind(now).bind(found.task).execute(session.db()).await?;
-    let waiting = Waiting { task: found.task, run_at: now, user: found.user, max_running: found.max_running, alone: false };
+    let Found { task, priority, user, max_running, .. } = found;
+    let waiting = Waiting { task, run_at: now, priority, user, max_running, alone: false };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await?;
     Ok(true)

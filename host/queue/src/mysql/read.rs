@@ -12,7 +12,7 @@ use super::mend::unreadable_names;
 use super::operate::Name;
 use super::rows::{Joined, ids, json};
 use super::session::Session;
-use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, Result, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, Result, State, Stats, Task, TaskId, Timestamp, data, fair};
 
 /// The most tasks of a page.
 pub(super) const PAGE_MAX: u32 = 10_000;
@@ -20,7 +20,7 @@ pub(super) const PAGE_MAX: u32 = 10_000;
 macro_rules! task_columns {
     () => {
         "t.id, t.`key`, t.type, CAST(t.state AS CHAR), t.user, t.max_running, t.attempts, t.max_attempts, t.lost, t.created_at, t.run_at,
-        t.until, t.host, t.finished_at, t.retained_until, v.digest, f.code, f.message, p.done, p.total, p.note"
+        t.until, t.host, t.finished_at, t.retained_until, v.digest, f.code, f.message, p.done, p.total, p.note, t.priority"
     };
 }
 pub(super) use task_columns;
@@ -41,6 +41,7 @@ pub(super) fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
     let state = failure::state_or_failed(&word);
     let names = unreadable_names(row, [("key", 1), ("type", 2), ("user", 4)])?;
     let unreadable = if state.as_str() == word { names } else { Some(format!("the state {word:?} is none")) };
+    let (priority, out_of_range) = priority(row.try_get(21)?);
     let moment =
         |place: usize| Ok::<_, sqlx::Error>(Some(row.try_get::<i64, _>(place)?).filter(|moment| *moment != 0).map(Timestamp));
     let done: Option<i64> = row.try_get(18)?;
@@ -53,6 +54,7 @@ pub(super) fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
         task_type: text(row, 2)?,
         state,
         user: Some(user).filter(|user| !user.is_empty()),
+        priority,
         max_running: row.try_get(5)?,
         attempts: row.try_get(6)?,
         max_attempts: row.try_get(7)?,
@@ -71,10 +73,16 @@ pub(super) fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
         plugin_digest: digest.map(|digest| String::from_utf8_lossy(&digest).into_owned()),
         error_code: row.try_get(16)?,
         error_message: row.try_get(17)?,
-        unreadable,
+        unreadable: unreadable.or(out_of_range),
         data: None,
         output: None,
     })
+}
+
+/// A priority as it counts, and what is wrong with it.
+fn priority(found: i32) -> (i32, Option<String>) {
+    let counts = found.clamp(*NewTask::PRIORITIES.start(), *NewTask::PRIORITIES.end());
+    (counts, (counts != found).then(|| format!("the priority is {found}; -100 to 100 can be")))
 }
 
 /// Add data and output. Data that cannot be decompressed is shown as it is stored.
@@ -163,11 +171,32 @@ async fn attempts(session: &mut Session<'_>, key: Vec<u8>) -> Result<Vec<Attempt
     Ok(records)
 }
 
+/// The first turn from one on, and before another.
+pub(super) const NEXT_TURN: [&str; 3] = [
+    "SELECT turn FROM laelaps_ready FORCE INDEX (PRIMARY) WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
+    "SELECT turn FROM laelaps_ready_of_user FORCE INDEX (in_turn) WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
+    "SELECT turn FROM laelaps_suspect FORCE INDEX (PRIMARY) WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
+];
+
+/// When the task became ready that has waited longest, whatever its priority: of each priority that is there, the first one is looked at.
+async fn oldest_of(session: &mut Session<'_>, next: &'static str) -> Result<Option<i64>, Failure> {
+    let step = fair::PRIORITY_STEP;
+    // Turns that no task can have are left out, so that there are as many looks as priorities at most.
+    let end = (i64::from(*NewTask::PRIORITIES.end()) + 1) * step;
+    let mut from = i64::from(*NewTask::PRIORITIES.start()) * step;
+    let mut oldest: Option<i64> = None;
+    while let Some(turn) = sqlx::query_scalar::<_, i64>(next).bind(from).bind(end).fetch_optional(session.db()).await? {
+        let run_at = turn.rem_euclid(step);
+        oldest = Some(oldest.map_or(run_at, |oldest| oldest.min(run_at)));
+        from = turn - run_at + step;
+    }
+    Ok(oldest)
+}
+
 async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
     const TALLY: &str = "SELECT CAST(what AS CHAR), name, CAST(SUM(tasks) AS SIGNED) FROM laelaps_tally GROUP BY what, name";
     const SCHEDULED: &str = "SELECT COUNT(*) FROM laelaps_scheduled WHERE run_at > ?";
-    const HEADS: &str = "SELECT (SELECT MIN(run_at) FROM laelaps_ready), (SELECT MIN(run_at) FROM laelaps_ready_of_user),
-        (SELECT MIN(run_at) FROM laelaps_suspect), (SELECT MIN(run_at) FROM laelaps_scheduled)";
+    const DUE: &str = "SELECT MIN(run_at) FROM laelaps_scheduled";
     let now = session.now;
     let (mut running, mut ended) = (0, HashMap::new());
     // By their names as they are shown: those that cannot be read may be written in several ways.
@@ -186,10 +215,12 @@ async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
     types.sort_unstable_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
     let scheduled: i64 = sqlx::query_scalar(SCHEDULED).bind(now).fetch_one(session.db()).await?;
     let scheduled = scheduled.unsigned_abs();
-    let heads = sqlx::query(HEADS).fetch_one(session.db()).await?;
-    let heads = (0..4).map(|place| heads.try_get::<Option<i64>, _>(place)).collect::<Result<Vec<_>, _>>()?;
     // What has become due and was not moved over yet may be claimed just the same.
-    let oldest = heads.into_iter().flatten().min().map(Timestamp).filter(|moment| *moment <= Timestamp(now));
+    let mut oldest: Option<i64> = sqlx::query_scalar(DUE).fetch_one(session.db()).await?;
+    for next in NEXT_TURN {
+        oldest = oldest.into_iter().chain(oldest_of(session, next).await?).min();
+    }
+    let oldest = oldest.map(Timestamp).filter(|moment| *moment <= Timestamp(now));
     // Every task that waits or runs is of a type.
     let open: u64 = types.iter().map(|(_, tasks)| tasks).sum();
     types.truncate(100);

@@ -33,8 +33,8 @@ const UNKNOWN: &str = "SELECT r.user, 0 FROM (SELECT DISTINCT user FROM laelaps_
     AND NOT EXISTS (SELECT 1 FROM laelaps_account_change AS c WHERE c.user = r.user) LIMIT ?";
 
 /// Places of tasks that have to run alone, which only a host that runs nothing else looks at, and not if there is no such task.
-const NO_SUSPECTS: &str = "SELECT r.run_at, r.task FROM laelaps_suspect AS r LEFT JOIN laelaps_task AS t
-    ON t.id = r.task AND t.state = 'waiting' AND t.run_at = r.run_at AND t.alone WHERE t.id IS NULL LIMIT ?";
+const NO_SUSPECTS: &str = "SELECT r.turn, r.task FROM laelaps_suspect AS r LEFT JOIN laelaps_task AS t
+    ON t.id = r.task AND t.state = 'waiting' AND t.turn = r.turn AND t.alone WHERE t.id IS NULL LIMIT ?";
 
 /// Users, each with how much its account counts too much, and places.
 #[derive(Default)]

@@ -115,13 +115,22 @@ macro_rules! ids {
 }
 pub(super) use ids;
 
-/// The rows of a set of times and tasks.
+/// The rows of a set of places: a turn, or the time of what is scheduled, and the task.
 macro_rules! places {
     () => {
-        "JSON_TABLE(?, '$[*]' COLUMNS (run_at BIGINT PATH '$[0]', task BIGINT PATH '$[1]')) AS s"
+        "JSON_TABLE(?, '$[*]' COLUMNS (at BIGINT PATH '$[0]', task BIGINT PATH '$[1]')) AS s"
     };
 }
 pub(super) use places;
+
+/// What every change of tasks' rows sets as well. MariaDB holds each change of a row to all constraints of the table: a priority that has got around
+/// its own would refuse the change, and with it that of other tasks in the statement. The turn stays the same.
+macro_rules! priority_in_range {
+    () => {
+        "priority = LEAST(GREATEST(priority, -100), 100)"
+    };
+}
+pub(super) use priority_in_range;
 
 /// The rows of a set of names.
 macro_rules! names {

@@ -7,7 +7,7 @@
 //! pool inside a transaction.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sqlx::mysql::{MySqlArguments, MySqlRow};
@@ -18,6 +18,8 @@ use tokio::sync::Notify;
 
 use super::connect::{Access, IDLE_TRANSACTION_SECONDS, LOCK_WAIT_SECONDS, Server};
 use super::failure::{Failure, Place};
+use super::locked;
+use super::mark::Marks;
 use super::rows::{json_in_chunks, parameter_bytes};
 use crate::patience::Patience;
 use crate::{Error, Result};
@@ -203,6 +205,8 @@ pub(super) struct Runner {
     pub(super) pool: MySqlPool,
     pub(super) place: Place,
     pub(super) wakeup: Arc<Notify>,
+    /// Where this process came to.
+    pub(super) marks: Arc<Mutex<Marks>>,
     /// How long to try again.
     pub(super) patience: Duration,
     /// How long a try may take.
@@ -218,6 +222,7 @@ impl Runner {
             pool: access.pool(server),
             place: access.place.clone(),
             wakeup: Arc::default(),
+            marks: Arc::default(),
             patience,
             // An operation has several statements.
             limit: statement_timeout.saturating_mul(2),
@@ -306,7 +311,12 @@ impl Runner {
         let wake = session.wake;
         match done.unwrap_or_else(|_| Err(silence(self.limit))) {
             Ok(done) => {
-                match tokio::time::timeout(self.limit, begun.commit(self.brackets.end("COMMIT", waiting))).await {
+                let committed = tokio::time::timeout(self.limit, begun.commit(self.brackets.end("COMMIT", waiting))).await;
+                if wake {
+                    // It may stand behind the marks, also where nobody heard of the commit; and before whoever is woken looks.
+                    locked(&self.marks).hint();
+                }
+                match committed {
                     Ok(committed) => committed?,
                     Err(_) => return Err(Trouble::Unknown(silence(self.limit))),
                 }

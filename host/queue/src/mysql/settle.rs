@@ -9,7 +9,7 @@ use super::accounts::{Changes, Waiting};
 use super::connect::text;
 use super::failure::Failure;
 use super::mend::user_of;
-use super::rows::{Parts, json, lockable, names, parts};
+use super::rows::{Parts, json, lockable, names, parts, priority_in_range};
 use super::session::{Session, Waiting as LockWait, moment};
 use super::submit::{end_descent, new_mark, store_rows, wait_for_keys};
 use super::{MySql, locked};
@@ -40,6 +40,7 @@ struct Settled {
     user: String,
     max_running: Option<u32>,
     run_at: i64,
+    priority: i64,
     attempts: u32,
     host: i64,
     is_follow_up: bool,
@@ -258,7 +259,7 @@ pub(super) use leases;
 /// The fence: the rows are held until the transaction ends.
 pub(super) const HELD: &str = concat!(
     "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host, t.root IS NOT NULL,
-        t.alone FROM ",
+        t.alone, t.priority FROM ",
     lockable!(leases!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     WHERE t.lease = s.lease AND t.state = 'running' AND (t.until > ",
@@ -283,6 +284,7 @@ async fn held(session: &mut Session<'_>, entries: &[Entry], ended_too: bool) -> 
             host: row.try_get(7)?,
             is_follow_up: row.try_get(8)?,
             alone: row.try_get(9)?,
+            priority: row.try_get(10)?,
         };
         settled.insert(lease_ref, found);
     }
@@ -308,11 +310,13 @@ pub(super) const FINISH: &str = concat!(
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     SET t.state = 'finished', t.until = 0, t.event = ?, t.plugin = COALESCE(?, t.plugin),
         t.attempts = LEAST(t.attempts + 1, 4294967295),
-        t.finished_at = ?, t.retained_until = ?
-    WHERE t.lease = s.lease AND t.state = 'running'"
+        t.finished_at = ?, t.retained_until = ?, ",
+    priority_in_range!(),
+    " WHERE t.lease = s.lease AND t.state = 'running'"
 );
 
-pub(super) const SETTLE: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
+pub(super) const SETTLE: &str = concat!(
+    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
         task BIGINT PATH '$[0]', lease BIGINT PATH '$[1]', state VARCHAR(10) CHARACTER SET utf8mb4 PATH '$[2]',
         event VARCHAR(32) CHARACTER SET utf8mb4 PATH '$[3]', counted INT PATH '$[4]', run_at BIGINT PATH '$[5]',
         finished_at BIGINT PATH '$[6]', retained_until BIGINT PATH '$[7]', plugin BIGINT PATH '$[8]', releases BIGINT PATH '$[9]',
@@ -322,8 +326,10 @@ pub(super) const SETTLE: &str = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (
         t.attempts = LEAST(t.attempts + s.counted, 4294967295), t.run_at = COALESCE(s.run_at, t.run_at), t.finished_at = s.finished_at,
         t.retained_until = s.retained_until, t.releases = COALESCE(s.releases, t.releases), t.lost = COALESCE(s.lost, t.lost),
         t.lost_alone = COALESCE(s.lost_alone, t.lost_alone), t.alone = COALESCE(s.alone, t.alone),
-        t.lost_at = CASE WHEN s.lost IS NULL THEN t.lost_at WHEN s.lost = 0 THEN 0 WHEN t.lost_at <> 0 THEN t.lost_at ELSE s.now END
-    WHERE t.lease = s.lease AND t.state = 'running'";
+        t.lost_at = CASE WHEN s.lost IS NULL THEN t.lost_at WHEN s.lost = 0 THEN 0 WHEN t.lost_at <> 0 THEN t.lost_at ELSE s.now END, ",
+    priority_in_range!(),
+    " WHERE t.lease = s.lease AND t.state = 'running'"
+);
 
 /// A task's row as it will be; what [`SETTLE`] unfolds.
 fn row(entry: &Entry, plugin: Option<i64>, now: i64) -> serde_json::Value {
@@ -372,8 +378,8 @@ async fn place(
         let moment = entry.row.after_ms.map_or(found.run_at, |after_ms| now + after_ms);
         if entry.row.state == State::Waiting {
             let alone = entry.row.counters.alone.unwrap_or_default();
-            let (user, max_running) = (found.user.clone(), found.max_running);
-            waiting.push(Waiting { task, run_at: moment, user, max_running, alone });
+            let Settled { priority, max_running, .. } = *found;
+            waiting.push(Waiting { task, run_at: moment, priority, user: found.user.clone(), max_running, alone });
         } else {
             changes.ended(&found.task_type, entry.row.state);
             ended.push((moment, task));

@@ -48,7 +48,8 @@ pub(super) async fn store_rows(
             stored.push(task, row.bytes, &row.stored);
             changes.entered(&row.task_type);
             descendants.extend(row.descent.map(|descent| (task, descent.root.0)));
-            waiting.push(Waiting { task, run_at, user: row.user.clone(), max_running: row.max_running, alone: false });
+            let (priority, user) = (i64::from(row.priority), row.user.clone());
+            waiting.push(Waiting { task, run_at, priority, user, max_running: row.max_running, alone: false });
         }
     }
     store_data(session, stored).await?;
@@ -63,11 +64,11 @@ pub(super) fn new_mark() -> i64 {
 }
 
 pub(super) const INSERT: &str = "INSERT IGNORE INTO laelaps_task
-        (`key`, type, user, max_running, max_attempts, created_at, run_at, root, depth, lease)
-    SELECT s.name, s.type, s.user, s.max_running, s.max_attempts, ?, s.run_at, s.root, s.depth, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        (`key`, type, user, max_running, max_attempts, created_at, run_at, root, depth, priority, lease)
+    SELECT s.name, s.type, s.user, s.max_running, s.max_attempts, ?, s.run_at, s.root, s.depth, s.priority, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
         place FOR ORDINALITY, name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', type VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]',
         user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[2]', max_running BIGINT PATH '$[3]', max_attempts BIGINT PATH '$[4]',
-        run_at BIGINT PATH '$[5]', root BIGINT PATH '$[6]', depth BIGINT PATH '$[7]')) AS s ORDER BY s.place";
+        run_at BIGINT PATH '$[5]', root BIGINT PATH '$[6]', depth BIGINT PATH '$[7]', priority INT PATH '$[8]')) AS s ORDER BY s.place";
 
 /// Rows of one submit stand together or nearly so, whatever others insert meanwhile.
 pub(super) const INSERTED: &str = "SELECT id, `key` FROM laelaps_task WHERE id >= ? AND lease = ? ORDER BY id LIMIT ?";
@@ -155,7 +156,7 @@ async fn insert<'r>(
     }
     let rows = json(chunk.into_iter().map(|row| {
         let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
-        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row, now), root, depth)
+        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row, now), root, depth, row.priority)
     }));
     let inserted = sqlx::query(INSERT).bind(now).bind(mark).bind(rows).execute(session.db()).await?;
     let mut ids = HashMap::new();

@@ -19,41 +19,41 @@ const SUSPECTS_MAX: i64 = 100;
 /// How long a task that must run alone waits for the host that ends its work for it, before another may do the same.
 const RESERVED: Duration = Duration::from_secs(300);
 
-pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, t.user
-    FROM (SELECT run_at, task FROM laelaps_suspect ORDER BY run_at, task LIMIT ?) AS oldest
-    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = oldest.task
+pub(super) const SUSPECT: &str = "SELECT first.task, first.turn, t.user
+    FROM (SELECT turn, task FROM laelaps_suspect ORDER BY turn, task LIMIT ?) AS first
+    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = first.task
     LEFT JOIN laelaps_account AS a ON a.user = t.user AND t.user <> ''
     WHERE t.max_running IS NULL OR COALESCE(a.running, 0) < GREATEST(t.max_running, 1)
-    ORDER BY oldest.run_at, oldest.task LIMIT 1";
+    ORDER BY first.turn, first.task LIMIT 1";
 
-/// The oldest task that has to run alone and whose user's limit allows it, also if another host ends its work for it: this one has nothing to end.
+/// The first task that has to run alone and whose user's limit allows it, also if another host ends its work for it: this one has nothing to end.
 pub(super) async fn suspect(session: &mut Session<'_>) -> Result<Option<Chosen>, Failure> {
     let Some(row) = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).fetch_optional(session.db()).await? else { return Ok(None) };
-    Ok(Some(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user: user_of(&row, 2)?, pick: None }))
+    Ok(Some(Chosen { task: row.try_get(0)?, turn: row.try_get(1)?, user: user_of(&row, 2)?, pick: None }))
 }
 
-/// The oldest one that may run now and is not reserved for another living host; one that is reserved for this host comes first. Always one row, of
+/// The first one that may run now and is not reserved for another living host; one that is reserved for this host comes first. Always one row, of
 /// nulls if there is none. A place that contradicts its task counts for nothing.
 pub(super) const FREE: &str = concat!(
-    "SELECT free.run_at, free.task, free.host, free.until, COALESCE(free.host = ?, 0), ",
+    "SELECT free.turn, free.task, free.host, free.until, COALESCE(free.host = ?, 0), ",
     now!(),
     " FROM (SELECT 1 AS n) AS one LEFT JOIN (
-        SELECT oldest.run_at, oldest.task, oldest.host, oldest.until
-        FROM (SELECT run_at, task, host, until FROM laelaps_suspect ORDER BY run_at, task LIMIT ?) AS oldest
+        SELECT first.turn, first.task, first.host, first.until
+        FROM (SELECT turn, task, host, until FROM laelaps_suspect ORDER BY turn, task LIMIT ?) AS first
         STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY)
-            ON t.id = oldest.task AND t.state = 'waiting' AND t.alone = 1 AND t.run_at = oldest.run_at
+            ON t.id = first.task AND t.state = 'waiting' AND t.alone = 1 AND t.turn = first.turn
         LEFT JOIN laelaps_account AS a ON a.user = t.user AND t.user <> ''
-        LEFT JOIN laelaps_host AS h ON h.id = oldest.host AND h.left_at = 0 AND h.ended_at = 0
+        LEFT JOIN laelaps_host AS h ON h.id = first.host AND h.left_at = 0 AND h.ended_at = 0
         WHERE (t.max_running IS NULL OR COALESCE(a.running, 0) < GREATEST(t.max_running, 1))
-            AND (h.id IS NULL OR oldest.host = ? OR oldest.until <= ",
+            AND (h.id IS NULL OR first.host = ? OR first.until <= ",
     now!(),
     ")
-        ORDER BY oldest.host = ? DESC, oldest.run_at, oldest.task LIMIT 1) AS free ON 1 = 1"
+        ORDER BY first.host = ? DESC, first.turn, first.task LIMIT 1) AS free ON 1 = 1"
 );
 
 /// A task that may run alone now.
 struct Free {
-    run_at: i64,
+    turn: i64,
     task: i64,
     /// The host for which it is, or was, reserved, and until when.
     host: i64,
@@ -64,10 +64,10 @@ struct Free {
 }
 
 fn free(row: &MySqlRow) -> Result<Option<Free>, sqlx::Error> {
-    let Some(run_at) = row.try_get(0)? else { return Ok(None) };
+    let Some(turn) = row.try_get(0)? else { return Ok(None) };
     let (until, now): (i64, i64) = (row.try_get(3)?, row.try_get(5)?);
     let is_ours = row.try_get::<bool, _>(4)? && until >= now + ms(RESERVED) / 2;
-    Ok(Some(Free { run_at, task: row.try_get(1)?, host: row.try_get(2)?, until, is_ours, now }))
+    Ok(Some(Free { turn, task: row.try_get(1)?, host: row.try_get(2)?, until, is_ours, now }))
 }
 
 /// [`FREE`] for a host.
@@ -99,14 +99,13 @@ impl MySql {
 
 /// Reserve such a task for a host, if there is one still.
 async fn reserve(session: &mut Session<'_>, host: HostId) -> Result<bool, Failure> {
-    const RESERVE: &str =
-        "UPDATE laelaps_suspect SET host = ?, until = ? WHERE run_at = ? AND task = ? AND host = ? AND until = ?";
+    const RESERVE: &str = "UPDATE laelaps_suspect SET host = ?, until = ? WHERE turn = ? AND task = ? AND host = ? AND until = ?";
     let row = free_for!(host).fetch_one(session.db()).await?;
     let Some(free) = free(&row)? else { return Ok(false) };
     if free.is_ours {
         return Ok(true);
     }
-    let query = sqlx::query(RESERVE).bind(host.0).bind(free.now + ms(RESERVED)).bind(free.run_at).bind(free.task);
+    let query = sqlx::query(RESERVE).bind(host.0).bind(free.now + ms(RESERVED)).bind(free.turn).bind(free.task);
     let reserved = query.bind(free.host).bind(free.until).execute(session.db()).await?.rows_affected();
     Ok(reserved == 1)
 }

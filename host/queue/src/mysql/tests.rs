@@ -5,7 +5,7 @@ use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 
 use super::settle::Group;
 use super::*;
-use crate::{Attempt, ClaimedTask, Event, State};
+use crate::{Attempt, ClaimedTask, Event, State, fair};
 
 async fn opened() -> MySql {
     let runtime = tokio::runtime::Handle::current();
@@ -67,6 +67,41 @@ async fn a_settlement_whose_answer_was_lost_is_known_to_have_been_made() {
     assert_eq!(mysql.attempts("a").await.unwrap().len(), 2, "nothing is written twice");
 }
 
+/// As after a look over much that is deleted. What this process submits with a smaller priority is claimed next all the same.
+#[tokio::test]
+async fn what_enters_behind_the_mark_is_claimed_next() {
+    let mysql = opened().await;
+    let host = mysql.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
+    let of = |key: &str, user: Option<&str>, priority| NewTask {
+        user: user.map(str::to_owned),
+        priority,
+        ..NewTask::new(key, "type", "{}")
+    };
+    for user in [None, Some("u")] {
+        mysql.submit(&[of("a", user, 0), of("b", user, 0), of("c", user, 0)]).await.unwrap();
+        let first = claimed(&mysql, host).await;
+        assert_eq!(first.key, "a");
+        let slow = Some((choose::HEAD, Duration::from_secs(1), Some((fair::turn(0, 1), 0))));
+        let looks = |entered| mark::Looks { ready: slow, of_users: slow, changes: None, entered };
+        let entered = locked(&mysql.marks).starts().entered;
+        locked(&mysql.marks).looked(&looks(entered));
+        // What ends makes nothing wait.
+        mysql.settle(&[settled(&first, Event::Finish { output: None, retention: Some(Duration::ZERO) })]).await.unwrap();
+        assert_eq!(locked(&mysql.marks).starts().entered, entered);
+        mysql.submit(&[of("urgent", user, -1)]).await.unwrap();
+        assert_eq!(claimed(&mysql, host).await.key, "urgent");
+        // Also where it entered while a look was under way.
+        let entered = locked(&mysql.marks).starts().entered;
+        mysql.submit(&[of("more urgent", user, -2)]).await.unwrap();
+        locked(&mysql.marks).looked(&looks(entered));
+        assert_eq!(claimed(&mysql, host).await.key, "more urgent");
+        for key in ["b", "c", "urgent", "more urgent"] {
+            mysql.cancel(key, Duration::ZERO).await.unwrap();
+        }
+        mysql.clean_up(100).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
     let mysql = opened().await;
@@ -87,9 +122,9 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else.
-const LOOKED_UP: [(&str, &str); 20] = [
-    ("oldest", choose::OLDEST),
-    ("oldest of users", choose::OLDEST_OF_USERS),
+const LOOKED_UP: [(&str, &str); 23] = [
+    ("first", choose::FIRST),
+    ("first of users", choose::FIRST_OF_USERS),
     ("open accounts", choose::OPEN_ACCOUNTS),
     ("open accounts without limit", choose::OPEN_WITHOUT_LIMIT),
     ("candidates of one", choose::CANDIDATES_OF_ONE),
@@ -108,6 +143,9 @@ const LOOKED_UP: [(&str, &str); 20] = [
     ("renewed", keep::RENEWED),
     ("held keys", read::HELD),
     ("unsettled", read::UNSETTLED),
+    ("next turn", read::NEXT_TURN[0]),
+    ("next turn of users", read::NEXT_TURN[1]),
+    ("next turn of suspects", read::NEXT_TURN[2]),
 ];
 
 /// Statements that lock rows of a table that producers write to as well, or other hosts: they find each row by its number, however few rows there
@@ -143,10 +181,10 @@ const SIZES: [usize; 3] = [0, 5, 100_000];
 async fn fill(connection: &mut MySqlConnection, rows: usize) {
     const FILL: [&str; 10] = [
         "INSERT INTO laelaps_task (id, `key`, type, created_at, run_at, lease) SELECT seq, seq, 't', 1, seq, seq FROM",
-        "INSERT INTO laelaps_ready (run_at, task) SELECT seq, seq FROM",
-        "INSERT INTO laelaps_ready_of_user (user, run_at, task) SELECT seq DIV 100, seq, seq FROM",
+        "INSERT INTO laelaps_ready (turn, task) SELECT seq, seq FROM",
+        "INSERT INTO laelaps_ready_of_user (user, turn, task) SELECT seq DIV 100, seq, seq FROM",
         "INSERT INTO laelaps_scheduled (run_at, task) SELECT seq, seq FROM",
-        "INSERT INTO laelaps_suspect (run_at, task) SELECT seq, seq FROM",
+        "INSERT INTO laelaps_suspect (turn, task) SELECT seq, seq FROM",
         "INSERT INTO laelaps_account (user, running) SELECT seq DIV 100, 1 FROM",
         "INSERT INTO laelaps_claim (host, look_at, tasks) SELECT seq DIV 100, seq, '[]' FROM",
         "INSERT INTO laelaps_attempt (task, lease, attempt, host, plugin, ended_at, event) SELECT seq, seq, 1, 1, 0, 1, 'lost' FROM",
@@ -293,7 +331,7 @@ async fn a_claim_whose_number_comes_again_has_other_leases() {
     for _ in 0..4 {
         leases.insert(claimed(&mysql, host).await.lease_ref.lease.0);
         let back = "UPDATE laelaps_task SET state = 'waiting', until = 0; DELETE FROM laelaps_claim; ALTER TABLE laelaps_claim AUTO_INCREMENT = 1;
-            INSERT INTO laelaps_ready (run_at, task) SELECT run_at, id FROM laelaps_task";
+            INSERT INTO laelaps_ready (turn, task) SELECT turn, id FROM laelaps_task";
         sqlx::raw_sql(back).execute(&mut connection).await.unwrap();
     }
     assert_eq!(leases.iter().map(|lease| lease / claim::LEASES_OF_CLAIM).collect::<HashSet<_>>().len(), 1, "one number");
@@ -336,7 +374,7 @@ async fn fill_state(connection: &mut MySqlConnection, state: State, name: &str, 
     let (until, ended) = (if state == State::Running { 9 } else { 0 }, if is_ended { 9 } else { 0 });
     let place = match state {
         State::Waiting => {
-            format!("INSERT INTO laelaps_ready_of_user (user, run_at, task) SELECT '{name}', 1, seq FROM {numbers}")
+            format!("INSERT INTO laelaps_ready_of_user (user, turn, task) SELECT '{name}', 1, seq FROM {numbers}")
         }
         State::Running => format!("INSERT INTO laelaps_claim (host, look_at, tasks) SELECT 1, 9, JSON_ARRAY(seq) FROM {numbers}"),
         State::Finished => "SELECT 1".to_owned(),
@@ -404,8 +442,8 @@ async fn a_page_of_a_list_costs_what_a_page_costs_whatever_else_there_is() {
 async fn users_without_limit_are_found_behind_any_crowd_of_limited_ones() {
     let mysql = opened().await;
     let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
-    let crowd = "INSERT INTO laelaps_account (user, head_at, head_task, head_max) SELECT CONCAT('limited', seq), 1, seq, 5 FROM seq_1_to_10000;
-        INSERT INTO laelaps_account (user, running, head_at, head_task) SELECT CONCAT('free', seq), seq, 2, 20000 + seq FROM seq_1_to_3;
+    let crowd = "INSERT INTO laelaps_account (user, head_turn, head_task, head_max) SELECT CONCAT('limited', seq), 1, seq, 5 FROM seq_1_to_10000;
+        INSERT INTO laelaps_account (user, running, head_turn, head_task) SELECT CONCAT('free', seq), seq, 2, 20000 + seq FROM seq_1_to_3;
         INSERT INTO laelaps_account (user, running) SELECT CONCAT('idle', seq), 1 FROM seq_1_to_1000";
     sqlx::raw_sql(crowd).execute(&mut connection).await.unwrap();
     let before = rows_read(&mut connection).await;
@@ -415,8 +453,8 @@ async fn users_without_limit_are_found_behind_any_crowd_of_limited_ones() {
     let read = rows_read(&mut connection).await - before;
     assert!(read < 50, "{read} rows");
     // What a claim changes of a limited user's account writes nothing into their index.
-    let changed = "UPDATE laelaps_account SET running = running + 1, head_at = 3 WHERE user = 'limited5'";
+    let changed = "UPDATE laelaps_account SET running = running + 1, head_turn = 3 WHERE user = 'limited5'";
     sqlx::raw_sql(changed).execute(&mut connection).await.unwrap();
-    let nulls = "SELECT COUNT(*) FROM laelaps_account WHERE free_weight IS NULL AND free_at IS NULL";
+    let nulls = "SELECT COUNT(*) FROM laelaps_account WHERE free_weight IS NULL AND free_turn IS NULL";
     assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(&mut connection).await.unwrap(), 11_001);
 }

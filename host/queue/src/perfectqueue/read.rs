@@ -139,6 +139,7 @@ impl Found {
             task_type,
             state,
             user: self.user.or(side.user).filter(|user| !user.is_empty()),
+            priority: 0,
             max_running: self.max_running,
             attempts: side.attempts,
             max_attempts: side.max_attempts,

@@ -54,6 +54,10 @@ pub(super) fn check(task: &NewTask, has_side: bool) -> Result<()> {
     if task.max_running.is_some_and(|most| i32::try_from(most).is_err()) {
         return Err(invalid(format!("max_running is above {}, the most that PerfectQueue's table can hold", i32::MAX)));
     }
+    if task.priority != 0 {
+        let why = "the workers that share PerfectQueue's table go by time alone".to_owned();
+        return Err(Error::NotSupported { what: "a priority", why });
+    }
     if task.max_attempts.is_some() && !has_side {
         let why = "PerfectQueue's table cannot count attempts; turn `side_table` on".to_owned();
         return Err(Error::NotSupported { what: "max_attempts", why });

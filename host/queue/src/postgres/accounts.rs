@@ -2,7 +2,7 @@
 //!
 //! Submits and settlements only append to `account_change`; whoever is about to choose between users enters those changes first. An account
 //! is changed only under its lock, and so is what is ready of its user taken away: whoever holds the lock and then looks (with a statement that
-//! began later) sees the user's oldest ready task as it is. What enters brings a change along, so that it is not forgotten.
+//! began later) sees the user's first ready task as it is. What enters brings a change along, so that it is not forgotten.
 
 use super::failure::Failure;
 use super::mark::From;
@@ -24,20 +24,20 @@ macro_rules! enter {
             SELECT id FROM laelaps.account_change WHERE id >= $1 ORDER BY id LIMIT $2 ",
             $lock,
             "))
-        RETURNING id, user_name, stopped, run_at, task, max_running),
+        RETURNING id, user_name, stopped, turn, task, max_running),
     changed AS MATERIALIZED (
-        SELECT user_name, sum(stopped)::int8 AS stopped, min(run_at) AS head_at,
-            (array_agg(task ORDER BY run_at, task))[1] AS head_task, (array_agg(max_running ORDER BY run_at, task))[1] AS head_max,
+        SELECT user_name, sum(stopped)::int8 AS stopped, min(turn) AS head_turn,
+            (array_agg(task ORDER BY turn, task))[1] AS head_task, (array_agg(max_running ORDER BY turn, task))[1] AS head_max,
             max(id) AS last
         FROM taken GROUP BY user_name),
     entered AS (
-        INSERT INTO laelaps.account AS account (user_name, running, head_at, head_task, head_max, picked)
-        SELECT user_name, -stopped, head_at, head_task, head_max, (SELECT last_value FROM laelaps.pick_number)
+        INSERT INTO laelaps.account AS account (user_name, running, head_turn, head_task, head_max, picked)
+        SELECT user_name, -stopped, head_turn, head_task, head_max, (SELECT last_value FROM laelaps.pick_number)
         FROM changed ORDER BY user_name
         ON CONFLICT (user_name) DO UPDATE SET running = account.running + excluded.running,
-            (head_at, head_task, head_max) = (SELECT * FROM (VALUES (account.head_at, account.head_task, account.head_max),
-                (excluded.head_at, excluded.head_task, excluded.head_max)) AS head (run_at, task, max_running)
-                ORDER BY run_at NULLS LAST, task LIMIT 1)
+            (head_turn, head_task, head_max) = (SELECT * FROM (VALUES (account.head_turn, account.head_task, account.head_max),
+                (excluded.head_turn, excluded.head_task, excluded.head_max)) AS head (turn, task, max_running)
+                ORDER BY turn NULLS LAST, task LIMIT 1)
         RETURNING user_name, running, head_task)
     SELECT (SELECT max(last) FROM changed), array_agg(user_name) FILTER (WHERE (running = 0 AND head_task IS NULL)
         OR ((user_name, head_task) IN (SELECT user_name, head_task FROM changed)) IS TRUE) FROM entered"
@@ -50,14 +50,14 @@ pub(super) const ENTER: &str = enter!("FOR UPDATE SKIP LOCKED");
 /// Also waits for changes that somebody else is entering at this moment.
 pub(super) const ENTER_WAITING: &str = enter!("FOR UPDATE");
 
-/// Look again for the oldest ready task of users whose candidate is not there any more, from where it was on. To be run under the users'
+/// Look again for the first ready task of users whose candidate is not there any more, from where it was on. To be run under the users'
 /// locks, after whatever was taken away.
-pub(super) const HEADS: &str = "UPDATE laelaps.account SET (head_at, head_task, head_max) = (
-        SELECT run_at, task, max_running FROM laelaps.ready
-        WHERE ready.user_name = account.user_name AND (ready.run_at, ready.task) >= (account.head_at, account.head_task)
-        ORDER BY run_at, task LIMIT 1)
+pub(super) const HEADS: &str = "UPDATE laelaps.account SET (head_turn, head_task, head_max) = (
+        SELECT turn, task, max_running FROM laelaps.ready
+        WHERE ready.user_name = account.user_name AND (ready.turn, ready.task) >= (account.head_turn, account.head_task)
+        ORDER BY turn, task LIMIT 1)
     WHERE user_name = ANY($1) AND head_task IS NOT NULL AND (SELECT ready.task FROM laelaps.ready
-        WHERE ready.user_name = account.user_name AND ready.run_at = account.head_at AND ready.task = account.head_task) IS NULL";
+        WHERE ready.user_name = account.user_name AND ready.turn = account.head_turn AND ready.task = account.head_task) IS NULL";
 
 /// Let go of users without any work.
 pub(super) const LEAVE: &str = "DELETE FROM laelaps.account WHERE user_name = ANY($1) AND running = 0 AND head_task IS NULL";
@@ -105,7 +105,7 @@ pub(super) async fn lock(session: &mut Session, mut users: Vec<String>) -> Resul
     Ok(())
 }
 
-/// Look again for the oldest ready tasks of users whose locks are held, and let go of those without any work.
+/// Look again for the first ready tasks of users whose locks are held, and let go of those without any work.
 pub(super) async fn look_again(session: &mut Session, users: &[String]) -> Result<(), Failure> {
     if !users.is_empty() {
         sqlx::query(HEADS).bind(users).execute(session.db()?).await?;

@@ -43,12 +43,12 @@ const RULES: [(&str, &str); 23] = [
     (
         "a place names a task as it is",
         "SELECT 'ready ' || ready.task FROM laelaps.ready LEFT JOIN laelaps.task ON task.id = ready.task WHERE (task.user_name = ready.user_name
-                AND task.run_at = ready.run_at AND task.max_running IS NOT DISTINCT FROM ready.max_running AND task.bytes = ready.bytes
+                AND task.turn = ready.turn AND task.max_running IS NOT DISTINCT FROM ready.max_running AND task.bytes = ready.bytes
                 AND NOT task.alone) IS NOT TRUE
             UNION ALL SELECT 'scheduled ' || scheduled.task FROM laelaps.scheduled LEFT JOIN laelaps.task ON task.id = scheduled.task
                 WHERE (task.run_at = scheduled.run_at) IS NOT TRUE
             UNION ALL SELECT 'suspect ' || suspect.task FROM laelaps.suspect LEFT JOIN laelaps.task ON task.id = suspect.task
-                WHERE (task.run_at = suspect.run_at AND task.alone) IS NOT TRUE LIMIT $1",
+                WHERE (task.turn = suspect.turn AND task.alone) IS NOT TRUE LIMIT $1",
     ),
     (
         "an account and its changes count what runs",
@@ -58,12 +58,12 @@ const RULES: [(&str, &str); 23] = [
             GROUP BY user_name HAVING sum(more) <> 0 LIMIT $1",
     ),
     (
-        "an account knows its oldest ready task, unless a change has still to be entered",
+        "an account knows its first ready task, unless a change has still to be entered",
         "SELECT 'user ' || user_name FROM (SELECT user_name FROM laelaps.account
                 UNION SELECT user_name FROM laelaps.ready WHERE user_name <> '') AS users
-            LEFT JOIN laelaps.account USING (user_name) LEFT JOIN (SELECT DISTINCT ON (user_name) user_name, run_at, task, max_running
-                FROM laelaps.ready WHERE user_name <> '' ORDER BY user_name, run_at, task) AS oldest USING (user_name)
-            WHERE (head_at, head_task, head_max) IS DISTINCT FROM (oldest.run_at, oldest.task, oldest.max_running)
+            LEFT JOIN laelaps.account USING (user_name) LEFT JOIN (SELECT DISTINCT ON (user_name) user_name, turn, task, max_running
+                FROM laelaps.ready WHERE user_name <> '' ORDER BY user_name, turn, task) AS first USING (user_name)
+            WHERE (head_turn, head_task, head_max) IS DISTINCT FROM (first.turn, first.task, first.max_running)
                 AND NOT EXISTS (SELECT FROM laelaps.account_change AS change WHERE change.user_name = users.user_name AND task IS NOT NULL)
             LIMIT $1",
     ),

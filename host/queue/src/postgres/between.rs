@@ -1,7 +1,7 @@
 //! Claims where users have work: the order between them.
 //!
 //! The accounts of the users in question are locked first, in the order of users, so that neither a batch nor two hosts at once overshoot;
-//! then their oldest tasks are read, picked by `fair.rs`, taken, and the accounts are brought up to date. Tasks without user stand in the
+//! then their first tasks are read, picked by `fair.rs`, taken, and the accounts are brought up to date. Tasks without user stand in the
 //! same order as one more user, but have no account: hosts that take only those do not wait for each other.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -11,7 +11,7 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::accounts;
-use super::claim::{Asked, Got, count, hold_host, in_order, next_lease, taken_columns};
+use super::claim::{Asked, Got, count, flush_later, hold_host, in_order, next_lease, taken_columns};
 use super::failure::Failure;
 use super::mark::{From, Place};
 use super::mend;
@@ -42,12 +42,12 @@ struct Ready {
     bytes: i64,
 }
 
-/// Take tasks as the claim wants them: in the order between users, or by time alone.
+/// Take tasks as the claim wants them: in the order between users, or by their turns alone.
 pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> Result<Got, Failure> {
     for _ in 0..TRIES_MAX {
         session.begin().await?;
         let (chosen, others) = if asked.claim.ignore_users {
-            (oldest(session, asked.limit, from).await?, false)
+            (first(session, asked.limit, from).await?, false)
         } else {
             fairly(session, asked, from).await?
         };
@@ -67,22 +67,21 @@ pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> R
 /// those of the greatest weight that have none. In one statement, so that all are locked in one order.
 ///
 /// The second look at `open` is worded so that no partial index is taken for it: that would hold all open users.
-pub(super) const OPEN_ACCOUNTS: &str = "SELECT user_name, running, picked, head_at, head_task, head_max FROM laelaps.account
+pub(super) const OPEN_ACCOUNTS: &str = "SELECT user_name, running, picked, head_turn, head_task, head_max FROM laelaps.account
     WHERE CASE WHEN open THEN true END AND user_name = ANY(ARRAY(
-        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open ORDER BY weight DESC, head_at, head_task LIMIT $1) AS heaviest
+        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open ORDER BY weight DESC, head_turn, head_task LIMIT $1) AS heaviest
         UNION
         SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND picked < $2 ORDER BY picked LIMIT $3) AS oldest
         UNION
         SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND head_max IS NULL
-            ORDER BY weight DESC, head_at, head_task LIMIT $4) AS without_limit))
+            ORDER BY weight DESC, head_turn, head_task LIMIT $4) AS without_limit))
     ORDER BY user_name FOR UPDATE";
 
-pub(super) const CANDIDATES: &str =
-    "SELECT asked.user_name, ready.run_at, ready.task, ready.max_running, ready.place, ready.bytes
-    FROM unnest($1::text[], $2::int8[], $3::int8[], $4::int8[]) AS asked (user_name, run_at, task, wanted)
-    CROSS JOIN LATERAL (SELECT run_at, task, max_running, ctid::text AS place, bytes::int8 AS bytes FROM laelaps.ready
-        WHERE ready.user_name = asked.user_name AND (ready.run_at, ready.task) >= (asked.run_at, asked.task)
-        ORDER BY run_at, task LIMIT asked.wanted FOR UPDATE SKIP LOCKED) AS ready";
+pub(super) const CANDIDATES: &str = "SELECT asked.user_name, ready.turn, ready.task, ready.max_running, ready.place, ready.bytes
+    FROM unnest($1::text[], $2::int8[], $3::int8[], $4::int8[]) AS asked (user_name, turn, task, wanted)
+    CROSS JOIN LATERAL (SELECT turn, task, max_running, ctid::text AS place, bytes::int8 AS bytes FROM laelaps.ready
+        WHERE ready.user_name = asked.user_name AND (ready.turn, ready.task) >= (asked.turn, asked.task)
+        ORDER BY turn, task LIMIT asked.wanted FOR UPDATE SKIP LOCKED) AS ready";
 
 /// Tasks picked between users. Also answers whether there were open users that turned out not to be.
 async fn fairly(session: &mut Session, asked: &Asked, from: From) -> Result<(Vec<Chosen>, bool), Failure> {
@@ -147,13 +146,13 @@ struct Table {
     read: HashMap<String, Place>,
 }
 
-/// An open account; of its tasks only the place of the oldest is known.
+/// An open account; of its tasks only the place of the first is known.
 fn account(row: &PgRow) -> Result<Account, sqlx::Error> {
     Ok(Account {
         user: row.try_get(0)?,
         running: row.try_get(1)?,
         picked: row.try_get(2)?,
-        candidates: [Candidate { run_at: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? }].into(),
+        candidates: [Candidate { turn: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? }].into(),
         rest: Rest::Unknown,
     })
 }
@@ -186,7 +185,7 @@ impl Table {
         Ok(())
     }
 
-    /// Know as many of each user's oldest tasks as are needed, and the oldest of each.
+    /// Know as many of each user's first tasks as are needed, and the first of each.
     async fn read_candidates(&mut self, session: &mut Session, needed: &[usize]) -> Result<(), Failure> {
         let mut wanted = Vec::new();
         for (account, needed) in self.accounts.iter_mut().zip(needed) {
@@ -195,14 +194,14 @@ impl Table {
                 continue;
             }
             match self.read.get(&account.user) {
-                // Only the place of its oldest is known.
+                // Only the place of its first is known.
                 None => {
-                    let from = (first.run_at, first.task);
+                    let from = (first.turn, first.task);
                     account.candidates.clear();
                     wanted.push((account.user.clone(), from, (*needed).max(1)));
                 }
-                Some(&(run_at, task)) if *needed > account.candidates.len() => {
-                    wanted.push((account.user.clone(), (run_at, task + 1), needed - account.candidates.len()));
+                Some(&(turn, task)) if *needed > account.candidates.len() => {
+                    wanted.push((account.user.clone(), (turn, task + 1), needed - account.candidates.len()));
                 }
                 Some(_) => {}
             }
@@ -214,7 +213,7 @@ impl Table {
     async fn refill(&mut self, session: &mut Session) -> Result<bool, Failure> {
         let empty = self.accounts.iter().filter(|account| account.candidates.is_empty() && account.rest == Rest::Unknown);
         let place =
-            |account: &Account| self.read.get(&account.user).map(|(run_at, task)| (account.user.clone(), (*run_at, task + 1), 1));
+            |account: &Account| self.read.get(&account.user).map(|(turn, task)| (account.user.clone(), (*turn, task + 1), 1));
         let wanted: Vec<_> = empty.filter_map(place).collect();
         if wanted.is_empty() {
             return Ok(false);
@@ -236,7 +235,7 @@ impl Table {
         for account in &mut self.accounts {
             let Some(asked) = asked.get(&account.user) else { continue };
             let mut more = found.remove(&account.user).unwrap_or_default();
-            more.sort_unstable_by_key(|candidate| (candidate.run_at, candidate.task));
+            more.sort_unstable_by_key(|candidate| (candidate.turn, candidate.task));
             account.rest = if more.len() < *asked { Rest::Nothing } else { Rest::Unknown };
             account.candidates.extend(more);
         }
@@ -251,7 +250,7 @@ impl Table {
     ) -> Result<Vec<(String, Candidate)>, Failure> {
         let rows = sqlx::query(CANDIDATES)
             .bind(wanted.iter().map(|(user, ..)| user.as_str()).collect::<Vec<&str>>())
-            .bind(wanted.iter().map(|(_, (run_at, _), _)| *run_at).collect::<Vec<i64>>())
+            .bind(wanted.iter().map(|(_, (turn, _), _)| *turn).collect::<Vec<i64>>())
             .bind(wanted.iter().map(|(_, (_, task), _)| *task).collect::<Vec<i64>>())
             .bind(wanted.iter().map(|(.., more)| count(*more)).collect::<Vec<i64>>())
             .fetch_all(session.db()?)
@@ -259,9 +258,9 @@ impl Table {
         let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
             let user: String = row.try_get(0)?;
-            let candidate = Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? };
+            let candidate = Candidate { turn: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? };
             self.ready.insert(candidate.task, Ready { place: row.try_get(4)?, bytes: row.try_get(5)? });
-            let place = (candidate.run_at, candidate.task);
+            let place = (candidate.turn, candidate.task);
             let read = self.read.entry(user.clone()).or_insert(place);
             *read = place.max(*read);
             found.push((user, candidate));
@@ -270,17 +269,17 @@ impl Table {
     }
 }
 
-pub(super) const OLDEST: &str = "WITH nobodys AS MATERIALIZED (
-        SELECT run_at, task, ctid::text AS place, bytes::int8 AS bytes, user_name FROM laelaps.ready
-        WHERE user_name = '' AND (run_at, task) >= ($1, $2) ORDER BY run_at, task LIMIT $5 FOR UPDATE SKIP LOCKED),
+pub(super) const FIRST: &str = "WITH nobodys AS MATERIALIZED (
+        SELECT turn, task, ctid::text AS place, bytes::int8 AS bytes, user_name FROM laelaps.ready
+        WHERE user_name = '' AND (turn, task) >= ($1, $2) ORDER BY turn, task LIMIT $5 FOR UPDATE SKIP LOCKED),
     users AS MATERIALIZED (
-        SELECT run_at, task, ctid::text AS place, bytes::int8 AS bytes, user_name FROM laelaps.ready
-        WHERE user_name <> '' AND (run_at, task) >= ($3, $4) ORDER BY run_at, task LIMIT $5 FOR UPDATE SKIP LOCKED)
-    SELECT * FROM nobodys UNION ALL SELECT * FROM users ORDER BY run_at, task LIMIT $5";
+        SELECT turn, task, ctid::text AS place, bytes::int8 AS bytes, user_name FROM laelaps.ready
+        WHERE user_name <> '' AND (turn, task) >= ($3, $4) ORDER BY turn, task LIMIT $5 FOR UPDATE SKIP LOCKED)
+    SELECT * FROM nobodys UNION ALL SELECT * FROM users ORDER BY turn, task LIMIT $5";
 
-/// The oldest ready tasks, whosever they are.
-async fn oldest(session: &mut Session, limit: usize, from: From) -> Result<Vec<Chosen>, Failure> {
-    let rows = sqlx::query(OLDEST)
+/// The first ready tasks, whosever they are.
+async fn first(session: &mut Session, limit: usize, from: From) -> Result<Vec<Chosen>, Failure> {
+    let rows = sqlx::query(FIRST)
         .bind(from.ready.0)
         .bind(from.ready.1)
         .bind(from.in_time.0)
@@ -311,7 +310,9 @@ fn fitting(mut chosen: Vec<Chosen>) -> Vec<Chosen> {
 /// $1 host, $2 alive time, $3 number of the claim, $4 the tasks in ascending order, $5 their places in ready, $6 in suspect; $7 users, $8 their
 /// last picks, $9 picks in all; $10 the users of the tasks, $11 whether they run alone. What is counted is what was taken.
 pub(super) const TAKE: &str = concat!(
-    "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
+    "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now, ",
+    flush_later!(),
+    "),
     unready AS (DELETE FROM laelaps.ready WHERE ctid = ANY($5::text[]::tid[])),
     unsuspect AS (DELETE FROM laelaps.suspect WHERE ctid = ANY($6::text[]::tid[])),
     taken AS (

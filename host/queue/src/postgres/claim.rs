@@ -36,7 +36,7 @@ macro_rules! taken_columns {
     () => {
         "id, lease, key, type, user_name, attempts, max_attempts, coalesce(lost, 0) AS lost, coalesce(lost_alone, 0) AS lost_alone, alone,
             coalesce(releases, 0) AS releases, created_at, run_at, until, max_running, coalesce(root, id) AS root,
-            coalesce(depth, 0) AS depth, bytes, (SELECT stored FROM (
+            coalesce(depth, 0) AS depth, bytes, turn, (SELECT stored FROM (
                 SELECT coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS stored) AS either
                 WHERE octet_length(stored) <= 2 * greatest(bytes, 0)::int8 + 1048576) AS data"
     };
@@ -51,7 +51,18 @@ macro_rules! next_lease {
 }
 pub(super) use next_lease;
 
-/// Look, and take the oldest tasks without user if nothing else is to be done before. 67108864: the most data of one claim, unless one task
+/// A column that lets this transaction commit without waiting for the disk or for a standby. A server that breaks down within the next half second
+/// may forget the claim or renewal: then the task waits again, or its lease ends earlier, and whoever had it finds its lease lost, since the
+/// next one has another number: part of it is drawn, so also a sequence that begins again does not repeat it. What is settled or submitted waits for
+/// the disk, and everything before it is flushed with it.
+macro_rules! flush_later {
+    () => {
+        "set_config('synchronous_commit', 'off', true) AS flush"
+    };
+}
+pub(super) use flush_later;
+
+/// Look, and take the first tasks without user if nothing else is to be done before. 67108864: the most data of one claim, unless one task
 /// alone has more. The host is noted as seen after its row is held (hence the count), and not if another claim of it holds the row as well.
 /// A place whose task does not wait there is left alone, and told as a stranger.
 pub(super) const CLAIM: &str = concat!(
@@ -59,13 +70,15 @@ pub(super) const CLAIM: &str = concat!(
         SELECT clock.now, EXISTS (SELECT FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL) AS here,
             (SELECT run_at FROM laelaps.scheduled WHERE run_at >= $6 ORDER BY run_at, task LIMIT 1) AS next_due,
             (SELECT count(*) FROM (SELECT FROM laelaps.suspect LIMIT 2) AS first) AS suspects,
-            CASE WHEN $8 THEN EXISTS (SELECT FROM laelaps.ready WHERE user_name <> '' AND (run_at, task) >= ($9, $10))
+            CASE WHEN $8 THEN EXISTS (SELECT FROM laelaps.ready WHERE user_name <> '' AND (turn, task) >= ($9, $10))
                 ELSE EXISTS (SELECT FROM laelaps.account_change WHERE id >= $7) END AS changed,
             NOT $8 AND EXISTS (SELECT FROM laelaps.account WHERE open) AS open
-        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock),
+        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now, ",
+    flush_later!(),
+    ") AS clock),
     locked AS MATERIALIZED (
-        SELECT ctid AS place, run_at, task, bytes FROM laelaps.ready
-        WHERE user_name = '' AND (run_at, task) >= ($3, $4) ORDER BY run_at, task
+        SELECT ctid AS place, turn, task, bytes FROM laelaps.ready
+        WHERE user_name = '' AND (turn, task) >= ($3, $4) ORDER BY turn, task
         LIMIT (SELECT CASE WHEN here AND NOT changed AND NOT open AND NOT ($11 AND coalesce(next_due <= now, false))
             AND NOT ($12 AND suspects > 0) THEN $2 ELSE 0 END FROM look)
         FOR UPDATE SKIP LOCKED),
@@ -77,7 +90,7 @@ pub(super) const CLAIM: &str = concat!(
             SELECT id FROM laelaps.host WHERE id = $1 AND seen_at < (SELECT now FROM look) - 10000
             LIMIT (SELECT 1 + 0 * count(*) FROM staying) FOR NO KEY UPDATE SKIP LOCKED))),
     chosen AS MATERIALIZED (
-        SELECT place, task FROM (SELECT place, task, bytes, sum(bytes) OVER (ORDER BY run_at, task) AS sum FROM locked) AS summed
+        SELECT place, task FROM (SELECT place, task, bytes, sum(bytes) OVER (ORDER BY turn, task) AS sum FROM locked) AS summed
         WHERE (sum <= 67108864 OR sum = bytes) AND EXISTS (SELECT FROM staying)),
     taken AS (
         UPDATE laelaps.task SET state = 'running', lease = ",
@@ -102,7 +115,7 @@ pub(super) const CLAIM: &str = concat!(
 );
 
 /// The columns of a claimed task.
-const TAKEN_COLUMNS: usize = 19;
+const TAKEN_COLUMNS: usize = 20;
 /// The columns of the look.
 const LOOK_COLUMNS: usize = 8;
 
@@ -117,6 +130,10 @@ pub(super) struct Taken {
 }
 
 impl Taken {
+    pub(super) fn len(&self) -> usize {
+        self.tasks.len()
+    }
+
     /// Hand the tasks back, since nobody is there any more to take them.
     pub(super) async fn give_back(self, shared: &Arc<Shared>) {
         let policy = Policy::default();
@@ -421,7 +438,7 @@ fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Resu
         lease_ref,
         key,
         task_type,
-        data: row.try_get::<Option<Vec<u8>>, _>(first + 18)?.unwrap_or_default(),
+        data: row.try_get::<Option<Vec<u8>>, _>(first + 19)?.unwrap_or_default(),
         user: Some(user).filter(|user| !user.is_empty()),
         max_running: max_running.map(whole),
         descent: Descent { root: TaskId(row.try_get(first + 15)?), depth: whole(depth) },
@@ -436,7 +453,7 @@ fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Resu
         claimed_at: Timestamp(now),
         until: Timestamp(row.try_get(first + 13)?),
     };
-    Ok(Ok(((run_at, lease_ref.task.0), claimed)))
+    Ok(Ok(((row.try_get(first + 18)?, lease_ref.task.0), claimed)))
 }
 
 /// Move what has become due to where it can be claimed. A task's row is as its place says: whoever changes it takes the place away first. If
@@ -448,32 +465,32 @@ pub(super) const MOVE_DUE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(e
             ORDER BY run_at, task LIMIT $2 FOR UPDATE SKIP LOCKED))
         RETURNING task),
     found AS MATERIALIZED (
-        SELECT id, run_at, bytes, max_running, user_name, type, alone, run_at <= (SELECT now FROM clock) AS is_due
+        SELECT id, run_at, turn, bytes, max_running, user_name, type, alone, run_at <= (SELECT now FROM clock) AS is_due
         FROM laelaps.task WHERE id = ANY(ARRAY(SELECT task FROM due)) AND state = 'waiting'),
     moved AS MATERIALIZED (SELECT * FROM found WHERE is_due),
     back AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM found WHERE NOT is_due ON CONFLICT DO NOTHING),
     ready AS (
-        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM moved WHERE NOT alone ON CONFLICT DO NOTHING),
-    suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM moved WHERE alone ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+        SELECT turn, id, bytes, max_running, user_name FROM moved WHERE NOT alone ON CONFLICT DO NOTHING),
+    suspect AS (INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM moved WHERE alone ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
-        SELECT DISTINCT ON (user_name) user_name, run_at, id, max_running FROM moved WHERE user_name <> '' AND NOT alone
-        ORDER BY user_name, run_at, id),
+        INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
+        SELECT DISTINCT ON (user_name) user_name, turn, id, max_running FROM moved WHERE user_name <> '' AND NOT alone
+        ORDER BY user_name, turn, id),
     counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -count(*) FROM moved GROUP BY type)
-    SELECT count(*), min(run_at), (array_agg(id ORDER BY run_at, id))[1], CASE WHEN (SELECT count(*) FROM due) <> (SELECT count(*) FROM found)
+    SELECT min(run_at), min(turn), (array_agg(id ORDER BY turn, id))[1], CASE WHEN (SELECT count(*) FROM due) <> (SELECT count(*) FROM found)
         THEN ARRAY(SELECT task FROM due WHERE task NOT IN (SELECT id FROM found)) END FROM moved";
 
 /// Move what is due; answers where the claim has to begin now.
 async fn move_due(session: &mut Session, from: From) -> Result<From, Failure> {
-    let moved: (i64, Option<i64>, Option<i64>, Option<Vec<i64>>) =
+    let moved: (Option<i64>, Option<i64>, Option<i64>, Option<Vec<i64>>) =
         sqlx::query_as(MOVE_DUE).bind(from.due).bind(DUE_MAX).fetch_one(session.db()?).await?;
     let shared = &session.shared;
     mend::told(moved.3.as_deref().unwrap_or_default());
-    let (_, Some(run_at), Some(task), _) = moved else { return Ok(from) };
+    let (Some(run_at), Some(turn), Some(task), _) = moved else { return Ok(from) };
     shared.marks.moved_due(from, run_at);
-    shared.marks.lower((run_at, task));
-    Ok(from.lowered((run_at, task)))
+    shared.marks.lower((turn, task));
+    Ok(from.lowered((turn, task)))
 }
 
 /// Hold the row of a host that is about to be given tasks.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use super::claim::flush_later;
 use super::failure::Failure;
 use super::session::{Session, Shared};
 use super::settle::clean;
@@ -21,7 +22,10 @@ const UPDATED_MAX: usize = 1_000;
 const TRIES_MAX: usize = 100;
 
 /// $1 tasks in ascending order, $2 their leases, $3 how long they last from now on; $4 to $8 what some said about their progress.
-pub(super) const RENEW: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
+pub(super) const RENEW: &str = concat!(
+    "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now, ",
+    flush_later!(),
+    "),
     renewed AS (
         UPDATE laelaps.task SET until = greatest(until, (SELECT now FROM clock) + ($3::int8[])[width_bucket(id, $1::int8[])])
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
@@ -33,7 +37,8 @@ pub(super) const RENEW: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoc
         FROM unnest($4::int8[], $5::int8[], $6::int8[], $7::int8[], $8::text[]) AS said (task, lease, done, total, note)
         WHERE ((task, lease) IN (SELECT id, lease FROM renewed)) IS TRUE ORDER BY task
         ON CONFLICT (task) DO UPDATE SET lease = excluded.lease, done = excluded.done, total = excluded.total, note = excluded.note)
-    SELECT array_agg(lease) FROM renewed";
+    SELECT array_agg(lease) FROM renewed"
+);
 
 /// Renewals, one for each lease.
 #[derive(Clone)]

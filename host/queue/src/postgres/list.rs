@@ -181,7 +181,7 @@ mod tests {
         let (until, ended) = (if state == State::Running { "9" } else { "NULL" }, if is_ended { "9" } else { "NULL" });
         let place = match state {
             State::Waiting => {
-                "INSERT INTO laelaps.ready (run_at, task, bytes, user_name) SELECT run_at, id, bytes, user_name FROM filled"
+                "INSERT INTO laelaps.ready (turn, task, bytes, user_name) SELECT turn, id, bytes, user_name FROM filled"
             }
             State::Running => "INSERT INTO laelaps.claim (id, host, check_at, tasks) SELECT id, 1, 9, ARRAY[id] FROM filled",
             State::Failed => "INSERT INTO laelaps.failure (task) SELECT id FROM filled",
@@ -191,7 +191,7 @@ mod tests {
         format!(
             "WITH filled AS (INSERT INTO laelaps.task (key, type, user_name, state, created_at, run_at, until, finished_at, retained_until, bytes)
             SELECT '{name} ' || number || '{state}', '{name}', '{name}', '{state}', 1, 1, {until}, {ended}, {ended}, 2
-            FROM generate_series(1, {count}) AS number RETURNING id, run_at, bytes, user_name) {place}",
+            FROM generate_series(1, {count}) AS number RETURNING id, turn, bytes, user_name) {place}",
             state = state.as_str()
         )
     }

@@ -2,12 +2,14 @@
 //!
 //! A claimed task leaves a dead entry in the index of what is ready, and while any transaction of the server is old, those stay: a claim that
 //! began at the head would walk over all of them. So it begins where the last one ended. What enters before that place (a task that was given
-//! back, or whose producer took long to commit) is met by a look from the head: at once if this process put it there itself; else after
+//! back, of a smaller priority, or whose producer took long to commit) is met by a look from the head: at once if this process put it there itself; else after
 //! [`INTERVAL`], or after [`SHARE`] times as long as such a look takes if that is longer; and while a look is cheap also as soon as a claim is
 //! not filled or a notice comes.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::fair;
 
 /// Between two looks from the head.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -16,7 +18,7 @@ const SHARE: u32 = 20;
 /// A look from the head that takes no longer may come at any time.
 const CHEAP: Duration = Duration::from_millis(5);
 
-/// A place in the order of claims: when a task became ready, and its number.
+/// A place in the order of claims: a task's turn, and its number.
 pub(super) type Place = (i64, i64);
 
 const HEAD: Place = (i64::MIN, i64::MIN);
@@ -160,6 +162,15 @@ impl Marks {
         state.in_time = state.in_time.min(place);
     }
 
+    /// This process stored a task at this place. Most come after all others and leave the marks be; of another priority it may come before them,
+    /// or before the place to which a claim under way is about to raise them.
+    pub(super) fn stored(&self, place: Place) {
+        let is_behind = |state: &State| place > state.ready && place > state.in_time;
+        if !fair::is_usual(place.0) || !is_behind(&self.lock()) {
+            self.lower(place);
+        }
+    }
+
     /// Something may have entered anywhere.
     pub(super) fn hint(&self) {
         self.lock().hinted = true;
@@ -233,6 +244,24 @@ mod tests {
         marks.lower((3, 9));
         marks.took_ready(under_way, (6, 1));
         assert_eq!(marks.begin().ready, (3, 9));
+    }
+
+    #[test]
+    fn what_is_stored_behind_the_mark_leaves_it_be_unless_its_priority_may_bring_it_before_a_claim_under_way() {
+        let marks = Marks::default();
+        let first = marks.begin();
+        marks.took_ready(first, (500, 7));
+        marks.took_in_time(first, (500, 7));
+        let under_way = marks.begin();
+        marks.stored((600, 8));
+        marks.took_ready(under_way, (700, 9));
+        assert_eq!(marks.begin().ready, (700, 9));
+        let under_way = marks.begin();
+        marks.stored((fair::turn(3, 800), 10));
+        marks.took_ready(under_way, (fair::turn(4, 1), 2));
+        assert_eq!(marks.begin().ready, (700, 9));
+        marks.stored((fair::turn(-3, 800), 11));
+        assert_eq!(marks.begin().ready, (fair::turn(-3, 800), 11));
     }
 
     #[test]

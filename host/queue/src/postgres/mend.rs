@@ -16,20 +16,20 @@ const FROM_SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE ctid = ANY($2::tex
 /// Tasks whose place was taken away although they do not wait there go where their rows say.
 const PUT: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     waiting AS MATERIALIZED (
-        SELECT id, run_at, bytes, max_running, user_name, alone, run_at <= (SELECT now FROM clock) AS is_due
+        SELECT id, run_at, turn, bytes, max_running, user_name, alone, run_at <= (SELECT now FROM clock) AS is_due
         FROM laelaps.task WHERE id = ANY($1) AND state = 'waiting' ORDER BY id FOR UPDATE),
     missing AS MATERIALIZED (
         SELECT * FROM waiting WHERE NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = waiting.run_at AND scheduled.task = id)),
     ready AS (
-        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM missing WHERE is_due AND NOT alone ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+        SELECT turn, id, bytes, max_running, user_name FROM missing WHERE is_due AND NOT alone ON CONFLICT DO NOTHING),
     suspect AS (
-        INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM missing WHERE is_due AND alone ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM missing WHERE is_due AND alone ON CONFLICT DO NOTHING),
     later AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM missing WHERE NOT is_due ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
-        SELECT user_name, run_at, id, max_running FROM missing WHERE is_due AND NOT alone AND user_name <> '')
-    SELECT min(run_at), (array_agg(id ORDER BY run_at, id))[1] FROM missing";
+        INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
+        SELECT user_name, turn, id, max_running FROM missing WHERE is_due AND NOT alone AND user_name <> '')
+    SELECT min(turn), (array_agg(id ORDER BY turn, id))[1] FROM missing";
 
 /// Tell of places that were not as their tasks' rows say.
 pub(super) fn told(tasks: &[i64]) {
@@ -42,8 +42,8 @@ pub(super) fn told(tasks: &[i64]) {
 pub(super) async fn strangers(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
     told(tasks);
     let place: (Option<i64>, Option<i64>) = sqlx::query_as(PUT).bind(tasks).fetch_one(session.db()?).await?;
-    if let (Some(run_at), Some(task)) = place {
-        session.afterwards(move |shared| shared.marks.lower((run_at, task)));
+    if let (Some(turn), Some(task)) = place {
+        session.afterwards(move |shared| shared.marks.lower((turn, task)));
     }
     Ok(())
 }
@@ -87,19 +87,19 @@ pub(super) const USERS: &str = "WITH RECURSIVE with_ready AS (
         WHERE user_name > $1 AND user_name <= coalesce((SELECT max(user_name) FROM asked), user_name))
     SELECT users.user_name,
         coalesce(running.tasks, 0)::float8 - coalesce(account.running, 0)::float8 + coalesce(changes.stopped, 0)::float8 AS more,
-        NOT coalesce(changes.became_ready, false) AND account.head_task IS DISTINCT FROM oldest.task AS other_head,
-        oldest.run_at, oldest.task, oldest.max_running,
+        NOT coalesce(changes.became_ready, false) AND account.head_task IS DISTINCT FROM first.task AS other_head,
+        first.turn, first.task, first.max_running,
         (SELECT CASE WHEN count(*) >= $2 THEN max(user_name) END FROM asked) AS next
     FROM users LEFT JOIN running USING (user_name) LEFT JOIN changes USING (user_name)
         LEFT JOIN LATERAL (SELECT running, head_task FROM laelaps.account WHERE account.user_name = users.user_name OFFSET 0) AS account ON true
-        LEFT JOIN LATERAL (SELECT run_at, task, max_running FROM laelaps.ready WHERE ready.user_name = users.user_name
-            ORDER BY run_at, task LIMIT 1) AS oldest ON true";
+        LEFT JOIN LATERAL (SELECT turn, task, max_running FROM laelaps.ready WHERE ready.user_name = users.user_name
+            ORDER BY turn, task LIMIT 1) AS first ON true";
 
 /// What one look at users found.
 struct Looked {
     /// Users whose account counts what does not run, or not what runs, and by how many it has to be more.
     counts: Vec<(String, i64)>,
-    /// Users whose account does not know their oldest ready task.
+    /// Users whose account does not know their first ready task.
     heads: Vec<String>,
     /// Where the next look begins.
     next: Option<String>,
@@ -128,8 +128,8 @@ async fn look(session: &mut Session, after: &str, most: i64) -> Result<Looked, F
 pub(super) async fn accounts(session: &mut Session) -> Result<(), Failure> {
     const MORE: &str = "UPDATE laelaps.account SET running = running + ($2::int8[])[array_position($1::text[], user_name)]
         WHERE user_name = ANY($1)";
-    const HEADS: &str = "UPDATE laelaps.account SET (head_at, head_task, head_max) = (
-            SELECT run_at, task, max_running FROM laelaps.ready WHERE ready.user_name = account.user_name ORDER BY run_at, task LIMIT 1)
+    const HEADS: &str = "UPDATE laelaps.account SET (head_turn, head_task, head_max) = (
+            SELECT turn, task, max_running FROM laelaps.ready WHERE ready.user_name = account.user_name ORDER BY turn, task LIMIT 1)
         WHERE user_name = ANY($1)";
     let after = session.shared.mended_up_to();
     let looked = look(session, &after, USERS_MAX).await?;

@@ -54,6 +54,8 @@ struct Found {
     state: State,
     user: String,
     run_at: i64,
+    /// Where it stands if it is ready or a suspect.
+    turn: i64,
     lease: i64,
 }
 
@@ -91,8 +93,8 @@ impl Name {
 }
 
 async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failure> {
-    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE key = $1
-        UNION ALL SELECT id, key, state::text, user_name, run_at, lease FROM laelaps.task WHERE id = $2";
+    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, turn, lease FROM laelaps.task WHERE key = $1
+        UNION ALL SELECT id, key, state::text, user_name, run_at, turn, lease FROM laelaps.task WHERE id = $2";
     let (key, id) = name.parts();
     let row = sqlx::query(FIND).bind(key).bind(id).fetch_optional(session.db()?).await?;
     let Some(row) = row else { return Ok(None) };
@@ -102,16 +104,17 @@ async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failu
         state: failure::state(row.try_get(2)?)?,
         user: row.try_get(3)?,
         run_at: row.try_get(4)?,
-        lease: row.try_get(5)?,
+        turn: row.try_get(5)?,
+        lease: row.try_get(6)?,
     }))
 }
 
 /// Take a waiting task from where it waits; None if it is not there any more.
 async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>, Failure> {
-    const READY: &str = "DELETE FROM laelaps.ready WHERE user_name = $3 AND run_at = $1 AND task = $2";
+    const READY: &str = "DELETE FROM laelaps.ready WHERE user_name = $3 AND turn = $1 AND task = $2";
     const SCHEDULED: &str = "DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2";
-    const SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE run_at = $1 AND task = $2";
-    let ready = sqlx::query(READY).bind(found.run_at).bind(found.task).bind(&found.user);
+    const SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE turn = $1 AND task = $2";
+    let ready = sqlx::query(READY).bind(found.turn).bind(found.task).bind(&found.user);
     if ready.execute(session.db()?).await?.rows_affected() == 1 {
         if !found.user.is_empty() {
             accounts::lock(session, vec![found.user.clone()]).await?;
@@ -119,8 +122,8 @@ async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>,
         }
         return Ok(Some(Waited::Ready));
     }
-    for (sql, waited) in [(SCHEDULED, Waited::Scheduled), (SUSPECT, Waited::Suspect)] {
-        if sqlx::query(sql).bind(found.run_at).bind(found.task).execute(session.db()?).await?.rows_affected() == 1 {
+    for (sql, at, waited) in [(SCHEDULED, found.run_at, Waited::Scheduled), (SUSPECT, found.turn, Waited::Suspect)] {
+        if sqlx::query(sql).bind(at).bind(found.task).execute(session.db()?).await?.rows_affected() == 1 {
             return Ok(Some(waited));
         }
     }
@@ -132,9 +135,9 @@ async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>,
 /// Wrong places of it are cleared away when a claim meets them.
 async fn stray_place(session: &mut Session, found: &Found) -> Result<bool, Failure> {
     const STRAY: &str = "SELECT run_at = $2 AND NOT EXISTS (SELECT FROM laelaps.ready WHERE ready.user_name = task.user_name
-                AND ready.run_at = task.run_at AND ready.task = task.id)
+                AND ready.turn = task.turn AND ready.task = task.id)
             AND NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = task.run_at AND scheduled.task = task.id)
-            AND NOT EXISTS (SELECT FROM laelaps.suspect WHERE suspect.run_at = task.run_at AND suspect.task = task.id)
+            AND NOT EXISTS (SELECT FROM laelaps.suspect WHERE suspect.turn = task.turn AND suspect.task = task.id)
         FROM laelaps.task WHERE id = $1 AND state = 'waiting'";
     const LOCK: &str = "SELECT FROM laelaps.task WHERE id = $1 FOR UPDATE";
     sqlx::query(LOCK).bind(found.task).execute(session.db()?).await?;
@@ -288,13 +291,13 @@ pub(super) const RELEASE: &str = "WITH unscheduled AS (
         RETURNING task),
     due AS (
         UPDATE laelaps.task SET run_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
-        WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, bytes, max_running, user_name, type),
+        WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, turn, bytes, max_running, user_name, type),
     ready AS (
-        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM due ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+        SELECT turn, id, bytes, max_running, user_name FROM due ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
-        SELECT user_name, run_at, id, max_running FROM due WHERE user_name <> ''),
+        INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
+        SELECT user_name, turn, id, max_running FROM due WHERE user_name <> ''),
     counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
     SELECT count(*) FROM due";
 
@@ -353,26 +356,26 @@ fn refused(found: Found, problem: &'static str) -> Failure {
 
 /// What is due already keeps its place in the order.
 async fn make_due(session: &mut Session, found: &Found) -> Result<bool, Failure> {
-    const WAITS: &str = "SELECT EXISTS (SELECT FROM laelaps.ready WHERE user_name = $3 AND run_at = $1 AND task = $2)
-        OR EXISTS (SELECT FROM laelaps.suspect WHERE run_at = $1 AND task = $2)";
+    const WAITS: &str = "SELECT EXISTS (SELECT FROM laelaps.ready WHERE user_name = $3 AND turn = $1 AND task = $2)
+        OR EXISTS (SELECT FROM laelaps.suspect WHERE turn = $1 AND task = $2)";
     const DUE: &str = "WITH unscheduled AS (DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2 RETURNING task),
         due AS (
             UPDATE laelaps.task SET run_at = least(run_at, (extract(epoch FROM clock_timestamp()) * 1000)::int8)
-            WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, bytes, max_running, user_name, type, alone),
+            WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, turn, bytes, max_running, user_name, type, alone),
         ready AS (
-            INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-            SELECT run_at, id, bytes, max_running, user_name FROM due WHERE NOT alone ON CONFLICT DO NOTHING),
-        suspect AS (INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM due WHERE alone ON CONFLICT DO NOTHING),
+            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+            SELECT turn, id, bytes, max_running, user_name FROM due WHERE NOT alone ON CONFLICT DO NOTHING),
+        suspect AS (INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM due WHERE alone ON CONFLICT DO NOTHING),
         changed AS (
-            INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
-            SELECT user_name, run_at, id, max_running FROM due WHERE user_name <> '' AND NOT alone),
+            INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
+            SELECT user_name, turn, id, max_running FROM due WHERE user_name <> '' AND NOT alone),
         counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
         SELECT count(*) FROM due";
     let due: i64 = sqlx::query_scalar(DUE).bind(found.run_at).bind(found.task).fetch_one(session.db()?).await?;
     if due == 1 {
         return Ok(true);
     }
-    let waits = sqlx::query_scalar(WAITS).bind(found.run_at).bind(found.task).bind(&found.user);
+    let waits = sqlx::query_scalar(WAITS).bind(found.turn).bind(found.task).bind(&found.user);
     Ok(waits.fetch_one(session.db()?).await?)
 }
 
@@ -382,17 +385,17 @@ async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
             UPDATE laelaps.task SET state = 'waiting', run_at = (SELECT now FROM clock), attempts = 0, releases = NULL, lost = NULL,
                 lost_alone = NULL, lost_at = NULL, alone = false, finished_at = NULL, retained_until = NULL
             WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
-            RETURNING id, run_at, bytes, max_running, user_name, type, root),
+            RETURNING id, run_at, turn, bytes, max_running, user_name, type, root),
         descended AS (
             INSERT INTO laelaps.descendant (task, root) SELECT id, root FROM revived WHERE root IS NOT NULL ON CONFLICT DO NOTHING),
         failure AS (DELETE FROM laelaps.failure WHERE task = (SELECT id FROM revived)),
         cancelled AS (DELETE FROM laelaps.cancelled WHERE task = (SELECT id FROM revived)),
         ready AS (
-            INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-            SELECT run_at, id, bytes, max_running, user_name FROM revived ON CONFLICT DO NOTHING),
+            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+            SELECT turn, id, bytes, max_running, user_name FROM revived ON CONFLICT DO NOTHING),
         changed AS (
-            INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
-            SELECT user_name, run_at, id, max_running FROM revived WHERE user_name <> ''),
+            INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
+            SELECT user_name, turn, id, max_running FROM revived WHERE user_name <> ''),
         counted AS (
             INSERT INTO laelaps.tally (type, live, failed, cancelled)
             SELECT type, 1, CASE $2 WHEN 'failed' THEN -1 ELSE 0 END, CASE $2 WHEN 'cancelled' THEN -1 ELSE 0 END FROM revived)

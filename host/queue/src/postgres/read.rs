@@ -18,7 +18,7 @@ macro_rules! task_columns {
         coalesce(task.lost, 0), task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
         (SELECT digest FROM laelaps.plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
         progress.done, progress.total, progress.note, task.bytes, coalesce(task.releases, 0), coalesce(task.lost_alone, 0),
-        coalesce(task.depth, 0)"
+        coalesce(task.depth, 0), task.priority"
     };
 }
 pub(super) use task_columns;
@@ -81,6 +81,7 @@ fn known(row: &PgRow) -> Result<Task, sqlx::Error> {
         task_type: row.try_get(2)?,
         state,
         user: Some(user).filter(|user| !user.is_empty()),
+        priority: i32::from(row.try_get::<i16, _>(25)?),
         max_running: limit(5)?,
         attempts: row.try_get::<i32, _>(6)?.unsigned_abs(),
         max_attempts: limit(7)?,
@@ -107,10 +108,10 @@ fn known(row: &PgRow) -> Result<Task, sqlx::Error> {
 
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
 pub(super) fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
-    let stored: Option<Vec<u8>> = row.try_get(25)?;
+    let stored: Option<Vec<u8>> = row.try_get(26)?;
     let stored = stored.unwrap_or_default();
     let plain = data::readable(stored);
-    Ok(Task { data: Some(plain), output: row.try_get(26)?, ..task(row)? })
+    Ok(Task { data: Some(plain), output: row.try_get(27)?, ..task(row)? })
 }
 
 pub(super) async fn get(session: &mut Session, name: &Name) -> Result<Option<Task>, Failure> {
@@ -216,10 +217,23 @@ pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
             coalesce(sum(failed), 0)::float8, coalesce(sum(cancelled), 0)::float8,
             (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim)))
         FROM laelaps.tally";
-    const HEADS: &str = "SELECT now, (SELECT count(*) FROM laelaps.scheduled WHERE run_at <= now),
-            least((SELECT run_at FROM laelaps.ready WHERE user_name = '' ORDER BY run_at, task LIMIT 1),
-                (SELECT run_at FROM laelaps.ready WHERE user_name <> '' ORDER BY run_at, task LIMIT 1),
-                (SELECT run_at FROM laelaps.suspect ORDER BY run_at, task LIMIT 1),
+    // The first task of each priority: a turn and 100 steps, divided by a step, is the priority and 100, and the rest is a time.
+    const HEADS: &str = "WITH RECURSIVE nobodys AS (
+            (SELECT turn FROM laelaps.ready WHERE user_name = '' ORDER BY turn LIMIT 1)
+            UNION ALL
+            SELECT (SELECT ready.turn FROM laelaps.ready WHERE user_name = ''
+                AND ready.turn >= ((nobodys.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000 ORDER BY ready.turn LIMIT 1)
+            FROM nobodys WHERE turn IS NOT NULL),
+        users AS (
+            (SELECT turn FROM laelaps.ready WHERE user_name <> '' ORDER BY turn, task LIMIT 1)
+            UNION ALL
+            SELECT (SELECT ready.turn FROM laelaps.ready WHERE user_name <> ''
+                AND ready.turn >= ((users.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000 ORDER BY ready.turn, task LIMIT 1)
+            FROM users WHERE turn IS NOT NULL)
+        SELECT now, (SELECT count(*) FROM laelaps.scheduled WHERE run_at <= now),
+            least((SELECT min((turn + 100000000000000000) % 1000000000000000) FROM nobodys),
+                (SELECT min((turn + 100000000000000000) % 1000000000000000) FROM users),
+                (SELECT min(task.run_at) FROM laelaps.suspect JOIN laelaps.task ON task.id = suspect.task),
                 (SELECT run_at FROM laelaps.scheduled ORDER BY run_at, task LIMIT 1))
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
     const TYPES: &str = "SELECT type, sum(live)::float8 AS live FROM laelaps.tally GROUP BY type HAVING sum(live) > 0

@@ -141,8 +141,11 @@ impl Group {
             .filter(|entry| written.held.contains(&entry.lease_ref.lease))
             .flat_map(|entry| entry.follow_ups.rows.iter().cloned())
             .collect();
+        let mut stored = None;
         if !follow_ups.is_empty() {
-            written.wakes |= !store(session.db()?, &follow_ups).await?.is_empty();
+            let created = store(session.db()?, &follow_ups).await?;
+            written.wakes |= !created.keys.is_empty();
+            stored = created.first;
             session.counts(1);
         }
         let gone = if written.held.len() == entries.len() { over.then } else { Vec::new() };
@@ -152,6 +155,9 @@ impl Group {
             shared.held.settled(leases.into_iter(), &gone);
             if let Some(place) = place {
                 shared.marks.lower(place);
+            }
+            if let Some(place) = stored {
+                shared.marks.stored(place);
             }
             if wakes {
                 shared.wake();
@@ -283,23 +289,23 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
             alone = coalesce(($12::bool[])[width_bucket(id, $1::int8[])], alone)
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND (until > (SELECT now FROM clock) OR $16)
-        RETURNING id, lease, state, type, user_name, run_at, bytes, max_running, alone, host, retained_until, event, root,
+        RETURNING id, lease, state, type, user_name, run_at, turn, bytes, max_running, alone, host, retained_until, event, root,
             width_bucket(id, $1::int8[]) AS place, (SELECT now FROM clock) AS now,
             least(attempts::int8 - ($6::int4[])[width_bucket(id, $1::int8[])] + 1, 2147483647)::int4 AS attempt,
             state = 'waiting' AND NOT alone AND run_at <= (SELECT now FROM clock) AS is_ready),
     ready AS (
-        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM done WHERE is_ready ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+        SELECT turn, id, bytes, max_running, user_name FROM done WHERE is_ready ON CONFLICT DO NOTHING),
     suspect AS (
-        INSERT INTO laelaps.suspect (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND alone AND run_at <= now
+        INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM done WHERE state = 'waiting' AND alone AND run_at <= now
         ON CONFLICT DO NOTHING),
     later AS (
         INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND run_at > now
         ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, stopped, run_at, task, max_running)
-        SELECT user_name, count(*), min(run_at) FILTER (WHERE is_ready), (array_agg(id ORDER BY run_at, id) FILTER (WHERE is_ready))[1],
-            (array_agg(max_running ORDER BY run_at, id) FILTER (WHERE is_ready))[1]
+        INSERT INTO laelaps.account_change (user_name, stopped, turn, task, max_running)
+        SELECT user_name, count(*), min(turn) FILTER (WHERE is_ready), (array_agg(id ORDER BY turn, id) FILTER (WHERE is_ready))[1],
+            (array_agg(max_running ORDER BY turn, id) FILTER (WHERE is_ready))[1]
         FROM done WHERE user_name <> '' GROUP BY user_name RETURNING user_name),
     counted AS (
         INSERT INTO laelaps.tally (type, live, scheduled, finished, failed)
@@ -333,7 +339,7 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
             || CASE WHEN (SELECT count(*) FROM done) = cardinality($1::int8[]) THEN $17::int8[] ELSE '{}' END) FOR UPDATE SKIP LOCKED)))
     SELECT array_agg(lease), coalesce(bool_or(state = 'waiting'), false) OR EXISTS (SELECT FROM laelaps.account
             WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed)) AND head_task IS NOT NULL AND NOT open),
-        min(run_at) FILTER (WHERE is_ready), (array_agg(id ORDER BY run_at, id) FILTER (WHERE is_ready))[1]
+        min(turn) FILTER (WHERE is_ready), (array_agg(id ORDER BY turn, id) FILTER (WHERE is_ready))[1]
     FROM done";
 
 async fn settle(
@@ -358,7 +364,7 @@ async fn settle(
         State::Failed => 3,
         _ => 1,
     };
-    let (held, waits, run_at, task): Answer = sqlx::query_as(SETTLE)
+    let (held, waits, turn, task): Answer = sqlx::query_as(SETTLE)
         .bind(entries.iter().map(|entry| entry.lease_ref.task.0).collect::<Vec<i64>>())
         .bind(entries.iter().map(|entry| entry.lease_ref.lease.0).collect::<Vec<i64>>())
         .bind(entries.iter().map(state).collect::<Vec<i32>>())
@@ -379,7 +385,7 @@ async fn settle(
         .bind(&over.now)
         .fetch_one(session.db()?)
         .await?;
-    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: waits, place: run_at.zip(task) })
+    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: waits, place: turn.zip(task) })
 }
 
 /// A small number as the database counts.

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::failure::Failure;
+use super::mark::Place;
 use super::operate;
 use super::pooled::Db;
 use super::session::Session;
@@ -13,54 +14,77 @@ use crate::{Descent, NewTask, Result, Submitted};
 const CHUNK_BYTES: usize = 32 << 20;
 
 /// Numbers are given in the order of the tasks, rows are entered in the order of keys: two batches with keys in common then wait for each
-/// other in one direction only. $9 and $10 are empty where there is no follow-up: the rows have NULL then.
+/// other in one direction only. $9 and $10 are empty where there is no follow-up, and $11 where each has the usual priority: the rows have NULL then.
 const STORE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     given AS MATERIALIZED (
         SELECT nextval('laelaps.task_number') AS id, clock.now, greatest(asked.run_at, clock.now) AS due_at, asked.*
         FROM clock, unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[], $7::int4[], $8::bytea[],
-            $9::int8[], $10::int4[])
-            AS asked (key, type, user_name, max_running, max_attempts, run_at, bytes, data, root, depth)),
+            $9::int8[], $10::int4[], $11::int2[])
+            AS asked (key, type, user_name, max_running, max_attempts, run_at, bytes, data, root, depth, priority)),
     created AS (
-        INSERT INTO laelaps.task (id, created_at, run_at, bytes, max_running, max_attempts, key, type, user_name, root, depth, data)
-        SELECT id, now, due_at, bytes, max_running, max_attempts, key, type, user_name, root, depth,
+        INSERT INTO laelaps.task (id, created_at, run_at, bytes, max_running, max_attempts, priority, key, type, user_name, root, depth, data)
+        SELECT id, now, due_at, bytes, max_running, max_attempts, coalesce(priority, 0), key, type, user_name, root, depth,
             CASE WHEN octet_length(data) <= 256 THEN data END
         FROM given ORDER BY key COLLATE \"C\"
-        ON CONFLICT (key) DO NOTHING RETURNING id, created_at, run_at, bytes, max_running, key, type, user_name, root),
+        ON CONFLICT (key) DO NOTHING RETURNING id, created_at, run_at, turn, bytes, max_running, key, type, user_name, root),
     beside AS (
         INSERT INTO laelaps.task_data (task, data)
         SELECT id, data FROM given WHERE octet_length(data) > 256 AND (id IN (SELECT id FROM created)) IS TRUE),
     ready AS (
-        INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-        SELECT run_at, id, bytes, max_running, user_name FROM created WHERE run_at <= created_at ORDER BY id),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+        SELECT turn, id, bytes, max_running, user_name FROM created WHERE run_at <= created_at ORDER BY id),
     later AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM created WHERE run_at > created_at),
     descended AS (INSERT INTO laelaps.descendant (task, root) SELECT id, root FROM created WHERE root IS NOT NULL),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, run_at, task, max_running)
-        SELECT DISTINCT ON (user_name) user_name, run_at, id, max_running
-        FROM created WHERE user_name <> '' AND run_at <= created_at ORDER BY user_name, run_at, id),
+        INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
+        SELECT DISTINCT ON (user_name) user_name, turn, id, max_running
+        FROM created WHERE user_name <> '' AND run_at <= created_at ORDER BY user_name, turn, id),
     counted AS (
         INSERT INTO laelaps.tally (type, live, scheduled)
         SELECT type, count(*), count(*) FILTER (WHERE run_at > created_at) FROM created GROUP BY type)
-    SELECT key FROM created";
+    SELECT key, CASE WHEN run_at <= created_at THEN turn END, id FROM created";
 
 /// Store a batch. Answers stand in the order of its tasks.
 pub(super) async fn submit(session: &mut Session, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
     let one = batch::chunk(&batch.rows, NewTask::BATCH_MAX, CHUNK_BYTES).1.is_empty();
     let earlier = if session.again { stored_before(session, &batch.rows).await? } else { HashSet::new() };
-    let mut created = HashSet::new();
+    let mut created = Created::default();
     if one {
         // Mostly all are new, and this is all there is to do.
         created = store_new(session.db()?, &batch.rows).await?;
     }
-    if created.len() + earlier.len() < batch.rows.len() && (!one || any_over(session.db()?, &batch.rows).await?) {
-        let rest: Vec<Row> = batch.rows.iter().filter(|row| !created.contains(&row.key)).cloned().collect();
+    if created.keys.len() + earlier.len() < batch.rows.len() && (!one || any_over(session.db()?, &batch.rows).await?) {
+        let rest = created.missing(&batch.rows);
         session.begin().await?;
-        created.extend(store(session.db()?, &rest).await?);
+        created.add(store(session.db()?, &rest).await?);
         session.commit().await?;
     }
     session.counts(1);
-    created.extend(earlier);
-    Ok(answers(batch, &created))
+    if let Some(place) = created.first {
+        session.afterwards(move |shared| shared.marks.stored(place));
+    }
+    created.keys.extend(earlier);
+    Ok(answers(batch, &created.keys))
+}
+
+/// What was stored.
+#[derive(Default)]
+pub(super) struct Created {
+    pub(super) keys: HashSet<String>,
+    /// The first place among what is ready.
+    pub(super) first: Option<Place>,
+}
+
+impl Created {
+    fn add(&mut self, more: Self) {
+        self.keys.extend(more.keys);
+        self.first = self.first.into_iter().chain(more.first).min();
+    }
+
+    /// The rows that were not.
+    fn missing(&self, rows: &[Row]) -> Vec<Row> {
+        rows.iter().filter(|row| !self.keys.contains(&row.key)).cloned().collect()
+    }
 }
 
 /// The rows that an earlier try of the same submit stored, whose answer was lost: those of their keys that are just so and came about since it
@@ -105,12 +129,12 @@ async fn any_over(db: Db<'_>, rows: &[Row]) -> Result<bool, Failure> {
 
 /// Store a batch in a caller's transaction, which the caller ends, and wake hosts when it commits.
 pub(super) async fn submit_in(mut transaction: Db<'_>, batch: &Batch) -> Result<Vec<Submitted>, Failure> {
-    const WAKE: &str = "SELECT pg_notify($1, '')";
+    const WAKE: &str = "SELECT laelaps.wake()";
     let created = store(transaction.again(), &batch.rows).await?;
-    if !created.is_empty() {
-        sqlx::query(WAKE).bind(super::listen::CHANNEL).execute(transaction).await?;
+    if !created.keys.is_empty() {
+        sqlx::query(WAKE).execute(transaction).await?;
     }
-    Ok(answers(batch, &created))
+    Ok(answers(batch, &created.keys))
 }
 
 fn answers(batch: &Batch, created: &HashSet<String>) -> Vec<Submitted> {
@@ -122,24 +146,24 @@ fn columns_of(descent: Descent) -> (i64, i32) {
     (descent.root.0, i32::try_from(descent.depth).unwrap_or(i32::MAX))
 }
 
-/// Store the rows whose key is new or free again; answers their keys. Of two rows with one key the first wins. In a transaction: a task whose
+/// Store the rows whose key is new or free again. Of two rows with one key the first wins. In a transaction: a task whose
 /// retention has ended and that clean-up has not come to yet goes first.
-pub(super) async fn store(mut db: Db<'_>, rows: &[Row]) -> Result<HashSet<String>, Failure> {
+pub(super) async fn store(mut db: Db<'_>, rows: &[Row]) -> Result<Created, Failure> {
     let mut created = store_new(db.again(), rows).await?;
-    if created.len() < rows.len() {
-        let rest: Vec<Row> = rows.iter().filter(|row| !created.contains(&row.key)).cloned().collect();
+    if created.keys.len() < rows.len() {
+        let rest = created.missing(rows);
         let (over, now) = over(db.again(), &rest).await?;
         if !over.is_empty() {
             operate::remove(db.again(), &over, now).await?;
-            created.extend(store_new(db, &rest).await?);
+            created.add(store_new(db, &rest).await?);
         }
     }
     Ok(created)
 }
 
-/// Store the rows whose key is new; answers their keys.
-async fn store_new(mut db: Db<'_>, rows: &[Row]) -> Result<HashSet<String>, Failure> {
-    let mut created = HashSet::with_capacity(rows.len());
+/// Store the rows whose key is new.
+async fn store_new(mut db: Db<'_>, rows: &[Row]) -> Result<Created, Failure> {
+    let mut created = Created { keys: HashSet::with_capacity(rows.len()), first: None };
     let mut rest = rows;
     while !rest.is_empty() {
         let (chunk, others) = batch::chunk(rest, NewTask::BATCH_MAX, CHUNK_BYTES);
@@ -150,7 +174,12 @@ async fn store_new(mut db: Db<'_>, rows: &[Row]) -> Result<HashSet<String>, Fail
         } else {
             Default::default()
         };
-        let keys: Vec<String> = sqlx::query_scalar(STORE)
+        let priorities: Vec<i16> = if chunk.iter().any(|row| row.priority != 0) {
+            chunk.iter().map(|row| i16::try_from(row.priority).unwrap_or_default()).collect()
+        } else {
+            Vec::new()
+        };
+        let stored: Vec<(String, Option<i64>, i64)> = sqlx::query_as(STORE)
             .bind(column(|row| &row.key))
             .bind(column(|row| &row.task_type))
             .bind(column(|row| &row.user))
@@ -161,9 +190,13 @@ async fn store_new(mut db: Db<'_>, rows: &[Row]) -> Result<HashSet<String>, Fail
             .bind(chunk.iter().map(|row| row.stored.as_slice()).collect::<Vec<&[u8]>>())
             .bind(roots)
             .bind(depths)
+            .bind(priorities)
             .fetch_all(db.again())
             .await?;
-        created.extend(keys);
+        for (key, turn, task) in stored {
+            created.keys.insert(key);
+            created.first = created.first.into_iter().chain(turn.map(|turn| (turn, task))).min();
+        }
         rest = others;
     }
     Ok(created)

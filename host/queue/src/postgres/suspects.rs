@@ -19,11 +19,11 @@ const SUSPECTS_MAX: i64 = 100;
 const RESERVED_MS: i64 = 300_000;
 
 pub(super) const SUSPECTS: &str = "SELECT suspect.task, suspect.place, task.user_name, task.max_running
-    FROM (SELECT run_at, task, ctid::text AS place FROM laelaps.suspect ORDER BY run_at, task LIMIT $1 FOR UPDATE SKIP LOCKED) AS suspect
+    FROM (SELECT turn, task, ctid::text AS place FROM laelaps.suspect ORDER BY turn, task LIMIT $1 FOR UPDATE SKIP LOCKED) AS suspect
     CROSS JOIN LATERAL (SELECT user_name, max_running FROM laelaps.task WHERE task.id = suspect.task OFFSET 0) AS task
-    ORDER BY suspect.run_at, suspect.task";
+    ORDER BY suspect.turn, suspect.task";
 
-/// Take the oldest one whose user's limit allows it.
+/// Take the first one whose user's limit allows it.
 pub(super) async fn take(session: &mut Session, asked: &Asked) -> Result<Got, Failure> {
     const RUNNING: &str = "SELECT user_name, running FROM laelaps.account WHERE user_name = ANY($1)";
     session.begin().await?;
@@ -52,20 +52,20 @@ pub(super) async fn take(session: &mut Session, asked: &Asked) -> Result<Got, Fa
 /// $1 host, $2 how many to look at, $3 for how long. Answers whether there is one, and the numbers of places of tasks that do not wait there.
 pub(super) const RESERVE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     first AS MATERIALIZED (
-        SELECT run_at, task, ctid AS place, reserved_by, reserved_until FROM laelaps.suspect ORDER BY run_at, task LIMIT $2),
+        SELECT turn, task, ctid AS place, reserved_by, reserved_until FROM laelaps.suspect ORDER BY turn, task LIMIT $2),
     known AS MATERIALIZED (
         SELECT first.*, waits.user_name, waits.max_running, waits.id IS NOT NULL AS waits FROM first LEFT JOIN LATERAL (
             SELECT id, user_name, max_running FROM laelaps.task
-            WHERE task.id = first.task AND state = 'waiting' AND alone AND task.run_at = first.run_at OFFSET 0) AS waits ON true),
+            WHERE task.id = first.task AND state = 'waiting' AND alone AND task.turn = first.turn OFFSET 0) AS waits ON true),
     free AS MATERIALIZED (
         SELECT * FROM known, clock WHERE waits AND (reserved_by IS NULL OR reserved_by = $1 OR reserved_until <= now
                 OR NOT EXISTS (SELECT FROM laelaps.host WHERE host.id = reserved_by AND left_at IS NULL AND ended_at IS NULL))
             AND (user_name = '' OR max_running IS NULL OR greatest(max_running, 1)
                 > coalesce((SELECT running FROM laelaps.account WHERE account.user_name = known.user_name), 0))
-        ORDER BY (reserved_by = $1) DESC NULLS LAST, run_at, task LIMIT 1),
+        ORDER BY (reserved_by = $1) DESC NULLS LAST, turn, task LIMIT 1),
     reserved AS (
         UPDATE laelaps.suspect SET reserved_by = $1, reserved_until = (SELECT now FROM clock) + $3 WHERE ctid = ANY(ARRAY(
-            SELECT ctid FROM laelaps.suspect WHERE (run_at, task) = (SELECT run_at, task FROM free) FOR UPDATE SKIP LOCKED))
+            SELECT ctid FROM laelaps.suspect WHERE (turn, task) = (SELECT turn, task FROM free) FOR UPDATE SKIP LOCKED))
         RETURNING task)
     SELECT EXISTS (SELECT FROM reserved), ARRAY(SELECT task FROM known WHERE NOT waits), ARRAY(SELECT place::text FROM known WHERE NOT waits)";
 

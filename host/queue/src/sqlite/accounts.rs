@@ -11,15 +11,22 @@ use sqlx::AssertSqlSafe;
 use super::aside;
 use super::failure::Failure;
 use super::writer::Session;
-use crate::State;
+use crate::{State, fair};
 
 /// A task that begins to wait.
 pub(super) struct Waiting {
     pub(super) task: i64,
     pub(super) run_at: i64,
+    pub(super) priority: i64,
     pub(super) user: String,
     pub(super) max_running: Option<i64>,
     pub(super) alone: bool,
+}
+
+impl Waiting {
+    fn turn(&self) -> i64 {
+        fair::turn(self.priority, self.run_at)
+    }
 }
 
 /// Changes of a user's numbers.
@@ -108,16 +115,16 @@ impl Changes {
     /// Put tasks where waiting tasks wait: ready, suspect or scheduled.
     pub(super) async fn enqueue(&mut self, session: &mut Session, waiting: &[Waiting]) -> Result<(), Failure> {
         // Somebody else may have put it there already.
-        const READY: &str = "INSERT OR IGNORE INTO ready (user, run_at, task, max_running)
+        const READY: &str = "INSERT OR IGNORE INTO ready (user, turn, task, max_running)
             SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3 FROM json_each(?1)";
-        const SUSPECT: &str = "INSERT OR IGNORE INTO suspect (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
+        const SUSPECT: &str = "INSERT OR IGNORE INTO suspect (turn, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
         const SCHEDULED: &str =
             "INSERT OR IGNORE INTO scheduled (run_at, task) SELECT value ->> 0, value ->> 1 FROM json_each(?1)";
         let now = session.now;
         let (due, later): (Vec<&Waiting>, Vec<&Waiting>) = waiting.iter().partition(|task| task.run_at <= now);
         let (suspect, ready): (Vec<&Waiting>, Vec<&Waiting>) = due.into_iter().partition(|task| task.alone);
         if !ready.is_empty() {
-            let rows = json(ready.iter().map(|task| (&task.user, task.run_at, task.task, task.max_running)));
+            let rows = json(ready.iter().map(|task| (&task.user, task.turn(), task.task, task.max_running)));
             let entered = sqlx::query(READY).bind(rows).execute(session.db()).await?.rows_affected();
             let all_entered = entered == ready.len() as u64;
             for task in &ready {
@@ -127,10 +134,13 @@ impl Changes {
                 }
             }
         }
-        for (sql, tasks) in [(SUSPECT, &suspect), (SCHEDULED, &later)] {
-            if !tasks.is_empty() {
-                sqlx::query(sql).bind(json(tasks.iter().map(|task| (task.run_at, task.task)))).execute(session.db()).await?;
-            }
+        if !suspect.is_empty() {
+            let rows = json(suspect.iter().map(|task| (task.turn(), task.task)));
+            sqlx::query(SUSPECT).bind(rows).execute(session.db()).await?;
+        }
+        if !later.is_empty() {
+            let rows = json(later.iter().map(|task| (task.run_at, task.task)));
+            sqlx::query(SCHEDULED).bind(rows).execute(session.db()).await?;
         }
         // Also a task for later: the claimer has to learn when it is due.
         self.woken |= !waiting.is_empty();
@@ -178,8 +188,8 @@ const ENTER_ACCOUNTS: &str = "INSERT INTO account (user, picked)
 pub(super) const CHANGE_ACCOUNTS: &str =
     "UPDATE account SET ready = max(ready + change.more_ready, 0), running = max(running + change.more_running, 0),
             picked = coalesce(change.at_pick, picked),
-            (head_at, head_task, head_max) = (SELECT oldest.run_at, oldest.task, oldest.max_running FROM ready AS oldest
-                WHERE oldest.user = account.user ORDER BY oldest.run_at, oldest.task LIMIT 1)
+            (head_turn, head_task, head_max) = (SELECT first.turn, first.task, first.max_running FROM ready AS first
+                WHERE first.user = account.user ORDER BY first.turn, first.task LIMIT 1)
         FROM (SELECT value ->> 0 AS name, value ->> 1 AS more_ready, value ->> 2 AS more_running, value ->> 3 AS at_pick
             FROM json_each(?1, '$.accounts')) AS change
         WHERE account.user = change.name";

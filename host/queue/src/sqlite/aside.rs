@@ -26,7 +26,8 @@ const PLACES_MAX: i64 = 1_000;
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) user: Vec<u8>,
-    pub(super) run_at: i64,
+    /// Its turn.
+    pub(super) turn: i64,
     pub(super) task: i64,
 }
 
@@ -82,13 +83,13 @@ pub(super) async fn set_aside(session: &mut Session, tasks: &[i64]) -> Result<()
 
 /// Take a task out of wherever it waits, and out of what is counted of waiting and running tasks. The state in its row is yet to follow.
 pub(super) async fn leave_queue(session: &mut Session, task: i64) -> Result<(), Failure> {
-    const READY: &str = "DELETE FROM ready WHERE (user, run_at, task) = (SELECT user, run_at, id FROM task WHERE id = ?1)";
+    const READY: &str = "DELETE FROM ready WHERE (user, turn, task) = (SELECT user, turn, id FROM task WHERE id = ?1)";
     const SCHEDULED: &str = "DELETE FROM scheduled WHERE (run_at, task) = (SELECT run_at, id FROM task WHERE id = ?1)";
-    const SUSPECT: &str = "DELETE FROM suspect WHERE (run_at, task) = (SELECT run_at, id FROM task WHERE id = ?1)";
+    const SUSPECT: &str = "DELETE FROM suspect WHERE (turn, task) = (SELECT turn, id FROM task WHERE id = ?1)";
     const ACCOUNT: &str = "UPDATE account SET ready = max(ready - ?2, 0),
             running = max(running - (SELECT state = 'running' FROM task WHERE id = ?1), 0),
-            (head_at, head_task, head_max) = (SELECT run_at, task, max_running FROM ready
-                WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
+            (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
+                WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
         WHERE user = (SELECT user FROM task WHERE id = ?1)";
     const LEAVE: &str = "DELETE FROM account WHERE user = (SELECT user FROM task WHERE id = ?1) AND user <> ''
         AND head_task IS NULL AND running = 0";
@@ -114,8 +115,8 @@ pub(super) async fn recount(session: &mut Session, user: &[u8]) -> Result<(), Fa
         SELECT coalesce(CAST(?1 AS TEXT), ''), coalesce(max(pick), 0) FROM counter WHERE true ON CONFLICT (user) DO NOTHING";
     const COUNT: &str = "UPDATE account SET ready = (SELECT count(*) FROM ready WHERE ready.user = account.user),
             running = (SELECT count(*) FROM task INDEXED BY task_running WHERE task.state = 'running' AND task.user = account.user),
-            (head_at, head_task, head_max) = (SELECT run_at, task, max_running FROM ready
-                WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
+            (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
+                WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
         WHERE user = coalesce(CAST(?1 AS TEXT), '')";
     const LEAVE: &str = "DELETE FROM account WHERE user = CAST(?1 AS TEXT) AND user <> '' AND head_task IS NULL AND running = 0";
     for sql in [ENTER, COUNT, LEAVE] {
@@ -136,14 +137,14 @@ pub(super) async fn restore_counter(session: &mut Session) -> Result<(), Failure
 
 /// Remove places that do not fit their tasks. A task that waits and stands nowhere then is put where its own row says.
 pub(super) async fn drop_places(session: &mut Session, places: &[Place]) -> Result<(), Failure> {
-    const READY: &str = "DELETE FROM ready WHERE user = coalesce(CAST(?1 AS TEXT), '') AND run_at = ?2 AND task = ?3";
-    const SUSPECT: &str = "DELETE FROM suspect WHERE run_at = ?1 AND task = ?2";
+    const READY: &str = "DELETE FROM ready WHERE user = coalesce(CAST(?1 AS TEXT), '') AND turn = ?2 AND task = ?3";
+    const SUSPECT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
     let mut users: Vec<&[u8]> = Vec::with_capacity(places.len());
     for place in places {
         tracing::error!(task = place.task, user = %lossy(&place.user), "a place in the queue does not fit its task; it is removed");
-        let ready = sqlx::query(READY).bind(place.user.clone()).bind(place.run_at).bind(place.task);
+        let ready = sqlx::query(READY).bind(place.user.clone()).bind(place.turn).bind(place.task);
         ready.execute(session.db()).await?;
-        sqlx::query(SUSPECT).bind(place.run_at).bind(place.task).execute(session.db()).await?;
+        sqlx::query(SUSPECT).bind(place.turn).bind(place.task).execute(session.db()).await?;
         users.push(&place.user);
     }
     users.sort_unstable();
@@ -156,10 +157,11 @@ pub(super) async fn drop_places(session: &mut Session, places: &[Place]) -> Resu
 
 /// Put waiting tasks that stand nowhere where their rows say, or aside.
 pub(super) async fn put_back(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
-    const NOWHERE: &str = "SELECT id, run_at, user, max_running, alone FROM task WHERE id IN (SELECT value FROM json_each(?1))
-        AND state = 'waiting' AND NOT EXISTS (SELECT 1 FROM ready WHERE (user, run_at, task) = (task.user, task.run_at, task.id))
+    const NOWHERE: &str =
+        "SELECT id, run_at, user, max_running, alone, priority FROM task WHERE id IN (SELECT value FROM json_each(?1))
+        AND state = 'waiting' AND NOT EXISTS (SELECT 1 FROM ready WHERE (user, turn, task) = (task.user, task.turn, task.id))
         AND NOT EXISTS (SELECT 1 FROM scheduled WHERE (run_at, task) = (task.run_at, task.id))
-        AND NOT EXISTS (SELECT 1 FROM suspect WHERE (run_at, task) = (task.run_at, task.id))";
+        AND NOT EXISTS (SELECT 1 FROM suspect WHERE (turn, task) = (task.turn, task.id))";
     let rows = sqlx::query(NOWHERE).bind(json(tasks)).fetch_all(session.db()).await?;
     let (waiting, unreadable) = waiting(rows.iter());
     let mut changes = Changes::default();
@@ -168,7 +170,7 @@ pub(super) async fn put_back(session: &mut Session, tasks: &[i64]) -> Result<(),
     set_aside(session, &unreadable).await
 }
 
-/// Tasks as they wait, by number, time, user, most running and whether alone; and the numbers of those whose row cannot be read.
+/// Tasks as they wait, by number, time, user, most running, whether alone, and priority; and the numbers of those whose row cannot be read.
 pub(super) fn waiting<'r>(rows: impl Iterator<Item = &'r sqlx::sqlite::SqliteRow>) -> (Vec<Waiting>, Vec<i64>) {
     let mut waiting = Vec::new();
     let mut unreadable = Vec::new();
@@ -177,6 +179,7 @@ pub(super) fn waiting<'r>(rows: impl Iterator<Item = &'r sqlx::sqlite::SqliteRow
         let task = Waiting {
             task: columns.whole(0, "number"),
             run_at: columns.whole(1, "run_at"),
+            priority: columns.whole(5, "priority"),
             user: columns.text(2, "user"),
             max_running: columns.maybe_count(3, "max_running").map(i64::from),
             alone: columns.whole(4, "alone") != 0,
@@ -188,13 +191,13 @@ pub(super) fn waiting<'r>(rows: impl Iterator<Item = &'r sqlx::sqlite::SqliteRow
 
 /// Set aside what is ready of a user whose name is no text, and settle its account.
 pub(super) async fn of_user(session: &mut Session, user: &[u8]) -> Result<(), Failure> {
-    const PLACES: &str = "SELECT ready.run_at, ready.task, task.id IS NOT NULL FROM ready
-        LEFT JOIN task ON task.id = ready.task AND task.user = ready.user AND task.run_at = ready.run_at AND task.state = 'waiting'
+    const PLACES: &str = "SELECT ready.turn, ready.task, task.id IS NOT NULL FROM ready
+        LEFT JOIN task ON task.id = ready.task AND task.user = ready.user AND task.turn = ready.turn AND task.state = 'waiting'
         WHERE ready.user = CAST(?1 AS TEXT) LIMIT ?2";
     let rows: Vec<(i64, i64, bool)> = sqlx::query_as(PLACES).bind(user.to_vec()).bind(PLACES_MAX).fetch_all(session.db()).await?;
     let (fitting, others): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(.., fits)| *fits);
     set_aside(session, &fitting.iter().map(|(_, task, _)| *task).collect::<Vec<_>>()).await?;
-    let others: Vec<Place> = others.into_iter().map(|(run_at, task, _)| Place { user: user.to_vec(), run_at, task }).collect();
+    let others: Vec<Place> = others.into_iter().map(|(turn, task, _)| Place { user: user.to_vec(), turn, task }).collect();
     drop_places(session, &others).await?;
     recount(session, user).await
 }
@@ -208,7 +211,7 @@ pub(super) async fn misfits(readers: &SqlitePool) -> Result<Vec<Vec<u8>>, sqlx::
             GROUP BY user)
         SELECT CAST(account.user AS BLOB) FROM account LEFT JOIN counted ON counted.user = account.user
             WHERE account.ready <> coalesce(counted.ready, 0) OR account.running <> coalesce(counted.running, 0)
-                OR account.head_task IS NOT (SELECT task FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
+                OR account.head_task IS NOT (SELECT task FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
                 OR (account.user <> '' AND counted.user IS NULL)
         UNION ALL
         SELECT CAST(user AS BLOB) FROM counted WHERE NOT EXISTS (SELECT 1 FROM account WHERE account.user = counted.user)

@@ -21,7 +21,7 @@ const RULES: [(&str, &str); 21] = [
     (
         "ready does not fit its task",
         "SELECT 'task ' || ready.task FROM ready LEFT JOIN task ON task.id = ready.task AND task.user = ready.user
-                AND task.run_at = ready.run_at AND task.max_running IS ready.max_running AND NOT task.alone WHERE task.id IS NULL",
+                AND task.turn = ready.turn AND task.max_running IS ready.max_running AND NOT task.alone WHERE task.id IS NULL",
     ),
     (
         "scheduled does not fit its task",
@@ -30,7 +30,7 @@ const RULES: [(&str, &str); 21] = [
     ),
     (
         "suspect does not fit its task",
-        "SELECT 'task ' || suspect.task FROM suspect LEFT JOIN task ON task.id = suspect.task AND task.run_at = suspect.run_at AND task.alone
+        "SELECT 'task ' || suspect.task FROM suspect LEFT JOIN task ON task.id = suspect.task AND task.turn = suspect.turn AND task.alone
             WHERE task.id IS NULL",
     ),
     (
@@ -45,11 +45,11 @@ const RULES: [(&str, &str); 21] = [
             UNION ALL SELECT 'user ' || user || ' has none' FROM counted WHERE user NOT IN (SELECT user FROM account)",
     ),
     (
-        "the account does not know its oldest ready task",
+        "the account does not know its first ready task",
         "SELECT 'user ' || user FROM account WHERE head_task IS NOT
-            (SELECT task FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
-            OR head_at IS NOT (SELECT run_at FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)
-            OR head_max IS NOT (SELECT max_running FROM ready WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1)",
+            (SELECT task FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
+            OR head_turn IS NOT (SELECT turn FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
+            OR head_max IS NOT (SELECT max_running FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)",
     ),
     ("an idle user has an account", "SELECT 'user ' || user FROM account WHERE ready = 0 AND running = 0 AND user <> ''"),
     (
@@ -104,7 +104,7 @@ const RULES: [(&str, &str); 21] = [
         "SELECT 'task ' || id FROM task WHERE attempts NOT BETWEEN 0 AND 4294967295 OR releases NOT BETWEEN 0 AND 4294967295
             OR lost NOT BETWEEN 0 AND 4294967295 OR lost_alone NOT BETWEEN 0 AND 4294967295 OR depth NOT BETWEEN 0 AND 4294967295
             OR max_running NOT BETWEEN 0 AND 4294967295 OR max_attempts NOT BETWEEN 1 AND 4294967295 OR alone NOT IN (0, 1)
-            OR (lost > 0) <> (lost_at IS NOT NULL)",
+            OR (lost > 0) <> (lost_at IS NOT NULL) OR priority NOT BETWEEN -100 AND 100",
     ),
     (
         "a follow-up counts for its root until it ends, and nothing else does",

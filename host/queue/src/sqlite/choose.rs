@@ -1,4 +1,4 @@
-//! Which tasks a claim takes: the oldest, or picked between users in the fair order. Nothing is changed here.
+//! Which tasks a claim takes: the first, or picked between users in the fair order. Nothing is changed here.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -25,7 +25,7 @@ const ROUNDS_MAX: usize = 4;
 /// A task that was chosen, and where it waited.
 pub(super) struct Chosen {
     pub(super) task: i64,
-    pub(super) run_at: i64,
+    pub(super) turn: i64,
     pub(super) user: String,
     /// The number of its pick between users, if it was picked between users.
     pub(super) pick: Option<i64>,
@@ -33,7 +33,7 @@ pub(super) struct Chosen {
 
 impl Chosen {
     pub(super) fn place(&self) -> Place {
-        Place { user: self.user.clone().into_bytes(), run_at: self.run_at, task: self.task }
+        Place { user: self.user.clone().into_bytes(), turn: self.turn, task: self.task }
     }
 }
 
@@ -73,7 +73,7 @@ pub(super) async fn choose(
         }
     }
     if claim.ignore_users {
-        return Ok(Found::in_company(oldest(session, limit).await?));
+        return Ok(Found::in_company(first(session, limit).await?));
     }
     let limited = claim.limited.and_then(|limited| usize::try_from(limited).ok()).filter(|limited| *limited < limit);
     Ok(Found::in_company(between_users(session, limit, limited, pick).await?))
@@ -81,7 +81,7 @@ pub(super) async fn choose(
 
 /// Whether this host should end what it has, so as to run a task that must run alone and may run now. Each such task asks one host at a time.
 pub(super) async fn is_wanted_alone(session: &mut Session, host: HostId) -> Result<bool, Failure> {
-    const RESERVE: &str = "UPDATE suspect SET host = ?3, until = ?4 WHERE run_at = ?1 AND task = ?2";
+    const RESERVE: &str = "UPDATE suspect SET host = ?3, until = ?4 WHERE turn = ?1 AND task = ?2";
     let suspects = match suspects(session, host).await? {
         Ok(suspects) => suspects,
         Err(misplaced) => {
@@ -93,26 +93,26 @@ pub(super) async fn is_wanted_alone(session: &mut Session, host: HostId) -> Resu
     let now = session.now;
     let reserved_ms = ms(RESERVED);
     if suspect.until.is_none_or(|until| until < now + reserved_ms / 2) {
-        let reserve = sqlx::query(RESERVE).bind(suspect.run_at).bind(suspect.task).bind(host.0).bind(now + reserved_ms);
+        let reserve = sqlx::query(RESERVE).bind(suspect.turn).bind(suspect.task).bind(host.0).bind(now + reserved_ms);
         reserve.execute(session.db()).await?;
     }
     Ok(true)
 }
 
-pub(super) const SUSPECT: &str = "SELECT oldest.task, oldest.run_at, CAST(task.user AS BLOB),
-            task.id IS NOT NULL AND task.state = 'waiting' AND task.alone AND task.run_at = oldest.run_at,
+pub(super) const SUSPECT: &str = "SELECT first.task, first.turn, CAST(task.user AS BLOB),
+            task.id IS NOT NULL AND task.state = 'waiting' AND task.alone AND task.turn = first.turn,
             task.max_running IS NULL OR coalesce(account.running, 0) < max(task.max_running, 1),
-            oldest.host <> ?2 AND oldest.until > ?3 AND host.id IS NOT NULL, CASE oldest.host WHEN ?2 THEN oldest.until END
-        FROM (SELECT run_at, task, host, until FROM suspect ORDER BY run_at, task LIMIT ?1) AS oldest
-        LEFT JOIN task ON task.id = oldest.task
+            first.host <> ?2 AND first.until > ?3 AND host.id IS NOT NULL, CASE first.host WHEN ?2 THEN first.until END
+        FROM (SELECT turn, task, host, until FROM suspect ORDER BY turn, task LIMIT ?1) AS first
+        LEFT JOIN task ON task.id = first.task
         LEFT JOIN account ON account.user = task.user AND task.user <> ''
-        LEFT JOIN host ON host.id = oldest.host AND host.left_at IS NULL AND host.ended_at IS NULL
-        ORDER BY oldest.run_at, oldest.task";
+        LEFT JOIN host ON host.id = first.host AND host.left_at IS NULL AND host.ended_at IS NULL
+        ORDER BY first.turn, first.task";
 
 /// A task that must run alone.
 struct Suspect {
     task: i64,
-    run_at: i64,
+    turn: i64,
     user: Vec<u8>,
     /// Its user's limit allows it.
     may_run: bool,
@@ -122,36 +122,36 @@ struct Suspect {
     until: Option<i64>,
 }
 
-/// The oldest tasks that must run alone, or the places that do not fit their tasks.
+/// The first tasks that must run alone, or the places that do not fit their tasks.
 async fn suspects(session: &mut Session, host: HostId) -> Result<Result<Vec<Suspect>, Vec<Place>>, Failure> {
     let now = session.now;
     let rows = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).bind(host.0).bind(now).fetch_all(session.db()).await?;
     let mut suspects = Vec::with_capacity(rows.len());
     let mut misplaced = Vec::new();
     for row in &rows {
-        let (task, run_at) = (row.try_get(0)?, row.try_get(1)?);
+        let (task, turn) = (row.try_get(0)?, row.try_get(1)?);
         let user = row.try_get::<Option<Vec<u8>>, _>(2)?.unwrap_or_default();
         if row.try_get::<bool, _>(3)? {
             let may_run = row.try_get::<Option<bool>, _>(4)?.unwrap_or(true);
             let is_reserved = row.try_get::<Option<bool>, _>(5)?.unwrap_or(false);
-            suspects.push(Suspect { task, run_at, user, may_run, is_reserved, until: row.try_get(6)? });
+            suspects.push(Suspect { task, turn, user, may_run, is_reserved, until: row.try_get(6)? });
         } else {
-            misplaced.push(Place { user, run_at, task });
+            misplaced.push(Place { user, turn, task });
         }
     }
     Ok(if misplaced.is_empty() { Ok(suspects) } else { Err(misplaced) })
 }
 
-/// The oldest task that has to run alone and whose user's limit allows it, also if another host ends its work for it: this one has nothing to end.
+/// The first task that has to run alone and whose user's limit allows it, also if another host ends its work for it: this one has nothing to end.
 async fn suspect(session: &mut Session, host: HostId) -> Result<Found, Failure> {
     let suspects = match suspects(session, host).await? {
         Ok(suspects) => suspects,
         Err(misplaced) => return Ok(Found::Misplaced(misplaced)),
     };
-    let oldest = suspects.into_iter().find(|suspect| suspect.may_run);
-    let chosen = oldest.map(|Suspect { task, run_at, user, .. }| Chosen {
+    let first = suspects.into_iter().find(|suspect| suspect.may_run);
+    let chosen = first.map(|Suspect { task, turn, user, .. }| Chosen {
         task,
-        run_at,
+        turn,
         // A name that is no text is found out when the task is taken.
         user: String::from_utf8_lossy(&user).into_owned(),
         pick: None,
@@ -159,21 +159,21 @@ async fn suspect(session: &mut Session, host: HostId) -> Result<Found, Failure> 
     Ok(Found::Tasks { chosen: chosen.into_iter().collect(), alone: true })
 }
 
-pub(super) const OLDEST: &str = "SELECT task, run_at, user FROM (
-            SELECT * FROM (SELECT task, run_at, user FROM ready WHERE user = '' ORDER BY run_at, task LIMIT ?1)
+pub(super) const FIRST: &str = "SELECT task, turn, user FROM (
+            SELECT * FROM (SELECT task, turn, user FROM ready WHERE user = '' ORDER BY turn, task LIMIT ?1)
             UNION ALL
-            SELECT * FROM (SELECT task, run_at, user FROM ready INDEXED BY ready_in_time WHERE user <> ''
-                ORDER BY run_at, task LIMIT ?1))
-        ORDER BY run_at, task LIMIT ?1";
+            SELECT * FROM (SELECT task, turn, user FROM ready INDEXED BY ready_in_turn WHERE user <> ''
+                ORDER BY turn, task LIMIT ?1))
+        ORDER BY turn, task LIMIT ?1";
 
-/// The oldest ready tasks, whosever they are.
-async fn oldest(session: &mut Session, limit: usize) -> Result<Result<Vec<Chosen>, Vec<Vec<u8>>>, Failure> {
-    let rows = sqlx::query(OLDEST).bind(count(limit)).fetch_all(session.db()).await?;
+/// The first ready tasks, whosever they are.
+async fn first(session: &mut Session, limit: usize) -> Result<Result<Vec<Chosen>, Vec<Vec<u8>>>, Failure> {
+    let rows = sqlx::query(FIRST).bind(count(limit)).fetch_all(session.db()).await?;
     let mut chosen = Vec::with_capacity(rows.len());
     let mut nameless = Vec::new();
     for row in &rows {
         match name(row, 2)? {
-            Ok(user) => chosen.push(Chosen { task: row.try_get(0)?, run_at: row.try_get(1)?, user, pick: None }),
+            Ok(user) => chosen.push(Chosen { task: row.try_get(0)?, turn: row.try_get(1)?, user, pick: None }),
             Err(bytes) => nameless.push(bytes),
         }
     }
@@ -209,7 +209,7 @@ async fn between_users(
         let first = chosen.len();
         chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| Chosen {
             task: pick.candidate.task,
-            run_at: pick.candidate.run_at,
+            turn: pick.candidate.turn,
             user: accounts[pick.account].user.clone(),
             pick: Some(number + count(place)),
         }));
@@ -254,14 +254,14 @@ fn pick_within(accounts: &mut Vec<Account>, wanted: usize, limited: &mut Option<
 }
 
 pub(super) const OPEN_ACCOUNTS: &str =
-    "SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_by_weight
-            WHERE open ORDER BY weight DESC, head_at, head_task LIMIT ?1)
+    "SELECT * FROM (SELECT user, running, picked, head_turn, head_task, head_max FROM account INDEXED BY account_by_weight
+            WHERE open ORDER BY weight DESC, head_turn, head_task LIMIT ?1)
         UNION
-        SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_by_age
+        SELECT * FROM (SELECT user, running, picked, head_turn, head_task, head_max FROM account INDEXED BY account_by_age
             WHERE open AND picked < ?2 ORDER BY picked LIMIT ?3)
         UNION
-        SELECT * FROM (SELECT user, running, picked, head_at, head_task, head_max FROM account INDEXED BY account_without_limit
-            WHERE open AND head_max IS NULL ORDER BY weight DESC, head_at, head_task LIMIT ?4)";
+        SELECT * FROM (SELECT user, running, picked, head_turn, head_task, head_max FROM account INDEXED BY account_without_limit
+            WHERE open AND head_max IS NULL ORDER BY weight DESC, head_turn, head_task LIMIT ?4)";
 
 /// The users that could be picked: those of the greatest weight, and those passed over for long. These may all have a limit: where only so many
 /// tasks of such users are wanted, also those of the greatest weight that have none.
@@ -283,7 +283,7 @@ async fn open_accounts(
     let mut accounts = Vec::with_capacity(rows.len());
     let mut nameless = Vec::new();
     for row in &rows {
-        let head = Candidate { run_at: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? };
+        let head = Candidate { turn: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? };
         match name(row, 0)? {
             Ok(user) => accounts.push(Account {
                 user,
@@ -299,22 +299,22 @@ async fn open_accounts(
     Ok(if nameless.is_empty() { Ok(accounts) } else { Err(nameless) })
 }
 
-pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, run_at, task, max_running FROM ready
-        WHERE user = ?1 AND (run_at, task) > (?2, ?3) ORDER BY run_at, task LIMIT ?4";
+pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, turn, task, max_running FROM ready
+        WHERE user = ?1 AND (turn, task) > (?2, ?3) ORDER BY turn, task LIMIT ?4";
 
 /// A plus takes a column's affinity away, without which SQLite would look at the time alone and pass over all tasks of the same one.
-pub(super) const CANDIDATES_OF_SEVERAL: &str = "WITH RECURSIVE walk (user, run_at, task, max_running, wanted, steps) AS (
+pub(super) const CANDIDATES_OF_SEVERAL: &str = "WITH RECURSIVE walk (user, turn, task, max_running, wanted, steps) AS (
             SELECT value ->> 0, value ->> 1, value ->> 2, NULL, value ->> 3, 0 FROM json_each(?1)
             UNION ALL
-            SELECT next.user, next.run_at, next.task, next.max_running, walk.wanted - 1, walk.steps + 1
+            SELECT next.user, next.turn, next.task, next.max_running, walk.wanted - 1, walk.steps + 1
             FROM walk CROSS JOIN ready AS next ON next.user = walk.user
-                AND (next.run_at, next.task) = (SELECT later.run_at, later.task FROM ready AS later
-                    WHERE later.user = walk.user AND (later.run_at, later.task) > (+walk.run_at, +walk.task)
-                    ORDER BY later.run_at, later.task LIMIT 1)
+                AND (next.turn, next.task) = (SELECT later.turn, later.task FROM ready AS later
+                    WHERE later.user = walk.user AND (later.turn, later.task) > (+walk.turn, +walk.task)
+                    ORDER BY later.turn, later.task LIMIT 1)
             WHERE walk.wanted > 0)
-        SELECT user, run_at, task, max_running FROM walk WHERE steps > 0";
+        SELECT user, turn, task, max_running FROM walk WHERE steps > 0";
 
-/// Fetch as many of each user's oldest tasks as are needed.
+/// Fetch as many of each user's first tasks as are needed.
 async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[usize]) -> Result<(), Failure> {
     let wanted: Vec<(&str, i64, i64, i64)> = accounts
         .iter()
@@ -322,15 +322,15 @@ async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[u
         .filter(|(account, needed)| account.rest == Rest::Unknown && **needed > account.candidates.len())
         .filter_map(|(account, needed)| {
             let last = account.candidates.back()?;
-            Some((account.user.as_str(), last.run_at, last.task, count(*needed - account.candidates.len())))
+            Some((account.user.as_str(), last.turn, last.task, count(*needed - account.candidates.len())))
         })
         .collect();
     let rows = match wanted.as_slice() {
         [] => return Ok(()),
-        [(user, run_at, task, more)] => {
+        [(user, turn, task, more)] => {
             sqlx::query(CANDIDATES_OF_ONE)
                 .bind((*user).to_owned())
-                .bind(*run_at)
+                .bind(*turn)
                 .bind(*task)
                 .bind(*more)
                 .fetch_all(session.db())
@@ -340,7 +340,7 @@ async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[u
     };
     let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
     let candidate =
-        |row: &SqliteRow| Ok(Candidate { run_at: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? });
+        |row: &SqliteRow| Ok(Candidate { turn: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? });
     if let [(user, ..)] = wanted.as_slice() {
         let all = rows.iter().map(candidate).collect::<Result<_, sqlx::Error>>()?;
         found.insert((*user).to_owned(), all);
@@ -353,7 +353,7 @@ async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[u
     for account in accounts.iter_mut() {
         let Some(asked) = asked.get(&account.user) else { continue };
         let mut more = found.remove(&account.user).unwrap_or_default();
-        more.sort_unstable_by_key(|candidate| (candidate.run_at, candidate.task));
+        more.sort_unstable_by_key(|candidate| (candidate.turn, candidate.task));
         if count(more.len()) < *asked {
             account.rest = Rest::Nothing;
         }
@@ -364,14 +364,14 @@ async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[u
 
 /// Give each user that ran out of known tasks its next one.
 async fn refill(session: &mut Session, accounts: &mut [Account], chosen: &[Chosen]) -> Result<(), Failure> {
-    const NEXT: &str = "SELECT run_at, task, max_running FROM ready
-        WHERE user = ?1 AND (run_at, task) > (?2, ?3) ORDER BY run_at, task LIMIT 1";
+    const NEXT: &str = "SELECT turn, task, max_running FROM ready
+        WHERE user = ?1 AND (turn, task) > (?2, ?3) ORDER BY turn, task LIMIT 1";
     for account in accounts.iter_mut().filter(|account| account.candidates.is_empty() && account.rest == Rest::Unknown) {
         let Some(last) = chosen.iter().rev().find(|chosen| chosen.user == account.user) else { continue };
-        let next = sqlx::query(NEXT).bind(account.user.clone()).bind(last.run_at).bind(last.task);
+        let next = sqlx::query(NEXT).bind(account.user.clone()).bind(last.turn).bind(last.task);
         match next.fetch_optional(session.db()).await? {
             Some(row) => account.candidates.push_back(Candidate {
-                run_at: row.try_get(0)?,
+                turn: row.try_get(0)?,
                 task: row.try_get(1)?,
                 max_running: row.try_get(2)?,
             }),

@@ -130,7 +130,7 @@ pub(super) const DUE: &str = "DELETE FROM scheduled WHERE (run_at, task) IN
 /// to run alone, up to two.
 async fn move_due(session: &mut Session) -> Result<(Option<i64>, i64), Failure> {
     // Only of tasks that wait: whatever else stood there has left it now.
-    const TASKS: &str = "SELECT id, run_at, user, max_running, alone FROM task
+    const TASKS: &str = "SELECT id, run_at, user, max_running, alone, priority FROM task
         WHERE id IN (SELECT value FROM json_each(?1)) AND state = 'waiting'";
     const LOOK: &str = "SELECT (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2))";
     let now = session.now;
@@ -181,11 +181,11 @@ async fn cut_to_bound(session: &mut Session, chosen: &mut Vec<Chosen>) -> Result
 }
 
 /// The key is read from the task's row: SQLite looks a set of expressions up by the first column alone.
-pub(super) const TAKE_FROM_READY: &str = "DELETE FROM ready WHERE (user, run_at, task) IN
-        (SELECT user, run_at, id FROM task WHERE id IN (SELECT value FROM json_each(?1, '$.tasks')))";
+pub(super) const TAKE_FROM_READY: &str = "DELETE FROM ready WHERE (user, turn, task) IN
+        (SELECT user, turn, id FROM task WHERE id IN (SELECT value FROM json_each(?1, '$.tasks')))";
 
-pub(super) const TAKE_FROM_SUSPECT: &str = "DELETE FROM suspect WHERE (run_at, task) IN
-        (SELECT run_at, id FROM task WHERE alone AND id IN (SELECT value FROM json_each(?1, '$.tasks')))";
+pub(super) const TAKE_FROM_SUSPECT: &str = "DELETE FROM suspect WHERE (turn, task) IN
+        (SELECT turn, id FROM task WHERE alone AND id IN (SELECT value FROM json_each(?1, '$.tasks')))";
 
 const COUNT_UP: &str = "UPDATE counter SET lease = ?1 ->> 'lease', pick = ?1 ->> 'pick'";
 
@@ -199,7 +199,7 @@ pub(super) const TAKE: &str =
 pub(super) const TAKEN: &str = concat!(
     "SELECT json_array(task.id, task.lease, task.key, task.type, task.user, task.attempts, task.max_attempts,
             task.lost, task.lost_alone, task.alone, task.releases, task.created_at, task.max_running, coalesce(task.root, task.id),
-            coalesce(task.depth, 0), task.run_at),
+            coalesce(task.depth, 0), task.turn),
             CASE WHEN ", data_bytes!(), " > 17825792 THEN ", data_bytes!(), " || ' bytes, more than can be stored'
                 ELSE ", whole_data!(), " END,
             task.lease
@@ -277,7 +277,7 @@ async fn take(
             changes.unready(&place.user);
         }
         match taken(row, now, until) {
-            Some((task, run_at)) if task.user.as_deref().unwrap_or_default() == place.user && run_at == place.run_at => {
+            Some((task, turn)) if task.user.as_deref().unwrap_or_default() == place.user && turn == place.turn => {
                 tasks.push(task);
             }
             Some((task, _)) => {
@@ -310,16 +310,16 @@ fn leases(last: i64, chosen: usize) -> Result<(i64, i64), Failure> {
 }
 
 /// The columns of a claimed task: number, lease, key, type, user, attempts, most attempts, losses, losses alone, alone, releases, when it was
-/// submitted, most running of its user, root, depth, when it could run. Read as one text, since each column of a row has its price.
+/// submitted, most running of its user, root, depth, turn. Read as one text, since each column of a row has its price.
 #[derive(serde::Deserialize)]
 struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, i64, u32, i64, Option<u32>, i64, u32, i64);
 
-/// The task, and when it could run; None if its row cannot be read.
+/// The task, and its turn; None if its row cannot be read.
 fn taken(row: &SqliteRow, now: i64, until: i64) -> Option<(ClaimedTask, i64)> {
     let columns: Columns = serde_json::from_str(row.try_get::<&str, _>(0).ok()?).ok()?;
     let Columns(task, lease, key, task_type, user, attempts, max_attempts, lost, lost_alone, alone, releases, created_at, ..) =
         columns;
-    let Columns(.., max_running, root, depth, run_at) = columns;
+    let Columns(.., max_running, root, depth, turn) = columns;
     let stored: Option<Vec<u8>> = row.try_get_unchecked(1).ok()?;
     let task = ClaimedTask {
         lease_ref: LeaseRef { task: TaskId(task), lease: Lease(lease) },
@@ -340,7 +340,7 @@ fn taken(row: &SqliteRow, now: i64, until: i64) -> Option<(ClaimedTask, i64)> {
         claimed_at: Timestamp(now),
         until: Timestamp(until),
     };
-    Some((task, run_at))
+    Some((task, turn))
 }
 
 /// A number of tasks as the database counts.

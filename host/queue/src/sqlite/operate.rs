@@ -55,6 +55,9 @@ struct Found {
     user: String,
     max_running: Option<i64>,
     run_at: i64,
+    priority: i64,
+    /// Where it stands if it is ready or a suspect.
+    turn: i64,
     lease: i64,
     host: Option<i64>,
     attempts: i64,
@@ -84,7 +87,7 @@ async fn find(session: &mut Session, named: Named) -> Result<Found, Failure> {
 
 async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, Failure> {
     const FIND: &str = "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts, alone, root,
-            (SELECT code FROM failure WHERE failure.task = task.id), max_attempts, releases, lost, lost_alone, depth
+            (SELECT code FROM failure WHERE failure.task = task.id), max_attempts, releases, lost, lost_alone, depth, priority, turn
         FROM task WHERE id = ?1";
     const BY_KEY: &str = "SELECT id FROM task WHERE key = ?1";
     let id = match named {
@@ -106,6 +109,8 @@ async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, 
         user: columns.text(4, "user"),
         max_running: columns.maybe_count(5, "max_running").map(i64::from),
         run_at: columns.whole(6, "run_at"),
+        priority: columns.whole(18, "priority"),
+        turn: columns.whole(19, "turn"),
         lease: columns.whole(7, "lease"),
         host: columns.maybe_whole(8, "host"),
         attempts: columns.whole(9, "attempts"),
@@ -119,16 +124,16 @@ async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, 
 
 /// Take a waiting task from where it waits.
 async fn unqueue(session: &mut Session, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
-    const READY: &str = "DELETE FROM ready WHERE user = ?1 AND run_at = ?2 AND task = ?3";
+    const READY: &str = "DELETE FROM ready WHERE user = ?1 AND turn = ?2 AND task = ?3";
     const SCHEDULED: &str = "DELETE FROM scheduled WHERE run_at = ?1 AND task = ?2";
-    const SUSPECT: &str = "DELETE FROM suspect WHERE run_at = ?1 AND task = ?2";
-    let ready = sqlx::query(READY).bind(found.user.clone()).bind(found.run_at).bind(found.task);
+    const SUSPECT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
+    let ready = sqlx::query(READY).bind(found.user.clone()).bind(found.turn).bind(found.task);
     if ready.execute(session.db()).await?.rows_affected() == 1 {
         changes.unready(&found.user);
         return Ok(());
     }
-    for sql in [SCHEDULED, SUSPECT] {
-        sqlx::query(sql).bind(found.run_at).bind(found.task).execute(session.db()).await?;
+    for (sql, at) in [(SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
+        sqlx::query(sql).bind(at).bind(found.task).execute(session.db()).await?;
     }
     Ok(())
 }
@@ -215,7 +220,8 @@ pub(super) async fn retry(session: &mut Session, named: Named) -> Result<(), Fai
         State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
     }
     let alone = sqlx::query_scalar(ALONE).bind(found.task).fetch_one(session.db()).await?;
-    let waiting = Waiting { task: found.task, run_at, user: found.user, max_running: found.max_running, alone };
+    let waiting =
+        Waiting { task: found.task, run_at, priority: found.priority, user: found.user, max_running: found.max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await
 }
@@ -230,7 +236,14 @@ pub(super) async fn release_held(session: &mut Session, key: String) -> Result<b
     let now = session.now;
     unqueue(session, &found, &mut changes).await?;
     sqlx::query(DUE).bind(found.task).bind(now).execute(session.db()).await?;
-    let waiting = Waiting { task: found.task, run_at: now, user: found.user, max_running: found.max_running, alone: false };
+    let waiting = Waiting {
+        task: found.task,
+        run_at: now,
+        priority: found.priority,
+        user: found.user,
+        max_running: found.max_running,
+        alone: false,
+    };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await?;
     Ok(true)

@@ -16,7 +16,7 @@ macro_rules! task_columns {
         "task.id, task.key, task.type, task.state, task.user, task.max_running, task.attempts, task.max_attempts, task.lost,
         task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
         (SELECT digest FROM plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
-        progress.done, progress.total, progress.note, task.releases, task.lost_alone, task.depth"
+        progress.done, progress.total, progress.note, task.releases, task.lost_alone, task.depth, task.priority"
     };
 }
 pub(super) use task_columns;
@@ -57,6 +57,7 @@ fn from_columns(columns: &mut Columns<'_>) -> Task {
         state,
         user: Some(columns.text(4, "user")).filter(|user| !user.is_empty()),
         max_running: columns.maybe_count(5, "max_running"),
+        priority: priority(columns, 24),
         attempts: columns.count(6, "attempts"),
         max_attempts: columns.maybe_count(7, "max_attempts"),
         lost: columns.count(8, "lost"),
@@ -80,23 +81,33 @@ fn from_columns(columns: &mut Columns<'_>) -> Task {
     }
 }
 
+/// A priority, held to its range.
+fn priority(columns: &mut Columns<'_>, at: usize) -> i32 {
+    let found = columns.whole(at, "priority");
+    let allowed = i32::try_from(found).ok().filter(|priority| NewTask::PRIORITIES.contains(priority));
+    allowed.unwrap_or_else(|| {
+        columns.complain(format!("the priority is {found}; -100 to 100 can be"));
+        0
+    })
+}
+
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
 pub(super) fn task_with_data(row: &SqliteRow) -> Task {
     let mut columns = Columns::of(row);
     let mut task = from_columns(&mut columns);
-    if let bytes @ 17_825_793.. = columns.whole(26, "data's size") {
+    if let bytes @ 17_825_793.. = columns.whole(27, "data's size") {
         columns.complain(format!("the data has {bytes} bytes, more than can be stored"));
     }
-    let kind = columns.type_name(24);
+    let kind = columns.type_name(25);
     match kind.as_str() {
         "TEXT" | "BLOB" => {}
         // Too much of it is not read.
-        "NULL" if columns.maybe_whole(26, "data's size").is_some() => {}
+        "NULL" if columns.maybe_whole(27, "data's size").is_some() => {}
         "NULL" => columns.complain("the data is missing".to_owned()),
         _ => columns.complain(format!("the data is {kind}, not text")),
     }
-    task.data = Some(data::readable(columns.bytes(24).unwrap_or_default()));
-    task.output = columns.bytes(25);
+    task.data = Some(data::readable(columns.bytes(25).unwrap_or_default()));
+    task.output = columns.bytes(26);
     task.unreadable = columns.problem();
     task
 }
@@ -202,7 +213,15 @@ pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
     const COUNTS: &str = "SELECT (SELECT CAST(total(ready) AS INTEGER) FROM account), (SELECT count(*) FROM suspect),
         (SELECT count(*) FROM scheduled WHERE run_at > clock.now), (SELECT count(*) FROM scheduled WHERE run_at <= clock.now),
         (SELECT CAST(total(running) AS INTEGER) FROM account),
-        (SELECT min(head_at) FROM account), (SELECT min(run_at) FROM suspect), (SELECT min(run_at) FROM scheduled), clock.now
+        (WITH RECURSIVE band (user, turn) AS (
+                -- A user's first task of each priority that it has: a turn and 100 steps, divided by a step, is the priority and 100, and the rest is a time.
+                SELECT user, head_turn FROM account WHERE head_turn IS NOT NULL
+                UNION ALL
+                SELECT user, (SELECT min(ready.turn) FROM ready WHERE ready.user = band.user
+                    AND ready.turn >= ((band.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000)
+                FROM band WHERE turn IS NOT NULL)
+            SELECT min((turn + 100000000000000000) % 1000000000000000) FROM band),
+        (SELECT min(task.run_at) FROM suspect JOIN task ON task.id = suspect.task), (SELECT min(run_at) FROM scheduled), clock.now
         FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) AS clock";
     const ENDED: &str = "SELECT CAST(name AS BLOB), tasks FROM tally WHERE what = 'ended'";
     const TYPES: &str = "SELECT CAST(name AS BLOB), tasks FROM tally WHERE what = 'type' ORDER BY tasks DESC, name LIMIT 100";

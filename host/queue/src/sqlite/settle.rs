@@ -27,9 +27,9 @@ pub(super) struct Group {
 }
 
 /// What is needed of a task's row before it is settled: number, lease, type, user, most running of its user, when it could run,
-/// attempts, host, whether it runs alone, root of a follow-up.
+/// attempts, host, whether it runs alone, root of a follow-up, priority.
 #[derive(serde::Deserialize)]
-struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, i64, Option<i64>);
+struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, i64, Option<i64>, i64);
 
 impl Group {
     /// Check the follow-ups.
@@ -94,7 +94,7 @@ async fn plugin_ids(session: &mut Session, digests: BTreeSet<&str>) -> Result<Ha
 /// The fence. Leases are asked for as an object, task to lease, and answered in one text: rows and their columns have their price.
 pub(super) const HELD: &str =
     "SELECT json_group_array(json_array(task.id, task.lease, task.type, task.user, task.max_running, task.run_at,
-            task.attempts, task.host, task.alone, task.root))
+            task.attempts, task.host, task.alone, task.root, task.priority))
         FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
         WHERE task.lease = s.value AND task.state = 'running' AND (task.until > ?2 OR ?3)";
 
@@ -203,7 +203,8 @@ async fn place(
     let mut ended = Vec::with_capacity(kept.len());
     let mut descendants = Vec::new();
     for entry in kept {
-        let Some(Settled(task, _, task_type, user, max_running, run_at, .., root)) = settled.get(&entry.lease_ref) else {
+        let Some(Settled(task, _, task_type, user, max_running, run_at, .., root, priority)) = settled.get(&entry.lease_ref)
+        else {
             continue;
         };
         changes.stopped(user);
@@ -211,7 +212,14 @@ async fn place(
         let moment = entry.row.after_ms.map_or(*run_at, |after_ms| now + after_ms);
         if entry.row.state == State::Waiting {
             let alone = entry.row.counters.alone.unwrap_or_default();
-            waiting.push(Waiting { task: *task, run_at: moment, user: user.clone(), max_running: *max_running, alone });
+            waiting.push(Waiting {
+                task: *task,
+                run_at: moment,
+                priority: *priority,
+                user: user.clone(),
+                max_running: *max_running,
+                alone,
+            });
         } else {
             changes.ended(task_type, entry.row.state);
             ended.push((moment, *task));
@@ -261,7 +269,7 @@ async fn write_beside(
             failures.push((task, &entry.error_code, &entry.error_message));
         }
         if entry.row.state != State::Finished
-            && let Some(Settled(.., attempts, host, alone, _)) = settled.get(&entry.lease_ref)
+            && let Some(Settled(.., attempts, host, alone, _, _)) = settled.get(&entry.lease_ref)
         {
             let attempt = attempts.saturating_add(1);
             let plugin = entry.plugin_digest.as_deref().and_then(|digest| plugins.get(digest)).copied();

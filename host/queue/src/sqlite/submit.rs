@@ -54,9 +54,9 @@ async fn store_chunk(
     changes: &mut Changes,
     created: &mut Vec<bool>,
 ) -> Result<(), Failure> {
-    const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at, root, depth)
-        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7 FROM json_each(?1)
-        WHERE true ON CONFLICT (key) DO NOTHING RETURNING id, key";
+    const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at, root, depth, priority)
+        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7, value ->> 8
+        FROM json_each(?1) WHERE true ON CONFLICT (key) DO NOTHING RETURNING id, key";
     // Somebody may have written there before the task was.
     const DATA: &str = "INSERT OR REPLACE INTO task_data (task, bytes, data)
         SELECT value ->> 0, value ->> 1,
@@ -67,7 +67,7 @@ async fn store_chunk(
     let rows = |those: &mut dyn Iterator<Item = &Row>| {
         json(those.map(|row| {
             let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
-            (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth)
+            (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth, row.priority)
         }))
     };
     let mut stored = sqlx::query(TASK).bind(rows(&mut chunk.iter())).bind(now).fetch_all(session.db()).await?;
@@ -95,6 +95,7 @@ async fn store_chunk(
         waiting.push(Waiting {
             task,
             run_at: run_at(row),
+            priority: i64::from(row.priority),
             user: row.user.clone(),
             max_running: row.max_running.map(i64::from),
             alone: false,

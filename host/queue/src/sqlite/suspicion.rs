@@ -11,7 +11,7 @@ use super::accounts::{Changes, Waiting, json};
 use super::failure::{self, Failure};
 use super::writer::Session;
 use crate::outcome::ms;
-use crate::{HostId, LeaseRef, PluginVersion, Policy, Quarantine, Timestamp};
+use crate::{HostId, LeaseRef, PluginVersion, Policy, Quarantine, Timestamp, fair};
 
 /// What one task's excused losses were.
 #[derive(Default)]
@@ -58,8 +58,8 @@ async fn lift(session: &mut Session, task: i64, losses: &[(i64, i64)], changes: 
                 WHERE attempt.task = task.id AND event = 'lost' AND ended_at >= task.lost_at), lost_at) END
         WHERE id = ?1";
     const COMPANY: &str = "UPDATE task SET alone = 0 WHERE id = ?1 AND state = 'waiting' AND alone AND lost < ?2
-        RETURNING run_at, CAST(user AS BLOB), max_running";
-    const OUT: &str = "DELETE FROM suspect WHERE run_at = ?1 AND task = ?2";
+        RETURNING run_at, CAST(user AS BLOB), max_running, priority";
+    const OUT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
     let since: Option<Option<i64>> = sqlx::query_scalar(SINCE).bind(task).fetch_optional(session.db()).await?;
     let Some(since) = since else { return Ok(()) };
     let mut excused = Excused::default();
@@ -68,13 +68,13 @@ async fn lift(session: &mut Session, task: i64, losses: &[(i64, i64)], changes: 
         excused.alone += *alone;
     }
     sqlx::query(LIFT).bind(task).bind(excused.losses).bind(excused.alone).execute(session.db()).await?;
-    let company: Option<(i64, Vec<u8>, Option<i64>)> =
+    let company: Option<(i64, Vec<u8>, Option<i64>, i64)> =
         sqlx::query_as(COMPANY).bind(task).bind(Policy::LOST_MAX).fetch_optional(session.db()).await?;
-    if let Some((run_at, user, max_running)) = company
+    if let Some((run_at, user, max_running, priority)) = company
         && let Ok(user) = String::from_utf8(user)
-        && sqlx::query(OUT).bind(run_at).bind(task).execute(session.db()).await?.rows_affected() == 1
+        && sqlx::query(OUT).bind(fair::turn(priority, run_at)).bind(task).execute(session.db()).await?.rows_affected() == 1
     {
-        changes.enqueue(session, &[Waiting { task, run_at, user, max_running, alone: false }]).await?;
+        changes.enqueue(session, &[Waiting { task, run_at, priority, user, max_running, alone: false }]).await?;
     }
     Ok(())
 }

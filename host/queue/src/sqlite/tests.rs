@@ -26,12 +26,12 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
 const LOOKED_UP: [(&str, &str, &str); 23] = [
     ("due", claim::DUE, "SEARCH scheduled USING PRIMARY KEY (run_at=? AND task=?)"),
     ("suspect", choose::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN"),
-    ("oldest", choose::OLDEST, "SCAN ready USING COVERING INDEX ready_in_time"),
+    ("first", choose::FIRST, "SCAN ready USING COVERING INDEX ready_in_turn"),
     ("open accounts", choose::OPEN_ACCOUNTS, "SCAN account USING INDEX account_by_weight"),
-    ("candidates of one", choose::CANDIDATES_OF_ONE, "SEARCH ready USING PRIMARY KEY (user=? AND (run_at,task)>(?,?))"),
-    ("candidates of several", choose::CANDIDATES_OF_SEVERAL, "SEARCH later USING PRIMARY KEY (user=? AND (run_at,task)>(?,?))"),
-    ("take from ready", claim::TAKE_FROM_READY, "SEARCH ready USING PRIMARY KEY (user=? AND run_at=? AND task=?)"),
-    ("take from suspect", claim::TAKE_FROM_SUSPECT, "SEARCH suspect USING PRIMARY KEY (run_at=? AND task=?)"),
+    ("candidates of one", choose::CANDIDATES_OF_ONE, "SEARCH ready USING PRIMARY KEY (user=? AND (turn,task)>(?,?))"),
+    ("candidates of several", choose::CANDIDATES_OF_SEVERAL, "SEARCH later USING PRIMARY KEY (user=? AND (turn,task)>(?,?))"),
+    ("take from ready", claim::TAKE_FROM_READY, "SEARCH ready USING PRIMARY KEY (user=? AND turn=? AND task=?)"),
+    ("take from suspect", claim::TAKE_FROM_SUSPECT, "SEARCH suspect USING PRIMARY KEY (turn=? AND task=?)"),
     ("leave accounts", accounts::LEAVE_ACCOUNTS, "SEARCH account USING PRIMARY KEY (user=?)"),
     ("leave tally", accounts::LEAVE_TALLY, "SEARCH tally USING PRIMARY KEY (what=? AND name=?)"),
     ("take", claim::TAKE, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
@@ -62,7 +62,7 @@ async fn no_statement_of_the_path_reads_more_than_its_batch() {
         assert!(plan.iter().any(|step| step == expected), "{name}: {plan:#?}");
         for step in &plan {
             let scanned = step.strip_prefix("SCAN ").and_then(|step| step.split(' ').next());
-            let in_order = ["INDEX account_by_weight", "INDEX account_without_limit", "COVERING INDEX ready_in_time"];
+            let in_order = ["INDEX account_by_weight", "INDEX account_without_limit", "COVERING INDEX ready_in_turn"];
             let in_order = in_order.iter().any(|index| step.contains(&format!("USING {index}")));
             assert!(!scanned.is_some_and(|table| LARGE.contains(&table)) || in_order, "{name} reads a whole table: {plan:#?}");
         }
@@ -184,8 +184,9 @@ async fn a_producer_that_speaks_sql_submits_like_any_other() {
     let mut producer = options(&folder.path().join("queue.db")).connect().await.unwrap();
     let submit =
         "INSERT INTO submit (key, type, data) VALUES ('a', 'first', '{\"n\": 1}'), ('a', 'second', NULL), ('b', 'bare', NULL);
-        INSERT INTO submit (key, type, user, max_running) VALUES ('c', 'of a user', 'u', 1), ('d', 'of a user', 'u', 1);
-        INSERT INTO submit (key, type, run_at) VALUES ('e', 'later', 32503680000000), ('f', 'past', -1);";
+        INSERT INTO submit (key, type, options) VALUES ('c', 'of a user', '{\"user\":\"u\",\"max_running\":1}'),
+            ('d', 'of a user', '{\"user\":\"u\",\"max_running\":1}');
+        INSERT INTO submit (key, type, options) VALUES ('e', 'later', '{\"run_at\":32503680000}'), ('f', 'past', '{\"run_at\":-1}');";
     sqlx::raw_sql(submit).execute(&mut producer).await.unwrap();
     assert_eq!(sqlite.submit(&[NewTask::new("a", "third", "{}")]).await.unwrap(), [Submitted::AlreadyExists]);
     let claim = Claim {
@@ -216,35 +217,36 @@ async fn a_producer_that_speaks_sql_is_told_what_is_wrong() {
     let sqlite = opened(&folder, |options| options).await;
     let mut producer = options(&folder.path().join("queue.db")).connect().await.unwrap();
     let cases = [
-        ("(NULL, 't', '{}', NULL, NULL, NULL, NULL)", "key: "),
-        ("('', 't', '{}', NULL, NULL, NULL, NULL)", "key: "),
-        ("(7, 't', '{}', NULL, NULL, NULL, NULL)", "key: "),
-        ("('a' || char(10), 't', '{}', NULL, NULL, NULL, NULL)", "key: "),
-        ("('a' || char(133), 't', '{}', NULL, NULL, NULL, NULL)", "key: "),
-        ("('a', printf('%.*c', 256, 'x'), '{}', NULL, NULL, NULL, NULL)", "type: "),
-        ("('a', 't', '{}', 'u' || char(9), NULL, NULL, NULL)", "user: "),
-        ("('a', 't', '[]', NULL, NULL, NULL, NULL)", "data: "),
-        ("('a', 't', 'oops', NULL, NULL, NULL, NULL)", "data: "),
-        ("('a', 't', x'7b7d', NULL, NULL, NULL, NULL)", "data: "),
-        ("(CAST(x'6d2dfc' AS TEXT), 't', '{}', NULL, NULL, NULL, NULL)", "key: not UTF-8"),
-        ("('a', CAST(x'61eda080' AS TEXT), '{}', NULL, NULL, NULL, NULL)", "type: not UTF-8"),
-        ("('a', 't', '{}', CAST(x'c080' AS TEXT), NULL, NULL, NULL)", "user: not UTF-8"),
-        ("('a', 't', '{}', CAST(x'e697' AS TEXT), NULL, NULL, NULL)", "user: not UTF-8"),
-        ("('a', 't', '{}' || char(0), NULL, NULL, NULL, NULL)", "data: a JSON object"),
-        ("('a', 't', '{}' || char(0) || 'x', NULL, NULL, NULL, NULL)", "data: a JSON object"),
-        ("('a', 't', CAST(x'efbbbf7b7d' AS TEXT), NULL, NULL, NULL, NULL)", "data: a JSON object"),
-        ("('a', 't', '{\"a\":1.}', NULL, NULL, NULL, NULL)", "data: a JSON object"),
-        ("('a', 't', CAST(x'7b2261223a22fc227d' AS TEXT), NULL, NULL, NULL, NULL)", "data: not UTF-8"),
-        ("('a', 't', CAST(x'7b2261223a22b0227d' AS TEXT), NULL, NULL, NULL, NULL)", "data: not UTF-8"),
-        ("('a', 't', CAST(x'7b2261223a22eda080227d' AS TEXT), NULL, NULL, NULL, NULL)", "data: not UTF-8"),
-        ("('a', 't', '{\"\\udfff\":1}', NULL, NULL, NULL, NULL)", "data: half a pair"),
-        ("('a', 't', '{\"a\":[\"\\ud83d x\\ude00\"]}', NULL, NULL, NULL, NULL)", "data: half a pair"),
-        ("('a', 't', '{}', NULL, -1, NULL, NULL)", "max_running: "),
-        ("('a', 't', '{}', NULL, NULL, 0, NULL)", "max_attempts: "),
-        ("('a', 't', '{}', NULL, NULL, NULL, 1.5)", "run_at: "),
+        ("(NULL, 't', '{}', NULL)", "key: "),
+        ("('', 't', '{}', NULL)", "key: "),
+        ("(7, 't', '{}', NULL)", "key: "),
+        ("('a' || char(10), 't', '{}', NULL)", "key: "),
+        ("('a' || char(133), 't', '{}', NULL)", "key: "),
+        ("('a', printf('%.*c', 256, 'x'), '{}', NULL)", "type: "),
+        ("('a', 't', '{}', json_object('user', 'u' || char(9)))", "user: "),
+        ("('a', 't', '[]', NULL)", "data: "),
+        ("('a', 't', 'oops', NULL)", "data: "),
+        ("('a', 't', x'7b7d', NULL)", "data: "),
+        ("(CAST(x'6d2dfc' AS TEXT), 't', '{}', NULL)", "key: not UTF-8"),
+        ("('a', CAST(x'61eda080' AS TEXT), '{}', NULL)", "type: not UTF-8"),
+        ("('a', 't', '{}', CAST(x'7b2275736572223a22c080227d' AS TEXT))", "user: not UTF-8"),
+        ("('a', 't', '{}', CAST(x'7b2275736572223a22e697227d' AS TEXT))", "user: not UTF-8"),
+        ("('a', 't', '{}' || char(0), NULL)", "data: a JSON object"),
+        ("('a', 't', '{}' || char(0) || 'x', NULL)", "data: a JSON object"),
+        ("('a', 't', CAST(x'efbbbf7b7d' AS TEXT), NULL)", "data: a JSON object"),
+        ("('a', 't', '{\"a\":1.}', NULL)", "data: a JSON object"),
+        ("('a', 't', CAST(x'7b2261223a22fc227d' AS TEXT), NULL)", "data: not UTF-8"),
+        ("('a', 't', CAST(x'7b2261223a22b0227d' AS TEXT), NULL)", "data: not UTF-8"),
+        ("('a', 't', CAST(x'7b2261223a22eda080227d' AS TEXT), NULL)", "data: not UTF-8"),
+        ("('a', 't', '{\"\\udfff\":1}', NULL)", "data: half a pair"),
+        ("('a', 't', '{\"a\":[\"\\ud83d x\\ude00\"]}', NULL)", "data: half a pair"),
+        ("('a', 't', '{}', x'7b7d')", "options: a JSON object as text"),
+        ("('a', 't', '{}', '{}' || char(0))", "options: a JSON object as text"),
+        ("('a', 't', '{}', json_object('user', printf('%.*c', 65536, 'x')))", "options: a JSON object as text"),
+        ("('a', 't', '{}', '{\"gzip\":true}')", "gzip: false"),
     ];
     for (row, expected) in cases {
-        let sql = format!("INSERT INTO submit (key, type, data, user, max_running, max_attempts, run_at) VALUES {row}");
+        let sql = format!("INSERT INTO submit (key, type, data, options) VALUES {row}");
         let refused = sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut producer).await.expect_err(row);
         let message = refused.as_database_error().unwrap().message().to_owned();
         assert!(message.starts_with(expected), "{row}: {message}");
@@ -255,11 +257,11 @@ async fn a_producer_that_speaks_sql_is_told_what_is_wrong() {
     for (number, name) in names.into_iter().enumerate() {
         let data = format!(r#"{{"{name}":"{name}","a":"\ud83d\ude00\\ud800","°":"£"}}"#);
         crate::data::check(data.as_bytes()).unwrap();
-        let insert = "INSERT INTO submit (key, type, user, data) VALUES (?1 || ?4, ?2, ?2, ?3)";
+        let insert = "INSERT INTO submit (key, type, options, data) VALUES (?1 || ?4, ?2, json_object('user', ?2), ?3)";
         let inserted = sqlx::query(insert).bind(name).bind(name).bind(data.clone()).bind(number.to_string());
         inserted.execute(&mut producer).await.expect(name);
         let stored = sqlite.get(&format!("{name}{number}")).await.unwrap().expect(name);
-        assert_eq!((stored.task_type.as_str(), stored.data), (name, Some(data.into_bytes())));
+        assert_eq!((stored.task_type.as_str(), stored.user.as_deref(), stored.data), (name, Some(name), Some(data.into_bytes())));
     }
     sqlite.close().await;
 }
@@ -421,13 +423,85 @@ async fn updates_are_made_together_and_each_is_answered_for_itself() {
     sqlite.close().await;
 }
 
+#[tokio::test]
+async fn a_power_loss_takes_back_claims_and_renewals_and_nothing_that_was_answered_as_stored() {
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    let host = host(&sqlite).await;
+    let tasks: Vec<NewTask> = (0..5).map(|number| of_user(&number.to_string(), Some(3))).collect();
+    sqlite.submit(&tasks).await.unwrap();
+    let finished_task = sqlite.claim(&asking(host, 1)).await.unwrap().tasks;
+    sqlite.settle(&[finished(&finished_task[0])]).await.unwrap();
+    // Nothing is waiting for the disk now: this is what it has at the least, whatever comes.
+    let disk: Vec<(&str, Vec<u8>)> =
+        ["queue.db", "queue.db-wal"].map(|name| (name, std::fs::read(folder.path().join(name)).unwrap())).into();
+    let claimed = sqlite.claim(&asking(host, 9)).await.unwrap().tasks;
+    assert_eq!(claimed.len(), 3);
+    let beats: Vec<Beat> = claimed
+        .iter()
+        .map(|task| Beat { lease_ref: task.lease_ref, alive_time: Duration::from_secs(9), progress: None })
+        .collect();
+    assert_eq!(sqlite.heartbeat(&beats).await.unwrap(), [LeaseAnswer::Held; 3]);
+    // The power goes.
+    sqlite.close().await;
+    let after = TempDir::new().unwrap();
+    for (name, bytes) in &disk {
+        std::fs::write(after.path().join(name), bytes).unwrap();
+    }
+    let sqlite = opened(&after, |options| options).await;
+    assert_eq!(sqlite.audit().await.unwrap(), [""; 0]);
+    let stats = sqlite.stats().await.unwrap();
+    assert_eq!((stats.finished, stats.ready, stats.running), (1, 4, 0));
+    let host = self::host(&sqlite).await;
+    let again = sqlite.claim(&asking(host, 9)).await.unwrap().tasks;
+    assert_eq!(again.len(), 3, "the user's limit holds");
+    assert!(again.iter().all(|task| task.lost == 0 && task.attempt == 1));
+    sqlite.settle(&again.iter().map(finished).collect::<Vec<_>>()).await.unwrap();
+    sqlite.close().await;
+}
+
+#[tokio::test]
+async fn a_group_waits_for_the_disk_if_anything_in_it_has_to() {
+    fn level(session: &mut writer::Session) -> writer::Work<'_, i64> {
+        Box::pin(async move { Ok(sqlx::query_scalar("PRAGMA synchronous").fetch_one(session.db()).await?) })
+    }
+    let folder = TempDir::new().unwrap();
+    let sqlite = opened(&folder, |options| options).await;
+    // 1 does not wait, 2 does.
+    assert_eq!(sqlite.writer.run_with(Flush::Later, "looking", level).await.unwrap(), 1);
+    assert_eq!(sqlite.writer.run("looking", level).await.unwrap(), 2);
+    assert_eq!(sqlite.writer.run_with(Flush::Later, "looking", level).await.unwrap(), 1);
+    // While the first one holds the writer up, the others become a group.
+    let (began, begun) = tokio::sync::oneshot::channel::<()>();
+    let (go, gone) = tokio::sync::oneshot::channel::<()>();
+    let held = sqlite.writer.run("waiting", move |_| {
+        Box::pin(async move {
+            let _ = began.send(());
+            let _ = gone.await;
+            Ok(())
+        })
+    });
+    let others = async {
+        begun.await.unwrap();
+        let mut light = std::pin::pin!(sqlite.writer.run_with(Flush::Later, "looking", level));
+        let mut heavy = std::pin::pin!(sqlite.writer.run("looking", level));
+        assert!(futures::poll!(&mut light).is_pending() && futures::poll!(&mut heavy).is_pending());
+        go.send(()).unwrap();
+        (light.await.unwrap(), heavy.await.unwrap())
+    };
+    let (held, levels) = tokio::join!(held, others);
+    held.unwrap();
+    assert_eq!(levels, (2, 2));
+    sqlite.close().await;
+}
+
 /// Tasks of one state, as far as a list looks at them: how many, and of which type, user and key.
 fn fill_state(state: State, name: &str, count: usize) -> String {
     let is_ended = matches!(state, State::Finished | State::Failed | State::Cancelled);
     let (until, ended) = (if state == State::Running { "9" } else { "NULL" }, if is_ended { "9" } else { "NULL" });
     let place = if state == State::Waiting {
         format!(
-            "INSERT INTO ready (user, run_at, task) SELECT user, run_at, id FROM task WHERE state = 'waiting' AND type = '{name}'"
+            "INSERT INTO ready (user, turn, task) SELECT user, turn, id FROM task WHERE state = 'waiting' AND type = '{name}'"
         )
     } else {
         String::new()
@@ -504,8 +578,8 @@ async fn a_task_that_must_run_alone_drains_one_host_and_only_if_it_may_run() {
     // It was lost twice.
     let mut meddler = options(&folder.path().join("queue.db")).connect().await.unwrap();
     let lost = "DELETE FROM ready WHERE task = 1; UPDATE task SET lost = 2, lost_at = 1, alone = 1 WHERE id = 1;
-        INSERT INTO suspect (run_at, task) SELECT run_at, id FROM task WHERE id = 1;
-        UPDATE account SET ready = 1, head_task = 2, head_at = (SELECT run_at FROM task WHERE id = 2);";
+        INSERT INTO suspect (turn, task) SELECT turn, id FROM task WHERE id = 1;
+        UPDATE account SET ready = 1, head_task = 2, head_turn = (SELECT turn FROM task WHERE id = 2);";
     sqlx::raw_sql(lost).execute(&mut meddler).await.unwrap();
     let claimed = sqlite.claim(&asking(one, 9)).await.unwrap();
     assert_eq!(

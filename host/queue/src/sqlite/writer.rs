@@ -4,6 +4,10 @@
 //! commit is flushed to the disk goes into the next transaction together, each operation in a savepoint of its own: one that fails takes back
 //! its own changes only. Nobody is answered before the commit. An operation whose caller has gone runs wholly, or, if it was not begun yet,
 //! not at all. If the transaction as a whole fails, every operation of it is told so, and none has changed anything.
+//!
+//! Claims and renewals need not outlast a power loss: it ends every host on the file too, and without them their tasks wait as before. So a
+//! group of nothing else is written to the log without waiting for the disk ([`Flush::Later`]). The log is flushed from its beginning to its
+//! end, so whatever is durable later has everything before it: no state comes back that never was.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -33,7 +37,34 @@ const LOCK_PAUSE_MAX: Duration = Duration::from_millis(200);
 pub(super) const NOW: &str = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
 
 /// See how long the write-ahead log is, without work for it. Take the database's lock, then the time, and see whether others have written.
-const BEGIN: &str = "PRAGMA wal_checkpoint(NOOP); BEGIN IMMEDIATE; SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER); PRAGMA data_version";
+macro_rules! begin {
+    () => {
+        "; PRAGMA wal_checkpoint(NOOP); BEGIN IMMEDIATE; SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER); PRAGMA data_version"
+    };
+}
+
+/// Begin what waits for the disk when it commits.
+const BEGIN: &str = concat!("PRAGMA synchronous = FULL", begin!());
+/// Begin what does not.
+const BEGIN_LATER: &str = concat!("PRAGMA synchronous = NORMAL", begin!());
+
+/// When what an operation writes has to be on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flush {
+    /// Before it is answered.
+    First,
+    /// With the next transaction that waits for the disk, or after a few seconds, when the system writes it. Other processes see it at once.
+    Later,
+}
+
+impl Flush {
+    fn begin(self) -> &'static str {
+        match self {
+            Self::First => BEGIN,
+            Self::Later => BEGIN_LATER,
+        }
+    }
+}
 
 /// Changes when another connection has committed.
 const VERSION: &str = "PRAGMA data_version";
@@ -198,25 +229,44 @@ impl Writer {
         T: Send + 'static,
         F: for<'s> FnOnce(&'s mut Session) -> Work<'s, T> + Send + 'static,
     {
-        let (answer, answered) = oneshot::channel();
-        let job = Asked { operation: Some(operation), outcome: None, answer: Some(answer), doing, give_back: None };
-        self.jobs.send(Message::Job(Box::new(job))).await.map_err(|_| Error::Closed)?;
-        let outcome = answered.await.map_err(|_| Error::Closed)?;
-        outcome.map_err(|failure| failure.into_error(doing, &self.path))
+        self.run_with(Flush::First, doing, operation).await
     }
 
-    /// As [`Writer::run`], for an operation whose answer must reach somebody: if the caller has gone by then, `give_back` makes of the answer
-    /// an operation that undoes it, which runs at once.
+    /// As [`Writer::run`]; the answer waits for the disk only if `flush` says so.
     ///
     /// # Errors
     /// As [`Writer::run`].
-    pub(super) async fn run_or_give_back<T, F>(&self, doing: &'static str, operation: F, give_back: GiveBack<T>) -> Result<T>
+    pub(super) async fn run_with<T, F>(&self, flush: Flush, doing: &'static str, operation: F) -> Result<T>
     where
         T: Send + 'static,
         F: for<'s> FnOnce(&'s mut Session) -> Work<'s, T> + Send + 'static,
     {
         let (answer, answered) = oneshot::channel();
-        let job = Asked { operation: Some(operation), outcome: None, answer: Some(answer), doing, give_back: Some(give_back) };
+        let job = Asked { operation: Some(operation), outcome: None, answer: Some(answer), doing, give_back: None, flush };
+        self.jobs.send(Message::Job(Box::new(job))).await.map_err(|_| Error::Closed)?;
+        let outcome = answered.await.map_err(|_| Error::Closed)?;
+        outcome.map_err(|failure| failure.into_error(doing, &self.path))
+    }
+
+    /// As [`Writer::run_with`], for an operation whose answer must reach somebody: if the caller has gone by then, `give_back` makes of the
+    /// answer an operation that undoes it, which runs at once.
+    ///
+    /// # Errors
+    /// As [`Writer::run`].
+    pub(super) async fn run_or_give_back<T, F>(
+        &self,
+        flush: Flush,
+        doing: &'static str,
+        operation: F,
+        give_back: GiveBack<T>,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: for<'s> FnOnce(&'s mut Session) -> Work<'s, T> + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let job =
+            Asked { operation: Some(operation), outcome: None, answer: Some(answer), doing, give_back: Some(give_back), flush };
         let mut receiving = Receiving { answered, jobs: self.jobs.clone(), give_back };
         self.jobs.send(Message::Job(Box::new(job))).await.map_err(|_| Error::Closed)?;
         let outcome = (&mut receiving.answered).await.map_err(|_| Error::Closed)?;
@@ -262,6 +312,10 @@ pub(super) trait Job: Send {
     /// Its transaction failed: say so.
     fn fail(self: Box<Self>, failure: Failure);
     fn doing(&self) -> &'static str;
+    /// When what it writes has to be on the disk.
+    fn flush(&self) -> Flush {
+        Flush::First
+    }
 }
 
 struct Asked<T, F> {
@@ -270,6 +324,7 @@ struct Asked<T, F> {
     answer: Option<oneshot::Sender<Result<T, Failure>>>,
     doing: &'static str,
     give_back: Option<GiveBack<T>>,
+    flush: Flush,
 }
 
 /// A job that nobody waits for.
@@ -277,7 +332,7 @@ pub(super) fn unasked<F>(doing: &'static str, operation: F) -> Box<dyn Job>
 where
     F: for<'s> FnOnce(&'s mut Session) -> Work<'s, ()> + Send + 'static,
 {
-    Box::new(Asked { operation: Some(operation), outcome: None, answer: None, doing, give_back: None })
+    Box::new(Asked { operation: Some(operation), outcome: None, answer: None, doing, give_back: None, flush: Flush::First })
 }
 
 impl<T, F> Job for Asked<T, F>
@@ -322,6 +377,10 @@ where
 
     fn doing(&self) -> &'static str {
         self.doing
+    }
+
+    fn flush(&self) -> Flush {
+        self.flush
     }
 }
 
@@ -393,7 +452,8 @@ impl Actor {
 
     /// Begin, run all, commit. Answers whether to wake claimers.
     async fn transaction(&mut self, group: &mut [Box<dyn Job>]) -> Result<bool, Failure> {
-        self.begin().await?;
+        let flush = if group.iter().all(|job| job.flush() == Flush::Later) { Flush::Later } else { Flush::First };
+        self.begin(flush).await?;
         let Some(session) = self.session.as_mut() else { return Err(Failure::from(Error::Closed)) };
         let done = Self::run_all(session, group).await;
         let ended = match done {
@@ -442,12 +502,12 @@ impl Actor {
     }
 
     /// Get the database's lock, with patience, and take the time.
-    async fn begin(&mut self) -> Result<(), Failure> {
+    async fn begin(&mut self, flush: Flush) -> Result<(), Failure> {
         self.access.file.check()?;
         let started = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
-            match self.try_begin().await {
+            match self.try_begin(flush).await {
                 Err(error) if failure::is_busy(&error) => {
                     let waited = started.elapsed();
                     if waited >= self.access.patience {
@@ -461,12 +521,12 @@ impl Actor {
         }
     }
 
-    async fn try_begin(&mut self) -> Result<(), sqlx::Error> {
+    async fn try_begin(&mut self, flush: Flush) -> Result<(), sqlx::Error> {
         let session = match &mut self.session {
             Some(session) => session,
             none => none.insert(Session::new(self.access.options.connect().await?)),
         };
-        let rows = sqlx::query(BEGIN).fetch_all(&mut session.connection).await?;
+        let rows = sqlx::query(flush.begin()).fetch_all(&mut session.connection).await?;
         let [log, now, version] = rows.as_slice() else { return Err(sqlx::Error::RowNotFound) };
         self.checkpoints.seen(Log::from_row(log)?);
         session.now = now.try_get(0)?;

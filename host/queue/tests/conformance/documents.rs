@@ -167,7 +167,7 @@ mod sql {
 
     pub(super) async fn procedure(fixture: &Fixture) -> Vec<String> {
         let mut producer = sqlx::MySqlConnection::connect(&fixture.config.url).await.unwrap();
-        let submit = "CALL laelaps_submit(?, 't', ?, NULL, NULL, NULL, NULL)";
+        let submit = "CALL laelaps_submit(?, 't', ?, NULL)";
         answered_otherwise(async |key, document| {
             sqlx::query(submit).bind(key).bind(document).execute(&mut producer).await.is_ok()
         })

@@ -138,7 +138,7 @@ async fn what_enters_before_the_mark_is_claimed_within_the_bound() {
         .await
         .unwrap();
     let mut slow = producer(&fixture).await;
-    let submit = "START TRANSACTION; CALL laelaps_submit('slow', 'type', NULL, NULL, NULL, NULL, NULL)";
+    let submit = "START TRANSACTION; CALL laelaps_submit('slow', 'type', NULL, NULL)";
     sqlx::raw_sql(submit).execute(&mut slow).await.unwrap();
     behind::what_enters_before_the_mark_is_claimed_within_the_bound(&fixture, async || {
         sqlx::raw_sql("COMMIT").execute(&mut slow).await.unwrap();
@@ -211,7 +211,7 @@ async fn what_init_did_can_be_planned_done_again_and_compared() {
     assert_eq!(fixture.backend().plan().await.unwrap(), []);
     fixture
         .meddle(
-            "ALTER TABLE laelaps_host ADD COLUMN rack TEXT; ALTER TABLE laelaps_ready_of_user DROP KEY in_time; DROP TABLE laelaps_progress;
+            "ALTER TABLE laelaps_host ADD COLUMN rack TEXT; ALTER TABLE laelaps_ready_of_user DROP KEY in_turn; DROP TABLE laelaps_progress;
             ALTER TABLE laelaps_task MODIFY `key` VARCHAR(100) NOT NULL; DROP PROCEDURE laelaps_submit; CREATE TABLE laelaps_x (id INT)",
         )
         .await;
@@ -220,7 +220,7 @@ async fn what_init_did_can_be_planned_done_again_and_compared() {
     let expected = [
         "column laelaps_host.rack is not ours",
         "column laelaps_task.key is of type varchar(100), init makes it varbinary(255)",
-        "index laelaps_ready_of_user.in_time is missing",
+        "index laelaps_ready_of_user.in_turn is missing",
         "procedure laelaps_submit is missing",
         "table laelaps_progress is missing",
         "table laelaps_x is not ours",
@@ -259,11 +259,11 @@ async fn a_producer_that_speaks_sql_submits_like_any_other() {
     let fixture = Fixture::new(Database::MariaDb).await;
     let host = fixture.host().await;
     let mut producer = producer(&fixture).await;
-    let submit = r#"CALL laelaps_submit('a', 'first', '{"n": 1}', NULL, NULL, NULL, NULL);
-        CALL laelaps_submit('a', 'second', NULL, NULL, NULL, NULL, NULL); CALL laelaps_submit('b', 'bare', NULL, NULL, NULL, NULL, NULL);
-        CALL laelaps_submit('c', 'of a user', NULL, 'u', 1, NULL, NULL); CALL laelaps_submit('d', 'of a user', NULL, 'u', 1, NULL, NULL);
-        CALL laelaps_submit('e', 'later', NULL, '', NULL, NULL, 32503680000000); CALL laelaps_submit('f', 'past', NULL, NULL, NULL, NULL, -1);
-        CALL laelaps_submit('large', 'large', CONCAT('{"x":"', REPEAT('x', 9000000), '"}'), NULL, NULL, NULL, NULL)"#;
+    let submit = r#"CALL laelaps_submit('a', 'first', '{"n": 1}', NULL);
+        CALL laelaps_submit('a', 'second', NULL, NULL); CALL laelaps_submit('b', 'bare', NULL, NULL);
+        CALL laelaps_submit('c', 'of a user', NULL, '{"user":"u","max_running":1}'); CALL laelaps_submit('d', 'of a user', NULL, '{"user":"u","max_running":1}');
+        CALL laelaps_submit('e', 'later', NULL, '{"user":"","run_at":32503680000}'); CALL laelaps_submit('f', 'past', NULL, '{"run_at":-1}');
+        CALL laelaps_submit('large', 'large', CONCAT('{"x":"', REPEAT('x', 9000000), '"}'), NULL)"#;
     sqlx::raw_sql(submit).execute(&mut producer).await.unwrap();
     assert_eq!(fixture.queue.submit(task("a")).await.unwrap(), Submitted::AlreadyExists);
     let mut claimed = fixture.claim(host, 10).await;
@@ -282,7 +282,7 @@ async fn what_a_producer_submits_in_its_transaction_comes_and_goes_with_it() {
     let fixture = Fixture::new(Database::MariaDb).await;
     let host = fixture.host().await;
     let mut producer = producer(&fixture).await;
-    let call = |key: &str| format!("CALL laelaps_submit('{key}', 't', NULL, NULL, NULL, NULL, NULL)");
+    let call = |key: &str| format!("CALL laelaps_submit('{key}', 't', NULL, NULL)");
     sqlx::raw_sql("CREATE TABLE orders (id INT PRIMARY KEY); START TRANSACTION; INSERT INTO orders VALUES (1)")
         .execute(&mut producer)
         .await
@@ -306,17 +306,20 @@ async fn a_producer_that_speaks_sql_is_told_what_is_wrong() {
     let fixture = Fixture::new(Database::MariaDb).await;
     let mut producer = producer(&fixture).await;
     let cases = [
-        ("NULL, 't', '{}', NULL, NULL, NULL, NULL", "key: "),
-        ("'', 't', '{}', NULL, NULL, NULL, NULL", "key: "),
-        ("CONCAT('a', CHAR(10)), 't', '{}', NULL, NULL, NULL, NULL", "key: "),
-        ("CONCAT('a', _utf8mb4 0xC285), 't', '{}', NULL, NULL, NULL, NULL", "key: "),
-        ("'a', REPEAT('x', 256), '{}', NULL, NULL, NULL, NULL", "type: "),
-        ("'a', 't', '{}', CONCAT('u', CHAR(9)), NULL, NULL, NULL", "user: "),
-        ("'a', 't', '[]', NULL, NULL, NULL, NULL", "data: "),
-        ("'a', 't', 'oops', NULL, NULL, NULL, NULL", "data: "),
-        ("'a', 't', '{}', NULL, -1, NULL, NULL", "max_running: "),
-        ("'a', 't', '{}', NULL, NULL, 0, NULL", "max_attempts: "),
-        ("'a', 't', '{}', NULL, NULL, NULL, 253402300800000", "run_at: "),
+        ("NULL, 't', '{}', NULL", "key: "),
+        ("'', 't', '{}', NULL", "key: "),
+        ("CONCAT('a', CHAR(10)), 't', '{}', NULL", "key: "),
+        ("CONCAT('a', _utf8mb4 0xC285), 't', '{}', NULL", "key: "),
+        ("'a', REPEAT('x', 256), '{}', NULL", "type: "),
+        ("'a', 't', '[]', NULL", "data: "),
+        ("'a', 't', 'oops', NULL", "data: "),
+        ("'a', 't', '{}', '{\"colour\":1}'", "options: no option is called \"colour\"; there are user, "),
+        (r#"'a', 't', '{}', '{"\\u0075ser":"u"}'"#, "options: their names are written without escapes"),
+        (
+            r#"'a', 't', '{}', CONCAT('{"user":"', REPEAT('x', 65536), '"}')"#,
+            "options: a JSON object as text, at most 65536 bytes",
+        ),
+        (r#"'a', 't', '{}', '{"gzip":true}'"#, "gzip: false"),
     ];
     for (row, expected) in cases {
         let sql = format!("CALL laelaps_submit({row})");

@@ -41,9 +41,9 @@ async fn a_producers_open_transaction_stops_no_claim() {
     )
     .await;
     assert_eq!(claim_at_once(&fixture, host, false, false).await.len(), 2);
-    let submits = "START TRANSACTION; CALL laelaps_submit('open', 'type', NULL, NULL, NULL, NULL, NULL);
-        CALL laelaps_submit('open of u', 'type', NULL, 'u', 9, NULL, NULL); CALL laelaps_submit('open of v', 'type', NULL, 'v', 1, NULL, NULL);
-        CALL laelaps_submit('open later', 'type', NULL, NULL, NULL, NULL, 4102444800000)";
+    let submits = "START TRANSACTION; CALL laelaps_submit('open', 'type', NULL, NULL);
+        CALL laelaps_submit('open of u', 'type', NULL, '{\"user\":\"u\",\"max_running\":9}'); CALL laelaps_submit('open of v', 'type', NULL, '{\"user\":\"v\",\"max_running\":1}');
+        CALL laelaps_submit('open later', 'type', NULL, '{\"run_at\":4102444800}')";
     run(&mut producer, submits).await;
     for round in 0..3 {
         let name = |what: &str| format!("{what}{round}");
@@ -79,7 +79,7 @@ async fn a_settlement_whose_follow_ups_key_is_held_is_busy_and_changes_nothing()
     fixture.submit_some("a", 3).await;
     let claimed = fixture.claim(host, 3).await;
     let mut producer = beside(&fixture).await;
-    run(&mut producer, "START TRANSACTION; CALL laelaps_submit('next', 'type', NULL, NULL, NULL, NULL, NULL)").await;
+    run(&mut producer, "START TRANSACTION; CALL laelaps_submit('next', 'type', NULL, NULL)").await;
     let with_next = with_follow_ups(vec![task("next")], settled(&claimed[0], finish()));
     let group = [settled(&claimed[1], finish()), with_next.clone()];
     let busy = tokio::time::timeout(PATIENCE, fixture.backend().settle(&group)).await.expect("it does not wait for long");
@@ -282,7 +282,7 @@ async fn a_key_is_free_once_its_retention_has_ended_also_on_an_idle_queue() {
     fixture.passes(fixture.get("b").await.retained_until.unwrap().plus(Duration::from_millis(5))).await;
     let answers = fixture.queue.submit_many(&[task("a"), task("kept"), task("new")]).await.unwrap();
     assert_eq!(answers, [Submitted::Created, Submitted::AlreadyExists, Submitted::Created]);
-    let call = "START TRANSACTION; CALL laelaps_submit('b', 'type', '{\"again\":1}', NULL, NULL, NULL, NULL); COMMIT";
+    let call = "START TRANSACTION; CALL laelaps_submit('b', 'type', '{\"again\":1}', NULL); COMMIT";
     run(&mut *producer.lock().await, call).await;
     let again = fixture.get("b").await;
     assert_eq!((again.state, again.output, again.data), (State::Waiting, None, Some(br#"{"again":1}"#.to_vec())));

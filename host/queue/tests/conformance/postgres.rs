@@ -144,8 +144,7 @@ async fn a_submit_elsewhere_wakes_who_waits_also_after_the_listeners_connection_
     };
     let listeners = || async {
         let mut connection = raw(&fixture.config).await;
-        const LISTENS: &str =
-            "SELECT array_agg(pid) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'LISTEN%'";
+        const LISTENS: &str = "SELECT array_agg(pid) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'laelaps listener'";
         sqlx::query_scalar::<_, Option<Vec<i32>>>(LISTENS).fetch_one(&mut connection).await.unwrap().unwrap_or_default()
     };
     woken("first").await;
@@ -181,8 +180,8 @@ async fn who_does_not_listen_finds_what_comes_by_polling_alone() {
     // Whoever listens has heard of it ...
     tokio::time::timeout(PATIENCE, heard.recv()).await.expect("a notice").unwrap();
     assert!(tokio::time::timeout(Duration::from_millis(300), deaf.wakeup()).await.is_err(), "... and nobody told this one");
-    const LISTENERS: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'LISTEN%'
-        AND application_name = 'laelaps'";
+    const LISTENERS: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+        AND application_name = 'laelaps listener'";
     let listeners: i64 = sqlx::query_scalar(LISTENERS).fetch_one(&mut raw(&fixture.config).await).await.unwrap();
     assert_eq!(listeners, 0);
     assert_eq!(deaf.backend().claim(&claim).await.unwrap().tasks.len(), 3);
@@ -217,9 +216,72 @@ async fn many_submits_share_a_notice() {
     // One at the beginning, one in 20 ms, and the last.
     let most = took.as_millis() / 20 + 2;
     assert!((1..=most).contains(&notices), "{notices} notices of {SUBMITS} submits in {took:?}, at most {most}");
-    let submit = "SELECT laelaps.submit('b' || n, 'type') FROM generate_series(1, 50) AS n";
-    sqlx::query(submit).execute(&mut producer).await.unwrap();
-    assert_eq!(notices_so_far(&mut heard, &mut producer).await, 1, "one for each transaction");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_wakes_hosts_that_wait_and_spares_itself_the_notice_while_none_does() {
+    let fixture = fixture().await;
+    let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
+    heard.listen("laelaps").await.unwrap();
+    let mut producer = raw(&fixture.config).await;
+    let mut number = 0;
+    // Fifty tasks of one transaction; how many notices came of them.
+    let mut notices = async || {
+        number += 1;
+        let submit = format!("SELECT laelaps.submit('{number}-' || n, 'type') FROM generate_series(1, 50) AS n");
+        sqlx::query(AssertSqlSafe(submit)).execute(&mut producer).await.unwrap();
+        notices_so_far(&mut heard, &mut producer).await
+    };
+    assert_eq!(notices().await, 0, "nobody waits");
+    let host = fixture.host().await;
+    let queue = fixture.queue.clone();
+    let waiting = tokio::spawn(async move { queue.wakeup().await });
+    eventually(PATIENCE, "the host waits, and a notice is sent", async || match notices().await {
+        1 => Ok(()),
+        0 => Err("no notice".to_owned()),
+        more => panic!("{more} notices of one transaction"),
+    })
+    .await;
+    tokio::time::timeout(PATIENCE, waiting).await.expect("it is woken").unwrap();
+    // It has more than enough to do.
+    eventually(PATIENCE, "no notice any more", async || {
+        assert_eq!(fixture.claim(host, 10).await.len(), 10);
+        if notices().await == 0 { Ok(()) } else { Err("a notice".to_owned()) }
+    })
+    .await;
+    // It has done everything.
+    while !fixture.claim(host, 10_000).await.is_empty() {}
+    eventually(
+        PATIENCE,
+        "notices are sent again",
+        async || if notices().await == 1 { Ok(()) } else { Err("no notice".to_owned()) },
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_producer_commits_that_saw_nobody_wait_is_found_by_who_waits_then() {
+    let fixture = fixture().await;
+    let mut producer = raw(&fixture.config).await;
+    let mut transaction = producer.begin().await.unwrap();
+    sqlx::query("SELECT laelaps.submit('a', 'type')").execute(&mut *transaction).await.unwrap();
+    let host = fixture.host().await;
+    assert!(fixture.claim(host, 10).await.is_empty());
+    // It looks again now and then, and finds nothing.
+    for _ in 0..3 {
+        tokio::time::timeout(PATIENCE, fixture.queue.wakeup()).await.expect("it looks again");
+        assert!(fixture.claim(host, 10).await.is_empty());
+    }
+    transaction.commit().await.unwrap();
+    let found = async {
+        loop {
+            fixture.queue.wakeup().await;
+            if !fixture.claim(host, 10).await.is_empty() {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("it is found without polling");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -264,9 +326,17 @@ async fn the_sql_function_submits_once_and_only_what_keeps_its_bounds() {
         async |producer: &mut PgConnection, sql: &'static str| sqlx::query_scalar::<_, bool>(sql).fetch_one(producer).await;
     assert!(created(&mut producer, "SELECT laelaps.submit('a', 'report', '{\"month\": 7, \"z\": 1.50}')").await.unwrap());
     assert!(!created(&mut producer, "SELECT laelaps.submit('a', 'other')").await.unwrap());
-    let user = "SELECT laelaps.submit('b', 'report', user_name => 'u', max_running => 0, max_attempts => 3, run_at => now() - interval '1 h')";
+    let user =
+        "SELECT laelaps.submit('b', 'report', NULL, '{\"user\": \"u\", \"max_running\": 0, \"max_attempts\": 3, \"run_at\": 7}')";
     assert!(created(&mut producer, user).await.unwrap());
-    assert!(created(&mut producer, "SELECT laelaps.submit('later', 'report', run_at => now() + interval '1 h')").await.unwrap());
+    assert!(
+        created(
+            &mut producer,
+            "SELECT laelaps.submit('later', 'report', options => json_build_object('run_at', now() + interval '1 h')::text)"
+        )
+        .await
+        .unwrap()
+    );
     let large = "SELECT laelaps.submit('large', 'report', json_build_object('x', repeat('x', 100000)))";
     assert!(created(&mut producer, large).await.unwrap());
     let wrong = [
@@ -281,12 +351,25 @@ async fn the_sql_function_submits_once_and_only_what_keeps_its_bounds() {
             "data: a JSON object, at most 16777216 bytes",
         ),
         (
-            "SELECT laelaps.submit('x', 'report', user_name => repeat('x', 256))",
-            "user_name: at most 255 bytes of text, without control characters",
+            "SELECT laelaps.submit('x', 'report', '{}', json_build_object('colour', 1))",
+            "options: no option is called \"colour\"; there are user, run_at, priority, max_running, max_attempts and gzip",
         ),
-        ("SELECT laelaps.submit('x', 'report', max_running => -1)", "max_running: a whole number from 0 to 4294967295"),
-        ("SELECT laelaps.submit('x', 'report', max_attempts => 0)", "max_attempts: a whole number from 1 to 4294967295"),
-        ("SELECT laelaps.submit('x', 'report', run_at => 'infinity')", "run_at: at most the year 9999"),
+        (
+            "SELECT laelaps.submit('x', 'report', '{}', '{\"user\": \"u\", \"user\": \"v\"}'::json)",
+            "options: \"user\" is there twice",
+        ),
+        (
+            "SELECT laelaps.submit('x', 'report', '{}'::json, jsonb_build_object('user', repeat('x', 256)))",
+            "user: at most 255 bytes of text, without control characters",
+        ),
+        (
+            "SELECT laelaps.submit('x', 'report', '{}'::jsonb, jsonb_build_object('user', repeat('x', 65536)))",
+            "options: a JSON object, at most 65536 bytes",
+        ),
+        (
+            "SELECT laelaps.submit('x', 'report', options => '{\"gzip\": true}')",
+            "gzip: false; what is submitted in SQL is not compressed",
+        ),
     ];
     for (sql, expected) in wrong {
         let error = created(&mut producer, sql).await.unwrap_err();

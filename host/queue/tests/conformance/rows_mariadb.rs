@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Claim, Error, Event, Filter, HostId, NewTask, PluginVersion, Quarantine, State, TaskId};
+use laelaps_queue::{
+    Beat, Claim, ClaimedTask, Error, Event, Filter, HostId, LeaseAnswer, NewTask, PluginVersion, Quarantine, State, TaskId,
+};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 
 use crate::fixture::{Database, Fixture, LONG, PATIENCE, finish, keys, settled, task, task_of};
@@ -125,15 +127,15 @@ async fn tasks_are_named_by_their_numbers_as_by_their_keys() {
 /// Rows of places that their tasks do not know, each of its kind. What is named good can run in spite of them.
 const CONTRADICTIONS: [&str; 9] = [
     // Of no task, of one that has ended, and twice.
-    "INSERT INTO laelaps_ready VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect (run_at, task) VALUES (1, 987656)",
+    "INSERT INTO laelaps_ready VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect (turn, task) VALUES (1, 987656)",
     "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'ended'",
     "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'ended'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
     "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'good'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
     "INSERT INTO laelaps_scheduled SELECT run_at, id FROM laelaps_task WHERE `key` = 'good'",
     "INSERT INTO laelaps_scheduled SELECT 5, id FROM laelaps_task WHERE `key` IN ('good', 'ended')",
     // Elsewhere than its row says.
-    "UPDATE laelaps_ready SET run_at = 7 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
-    "UPDATE laelaps_ready_of_user SET run_at = 7 WHERE user = 'u'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    "UPDATE laelaps_ready SET turn = 7 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
+    "UPDATE laelaps_ready_of_user SET turn = 7 WHERE user = 'u'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
     "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'held'",
 ];
 
@@ -165,7 +167,7 @@ async fn an_orphan_does_not_use_up_its_users_limit() {
     fixture.queue.cancel("gone").await.unwrap();
     fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1))]).await;
     // As a move of what was due left it, against a cancellation.
-    run(&fixture, "INSERT INTO laelaps_ready_of_user SELECT user, run_at, id, 1 FROM laelaps_task WHERE `key` = 'gone'").await;
+    run(&fixture, "INSERT INTO laelaps_ready_of_user SELECT user, turn, id, 1 FROM laelaps_task WHERE `key` = 'gone'").await;
     for key in ["a", "b"] {
         let mut claimed = fixture.claim(host, 9).await;
         if claimed.is_empty() {
@@ -205,6 +207,92 @@ async fn a_row_that_breaks_the_tables_checks_stops_nobody() {
     run(&fixture, "SET check_constraint_checks = 0; UPDATE laelaps_task SET finished_at = 5, until = 7 WHERE `key` = 'a1'").await;
     all_can_be_read(&fixture).await;
     assert_eq!(drain(&fixture, host).await, ["a0", "a1", "a2"]);
+    fixture.audit().await;
+}
+
+/// A priority as no statement of ours writes it, with the server's own checks switched off. It counts as the nearest that is allowed.
+#[tokio::test]
+async fn a_priority_out_of_its_range_stops_nobody() {
+    const WITHOUT_CHECKS: &str = "SET check_constraint_checks = 0; UPDATE laelaps_task SET priority";
+    const OUT: &str = "a priority is from -100 to 100: task ";
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    let names = ["a", "least", "most", "cancelled", "retried", "held"];
+    fixture.submit(&names.map(|key| if key == "held" { task(key).on_hold() } else { task(key) })).await;
+    fixture.submit(&[task_of("u", "b", Some(3)), task_of("u", "least of u", Some(3)), task_of("u", "most of u", Some(3))]).await;
+    let refused = sqlx::raw_sql("UPDATE laelaps_task SET priority = 101").execute(&mut beside(&fixture).await).await.unwrap_err();
+    assert!(refused.to_string().contains("laelaps_task_priority"), "{refused}");
+    fixture.queue.cancel("retried").await.unwrap();
+    run(
+        &fixture,
+        &format!(
+            "{WITHOUT_CHECKS} = 127 WHERE `key` LIKE 'most%'; UPDATE laelaps_task SET priority = -128 WHERE `key` LIKE 'least%'"
+        ),
+    )
+    .await;
+    run(&fixture, &format!("{WITHOUT_CHECKS} = -127 WHERE `key` IN ('cancelled', 'retried', 'held')")).await;
+    all_can_be_read(&fixture).await;
+    let findings = fixture.backend().audit().await.unwrap();
+    assert_eq!(findings.iter().filter(|finding| finding.starts_with(OUT)).count(), 7, "{findings:?}");
+    let shown = fixture.get("most").await;
+    assert_eq!((shown.priority, shown.unreadable.as_deref()), (100, Some("the priority is 127; -100 to 100 can be")));
+    // By hand.
+    fixture.queue.cancel("cancelled").await.unwrap();
+    fixture.queue.retry("retried").await.unwrap();
+    assert!(fixture.queue.release_held("held").await.unwrap());
+    // In the order that they count for, once they stand where their rows say.
+    let mut claimed = Vec::new();
+    while claimed.len() < 8 {
+        claimed.extend(fixture.claim(host, 1).await);
+    }
+    assert!(fixture.claim(host, 9).await.is_empty());
+    assert_eq!(fixture.get("most").await.priority, 100);
+    // While they run: renewed, settled together with others, and set right by that.
+    run(
+        &fixture,
+        &format!(
+            "{WITHOUT_CHECKS} = 127 WHERE `key` LIKE 'most%'; UPDATE laelaps_task SET priority = -128 WHERE `key` LIKE 'least%'"
+        ),
+    )
+    .await;
+    let beat = |task: &ClaimedTask| Beat { lease_ref: task.lease_ref, alive_time: LONG * 2, progress: None };
+    let answers = fixture.backend().heartbeat(&claimed.iter().map(beat).collect::<Vec<_>>()).await.unwrap();
+    assert_eq!(answers, [LeaseAnswer::Held; 8]);
+    run(
+        &fixture,
+        &format!(
+            "{WITHOUT_CHECKS} = 127 WHERE `key` LIKE 'most%'; UPDATE laelaps_task SET priority = -128 WHERE `key` LIKE 'least%'"
+        ),
+    )
+    .await;
+    let is_good = |task: &ClaimedTask| !task.key.starts_with("most") && !task.key.starts_with("least");
+    let end = |task: &ClaimedTask| if is_good(task) { finish() } else { Event::Retry { delay: Some(Duration::ZERO) } };
+    fixture.backend().settle(&claimed.iter().map(|task| settled(task, end(task))).collect::<Vec<_>>()).await.unwrap();
+    assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
+    fixture.submit(&[task("usual"), task_of("u", "usual of u", Some(3))]).await;
+    let claimed = fixture.claim(host, 9).await;
+    let (of_u, others): (Vec<&str>, Vec<&str>) = keys(&claimed).into_iter().partition(|key| key.ends_with("of u"));
+    assert_eq!((others, of_u), (vec!["least", "usual", "most"], vec!["least of u", "usual of u", "most of u"]));
+    fixture.audit().await;
+}
+
+/// Places whose turns no task can have.
+#[tokio::test]
+async fn turns_at_the_end_of_their_range_stop_nobody() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("a"), task("b"), task_of("u", "c", Some(2)), task_of("u", "d", Some(2))]).await;
+    run(
+        &fixture,
+        "UPDATE laelaps_ready SET turn = -9223372036854775808 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'a');
+        UPDATE laelaps_ready_of_user SET turn = 9223372036854775807 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'c');
+        UPDATE laelaps_ready_of_user SET turn = -9223372036854775808 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'd');
+        INSERT INTO laelaps_suspect (turn, task) VALUES (9223372036854775807, 987654), (-9223372036854775808, 987655);
+        INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    )
+    .await;
+    all_can_be_read(&fixture).await;
+    assert_eq!(drain(&fixture, host).await, ["a", "b", "c", "d"]);
     fixture.audit().await;
 }
 
@@ -362,8 +450,7 @@ async fn json_means_the_same_by_sql_as_by_the_crate() {
     let more = [(deep(100), true), (deep(900), true), (format!("{}x", deep(100)), false)];
     let documents = DOCUMENTS.map(|(document, good)| (document.to_owned(), good));
     for (number, (document, good)) in documents.into_iter().chain(more).enumerate() {
-        let call =
-            sqlx::query("CALL laelaps_submit(?, 'type', ?, NULL, NULL, NULL, NULL)").bind(format!("sql{number}")).bind(&document);
+        let call = sqlx::query("CALL laelaps_submit(?, 'type', ?, NULL)").bind(format!("sql{number}")).bind(&document);
         assert_eq!(call.execute(&mut producer).await.is_ok(), good, "by SQL: {document}");
         if document.is_empty() {
             continue;
@@ -377,8 +464,7 @@ async fn json_means_the_same_by_sql_as_by_the_crate() {
         (r#"{"\uDFFF":1}"#, false),
     ];
     for (number, (document, good)) in pairs.into_iter().enumerate() {
-        let call =
-            sqlx::query("CALL laelaps_submit(?, 'type', ?, NULL, NULL, NULL, NULL)").bind(format!("half{number}")).bind(document);
+        let call = sqlx::query("CALL laelaps_submit(?, 'type', ?, NULL)").bind(format!("half{number}")).bind(document);
         assert_eq!(call.execute(&mut producer).await.is_ok(), good, "by SQL: {document}");
     }
     fixture.audit().await;

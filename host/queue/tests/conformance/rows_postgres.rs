@@ -89,17 +89,17 @@ async fn a_place_that_contradicts_its_task_is_mended_or_cleared_away() {
     fixture.queue.cancel("plain ended").await.unwrap();
     fixture
         .meddle(
-            "INSERT INTO ready SELECT run_at, id, bytes, max_running, user_name FROM task WHERE key IN ('ended', 'plain ended');
-            INSERT INTO ready SELECT run_at, 0, bytes, max_running, user_name FROM task WHERE key = 'ended';
-            INSERT INTO ready SELECT run_at - 5, -task.id, bytes, max_running, '' FROM task;
+            "INSERT INTO ready SELECT turn, id, bytes, max_running, user_name FROM task WHERE key IN ('ended', 'plain ended');
+            INSERT INTO ready SELECT turn, 0, bytes, max_running, user_name FROM task WHERE key = 'ended';
+            INSERT INTO ready SELECT turn - 5, -task.id, bytes, max_running, '' FROM task;
             UPDATE ready SET user_name = 'v' WHERE task = (SELECT id FROM task WHERE key = 'other user');
             UPDATE ready SET user_name = '' WHERE task = (SELECT id FROM task WHERE key = 'nobody''s');
-            INSERT INTO ready SELECT run_at - 9, id, bytes, max_running, user_name FROM task WHERE key IN ('twice', 'plain twice');
+            INSERT INTO ready SELECT turn - 9, id, bytes, max_running, user_name FROM task WHERE key IN ('twice', 'plain twice');
             INSERT INTO scheduled SELECT run_at, id FROM task WHERE key IN ('twice later', 'plain ended');
             INSERT INTO scheduled SELECT 5, 12345678;
-            INSERT INTO suspect SELECT run_at, id FROM task WHERE key IN ('plain', 'ended');
-            UPDATE ready SET run_at = run_at - 77 WHERE task = (SELECT id FROM task WHERE key = 'wrong time');
-            INSERT INTO account_change (user_name, run_at, task) SELECT 'v', run_at, id FROM task WHERE key = 'other user'",
+            INSERT INTO suspect SELECT turn, id FROM task WHERE key IN ('plain', 'ended');
+            UPDATE ready SET turn = turn - 77 WHERE task = (SELECT id FROM task WHERE key = 'wrong time');
+            INSERT INTO account_change (user_name, turn, task) SELECT 'v', turn, id FROM task WHERE key = 'other user'",
         )
         .await;
     fixture.backend().clean_up(100).await.unwrap();
@@ -124,7 +124,7 @@ async fn what_is_ready_twice_of_nobody_holds_up_no_claim_that_does_not_look_at_u
     let host = fixture.host().await;
     fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1)), task("c")]).await;
     fixture.queue.cancel("a").await.unwrap();
-    fixture.meddle("INSERT INTO ready SELECT run_at, id, bytes, max_running, user_name FROM task WHERE key = 'a'").await;
+    fixture.meddle("INSERT INTO ready SELECT turn, id, bytes, max_running, user_name FROM task WHERE key = 'a'").await;
     let claimed = fixture.backend().claim(&asking(host, true)).await.unwrap().tasks;
     assert_eq!(keys(&claimed), ["b", "c"]);
     fixture.audit().await;
@@ -135,7 +135,7 @@ async fn many_wrong_places_before_a_task_do_not_hide_it() {
     let fixture = fixture().await;
     let host = fixture.host().await;
     fixture.submit(&[task("a")]).await;
-    fixture.meddle("INSERT INTO ready SELECT run_at - n, 1000000 + n, 7, NULL, '' FROM task, generate_series(1, 500) AS n").await;
+    fixture.meddle("INSERT INTO ready SELECT turn - n, 1000000 + n, 7, NULL, '' FROM task, generate_series(1, 500) AS n").await;
     assert_eq!(keys(&fixture.claim(host, 50).await), ["a"]);
     fixture.audit().await;
 }
@@ -146,7 +146,7 @@ async fn what_goes_back_where_a_wrong_place_stands_already_is_settled_all_the_sa
     let host = fixture.host().await;
     fixture.submit(&[task("a"), task_of("u", "b", Some(1)), task("c")]).await;
     let claimed = fixture.claim(host, 9).await;
-    fixture.meddle("INSERT INTO ready SELECT run_at, id, bytes, max_running, user_name FROM task").await;
+    fixture.meddle("INSERT INTO ready SELECT turn, id, bytes, max_running, user_name FROM task").await;
     let group: Vec<_> = claimed.iter().map(|task| settled(task, Event::Stopped)).collect();
     assert_eq!(fixture.backend().settle(&group).await.unwrap(), [LeaseAnswer::Held; 3]);
     assert_eq!(fixture.claim(host, 9).await.len(), 3);
@@ -167,8 +167,8 @@ async fn accounts_that_count_wrong_are_mended_from_the_leases() {
         .meddle(
             "UPDATE account SET running = 0 WHERE user_name = 'few'; UPDATE account SET running = 7 WHERE user_name = 'many';
             DELETE FROM account WHERE user_name = 'unknown';
-            UPDATE account SET head_at = 1, head_task = 999, head_max = NULL WHERE user_name = 'stale';
-            UPDATE account SET head_at = NULL, head_task = NULL WHERE user_name = 'idle'",
+            UPDATE account SET head_turn = 1, head_task = 999, head_max = NULL WHERE user_name = 'stale';
+            UPDATE account SET head_turn = NULL, head_task = NULL WHERE user_name = 'idle'",
         )
         .await;
     fixture.backend().clean_up(100).await.unwrap();

@@ -22,10 +22,10 @@ async fn hostile(fixture: &Fixture, key: &str, columns: &str, values: &str) -> T
     let id: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&mut connection).await.unwrap();
     let sql = format!(
         "INSERT INTO task_data (task, bytes, data) VALUES ({id}, 2, '{{}}');
-        INSERT INTO ready (user, run_at, task, max_running) SELECT user, run_at, id, max_running FROM task WHERE id = {id};
+        INSERT INTO ready (user, turn, task, max_running) SELECT user, turn, id, max_running FROM task WHERE id = {id};
         INSERT INTO account (user) SELECT user FROM task WHERE id = {id} ON CONFLICT DO NOTHING;
-        UPDATE account SET ready = ready + 1, (head_at, head_task, head_max) = (SELECT run_at, task, max_running FROM ready
-            WHERE ready.user = account.user ORDER BY run_at, task LIMIT 1) WHERE user = (SELECT user FROM task WHERE id = {id});
+        UPDATE account SET ready = ready + 1, (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
+            WHERE ready.user = account.user ORDER BY turn, task LIMIT 1) WHERE user = (SELECT user FROM task WHERE id = {id});
         INSERT INTO tally SELECT 'type', type, 1 FROM task WHERE id = {id} ON CONFLICT DO UPDATE SET tasks = tasks + 1;"
     );
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
@@ -134,7 +134,7 @@ async fn a_hostile_row_that_is_due_later_or_alone_is_set_aside_when_its_time_has
     fixture
         .meddle(
             "DELETE FROM ready; DELETE FROM account; INSERT INTO scheduled SELECT run_at, id FROM task WHERE NOT alone;
-            INSERT INTO suspect (run_at, task) SELECT run_at, id FROM task WHERE alone",
+            INSERT INTO suspect (turn, task) SELECT turn, id FROM task WHERE alone",
         )
         .await;
     everything_works(&fixture).await;
@@ -197,11 +197,11 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
             "INSERT INTO ready VALUES ('u', 0, 99, NULL), ('', 0, 98, NULL);
             INSERT INTO ready SELECT 'u', 0, id, NULL FROM task WHERE key IN ('running', 'done');
             INSERT INTO scheduled SELECT 0, id FROM task WHERE key IN ('running', 'twice');
-            INSERT INTO suspect (run_at, task) SELECT 0, id FROM task WHERE key IN ('done', 'twice');
-            UPDATE ready SET run_at = 3 WHERE task = (SELECT id FROM task WHERE key = 'moved');
+            INSERT INTO suspect (turn, task) SELECT 0, id FROM task WHERE key IN ('done', 'twice');
+            UPDATE ready SET turn = 3 WHERE task = (SELECT id FROM task WHERE key = 'moved');
             INSERT INTO ready SELECT 'other', 1, id, NULL FROM task WHERE key = 'strange';
-            INSERT INTO account (user, ready, head_at, head_task) SELECT 'other', 1, 1, id FROM task WHERE key = 'strange';
-            UPDATE account SET ready = 20, (head_at, head_task, head_max) = (0, 99, NULL) WHERE user = 'u';",
+            INSERT INTO account (user, ready, head_turn, head_task) SELECT 'other', 1, 1, id FROM task WHERE key = 'strange';
+            UPDATE account SET ready = 20, (head_turn, head_task, head_max) = (0, 99, NULL) WHERE user = 'u';",
         )
         .await;
     for _ in 0..4 {
@@ -292,7 +292,7 @@ async fn a_counter_that_is_gone_is_made_anew_above_every_lease() {
     fixture.meddle("DELETE FROM counter").await;
     assert_eq!(fixture.backend().audit().await.unwrap(), ["no lease can be given out: counter is empty"]);
     fixture.submit(&[task_of("new", "b", Some(1))]).await;
-    fixture.meddle("INSERT INTO submit (key, type, user) VALUES ('c', 'type', 'newer')").await;
+    fixture.meddle("INSERT INTO submit (key, type, options) VALUES ('c', 'type', '{\"user\":\"newer\"}')").await;
     let after = fixture.claim(host, 9).await;
     assert_eq!(after.len(), 3);
     let last = before.iter().map(|task| task.lease_ref.lease).max();
@@ -341,12 +341,12 @@ async fn the_audit_names_what_contradicts() {
         ),
         ("UPDATE ready SET max_running = 5 WHERE task = 1", "ready does not fit its task: task 1"),
         ("INSERT INTO scheduled VALUES (5, 77)", "scheduled does not fit its task: task 77"),
-        ("INSERT INTO suspect (run_at, task) VALUES (5, 77)", "suspect does not fit its task: task 77"),
+        ("INSERT INTO suspect (turn, task) VALUES (5, 77)", "suspect does not fit its task: task 77"),
         (
             "UPDATE account SET running = 7 WHERE user = 'u'",
             "the account does not count what is ready and what runs: user u: 1 ready and 7 running, 1 and 0 found",
         ),
-        ("UPDATE account SET head_at = 7 WHERE user = 'u'", "the account does not know its oldest ready task: user u"),
+        ("UPDATE account SET head_turn = 7 WHERE user = 'u'", "the account does not know its first ready task: user u"),
         ("INSERT INTO account (user) VALUES ('idle')", "an idle user has an account: user idle"),
         ("UPDATE tally SET tasks = 9 WHERE what = 'type'", "types are counted wrongly: type type"),
         ("UPDATE tally SET tasks = 9 WHERE what = 'ended'", "ended tasks are counted wrongly: cancelled"),

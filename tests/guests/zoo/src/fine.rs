@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
-use crate::bindings::laelaps::worker::context::{self, Cancellation, Compression, Progress, SubmitOptions};
+use crate::bindings::laelaps::worker::context::{self, Cancellation, Compression, Progress, Submission, SubmitOptions};
 use crate::bindings::laelaps::worker::log;
 use crate::bindings::laelaps::worker::types::{Failure, FailureKind, Finished, Outcome, Task};
 use crate::{Answer, EDITION, finish, parameter, reject};
@@ -171,7 +171,7 @@ fn update_large(data: &Value) -> Answer {
     finish(&json!({ "updated": times }))
 }
 
-/// Submits `count` follow-up tasks, then does what `then` says: finish (default), retry, release, fail, panic.
+/// Submits `count` follow-up tasks, with nothing but their `priority` if there is one, then does what `then` says: finish (default), retry, release, fail, panic.
 fn submit(task: &Task, data: &Value) -> Answer {
     let count: u32 = parameter(data, "count")?.unwrap_or(1);
     let key: Option<String> = parameter(data, "key")?;
@@ -185,10 +185,19 @@ fn submit(task: &Task, data: &Value) -> Answer {
         max_attempts: parameter(data, "max_attempts")?,
         compression: if data["gzip"] == true { Compression::Gzip } else { Compression::None },
     };
+    let priority: Option<i32> = parameter(data, "priority")?;
+    let submit = |key: &str| match priority {
+        None => context::submit(key, &kind, body.as_bytes(), &options),
+        Some(priority) => {
+            let submission = Submission::new(key, &kind);
+            submission.priority(priority);
+            submission.submit(body.as_bytes())
+        }
+    };
     let mut refusals = Vec::new();
     for number in 0..count {
         let key = key.clone().unwrap_or_else(|| format!("{}-follow-up-{number}", task.key));
-        if let Err(refusal) = context::submit(&key, &kind, body.as_bytes(), &options) {
+        if let Err(refusal) = submit(&key) {
             refusals.push(json!({ "number": number, "code": refusal.code, "message": refusal.message }));
         }
     }

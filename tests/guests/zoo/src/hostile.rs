@@ -6,7 +6,7 @@ use std::net::{TcpListener, ToSocketAddrs, UdpSocket};
 
 use serde_json::{Value, json};
 
-use crate::bindings::laelaps::worker::context::{self, Compression, Progress, SubmitOptions};
+use crate::bindings::laelaps::worker::context::{self, Compression, Progress, Submission, SubmitOptions};
 use crate::bindings::laelaps::worker::log;
 use crate::bindings::laelaps::worker::types::{Failure, Outcome, Task};
 use crate::{Answer, finish, parameter, reject};
@@ -162,6 +162,11 @@ fn huge_text(data: &Value) -> Answer {
         Some("setting") => context::setting(&huge),
         Some("key") => context::submit(&huge, "silent", b"{}", &options).err().map(|refusal| refusal.code),
         Some("kind") => context::submit("a-key", &huge, b"{}", &options).err().map(|refusal| refusal.code),
+        Some("user") => {
+            let submission = Submission::new("a-key", "silent");
+            submission.user(&huge);
+            submission.submit(b"{}").err().map(|refusal| refusal.code)
+        }
         Some("members") => context::update_data(huge.as_bytes()).err().map(|refusal| refusal.code),
         _ => return Err(reject("bad-parameter", "parameter `to` names no function")),
     };

@@ -20,6 +20,7 @@ struct Line<'a> {
     user: Option<String>,
     #[serde(default, deserialize_with = "moment")]
     run_at: Option<Timestamp>,
+    priority: Option<i32>,
     max_running: Option<u32>,
     max_attempts: Option<u32>,
     gzip: Option<bool>,
@@ -34,12 +35,14 @@ pub(super) fn parse(line: &[u8], defaults: &Options) -> Result<NewTask, String> 
     let mut task = defaults.task(line.key, line.task_type, line.data.get().as_bytes().to_vec());
     task.user = line.user.or(task.user);
     task.run_at = line.run_at.or(task.run_at);
-    if line.max_running.is_some() && task.user.is_none() {
+    let has_user = task.user.as_ref().is_some_and(|user| !user.is_empty());
+    if line.max_running.is_some() && !has_user {
         return Err(format!("task {:?}: max_running without user; it limits the tasks of a user", task.key));
     }
     // The option is for the lines that have a user.
-    task.max_running = line.max_running.or(task.max_running.filter(|_| task.user.is_some()));
+    task.max_running = line.max_running.or(task.max_running.filter(|_| has_user));
     task.max_attempts = line.max_attempts.or(task.max_attempts);
+    task.priority = line.priority.unwrap_or(task.priority);
     if let Some(gzip) = line.gzip {
         task.compression = if gzip { Compression::Gzip } else { Compression::None };
     }
@@ -76,8 +79,12 @@ fn milliseconds_from_text(text: &str) -> Option<i64> {
     i64::try_from(since_1970.as_millis()).ok()?.checked_sub(i64::from(offset) * 1_000)
 }
 
+/// Before all that anybody means, in seconds.
+const LONG_AGO: f64 = -1e12;
+
 fn moment_from_seconds(seconds: f64) -> Option<Timestamp> {
-    // A moment that has passed means now, however long ago it was. Only what is too large to be a number is no moment.
+    // A moment that has passed means now, however long ago it was.
+    let seconds = if seconds < LONG_AGO { LONG_AGO } else { seconds };
     let milliseconds = jiff::SignedDuration::try_from_secs_f64((seconds * 1_000.0).round()).ok()?.as_secs();
     Some(Timestamp(milliseconds)).filter(|moment| *moment <= NewTask::RUN_AT_MAX)
 }
@@ -108,6 +115,9 @@ fn moment<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Ti
 /// The parser counts lines within its input, which is a line itself: only the column says something.
 fn in_words(error: &serde_json::Error) -> String {
     let words = error.to_string().replace(" at line 1 column ", " at column ");
+    let words = words
+        .replace(", expected i32", ", expected a whole number")
+        .replace(", expected u32", ", expected a whole number from 0 on");
     if error.is_data() { words } else { format!("not JSON: {words}") }
 }
 
@@ -137,11 +147,14 @@ mod tests {
 
     #[test]
     fn a_line_wins_over_the_options_and_the_options_over_nothing() {
-        let defaults = Options { user: Some("ann".to_owned()), max_attempts: Some(3), gzip: true, ..Options::default() };
-        let line = br#"{"key":"k","type":"t","data":{},"max_attempts":5,"gzip":false,"run_at":"2023-11-14T22:13:20.5Z"}"#;
+        let defaults =
+            Options { user: Some("ann".to_owned()), max_attempts: Some(3), priority: Some(-3), gzip: true, ..Options::default() };
+        let line =
+            br#"{"key":"k","type":"t","data":{},"max_attempts":5,"priority":7,"gzip":false,"run_at":"2023-11-14T22:13:20.5Z"}"#;
         let task = parse(line, &defaults).expect("valid");
         assert_eq!(task.user.as_deref(), Some("ann"));
-        assert_eq!(task.max_attempts, Some(5));
+        assert_eq!((task.max_attempts, task.priority), (Some(5), 7));
+        assert_eq!(parse(br#"{"key":"k","type":"t","data":{}}"#, &defaults).expect("valid").priority, -3);
         assert_eq!(task.compression, Compression::None);
         assert_eq!(task.run_at, Some(Timestamp(1_700_000_000_500)));
     }
@@ -173,11 +186,43 @@ mod tests {
     }
 
     #[test]
+    fn the_options_are_those_that_every_other_way_takes() {
+        #[derive(Deserialize)]
+        struct Case {
+            options: String,
+            is: Option<serde_json::Value>,
+        }
+        let cases: Vec<Case> = serde_json::from_str(include_str!("../../../../../tests/data/options.json")).expect("cases");
+        for Case { options, is } in cases {
+            let members = options.trim().strip_prefix('{').expect("an object").trim();
+            let comma = if members == "}" { "" } else { "," };
+            let parsed = task(&format!(r#"{{"key":"k","type":"t","data":{{}}{comma}{members}"#));
+            let said = parsed.as_ref().ok().map(|task| {
+                let user = task.user.as_deref().filter(|user| !user.is_empty());
+                let (run_at, later) = (task.run_at.map(|moment| moment.0), 1_795_000_000_000);
+                let mut said = serde_json::json!({
+                    "user": user, "run_at": run_at.filter(|moment| *moment > later), "priority": task.priority,
+                    "max_running": task.max_running, "max_attempts": task.max_attempts,
+                });
+                said.as_object_mut().expect("an object").retain(|_, value| !value.is_null() && *value != 0);
+                said
+            });
+            let is = is.map(|mut is| {
+                is.as_object_mut().expect("an object").retain(|_, value| *value != 0);
+                is
+            });
+            assert_eq!(said, is, "{options}: {parsed:?}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_with_a_line_is_said_with_its_column() {
         assert_eq!(task("{\"key\":\"k\",").unwrap_err(), "not JSON: EOF while parsing a value at column 11");
         assert!(task(r#"{"key":"k","type":"t","data":{},"colour":1}"#).unwrap_err().starts_with("unknown field `colour`"));
         assert!(task(r#"{"key":"k","type":"t"}"#).unwrap_err().starts_with("missing field `data`"));
         assert!(task(r#"{"key":"k","type":"t","data":[]}"#).unwrap_err().contains("object"));
         assert!(task(r#"{"key":"k","type":"t","data":{},"run_at":1e300}"#).unwrap_err().contains("run_at"));
+        let refused = task(r#"{"key":"k","type":"t","data":{},"priority":101}"#).unwrap_err();
+        assert_eq!(refused, "task \"k\": priority is 101; -100 to 100 are allowed");
     }
 }

@@ -15,11 +15,12 @@ const WAITING: &str = "INSERT INTO laelaps_task (`key`, type, user, created_at, 
     FROM seq_0_to_99999 WHERE seq < ? ORDER BY seq";
 const DATA_OF: &str =
     "INSERT INTO laelaps_task_data (task, part, bytes, data) SELECT id, 0, LENGTH(?), ? FROM laelaps_task WHERE id >= ?";
-const READY: &str = "INSERT INTO laelaps_ready (run_at, task) SELECT run_at, id FROM laelaps_task WHERE id >= ? AND user = ''";
-const READY_OF_USER: &str = "INSERT INTO laelaps_ready_of_user (user, run_at, task) SELECT user, run_at, id FROM laelaps_task WHERE id >= ? AND user <> ''";
-const ACCOUNT: &str = "INSERT INTO laelaps_account (user, head_at, head_task, picked)
-    SELECT user, MIN(run_at), MIN(id), (SELECT pick FROM laelaps_counter WHERE id = 1) FROM laelaps_task WHERE id >= ? AND user <> '' GROUP BY user
-    ON DUPLICATE KEY UPDATE head_at = COALESCE(laelaps_account.head_at, VALUES(head_at)),
+const READY: &str = "INSERT INTO laelaps_ready (turn, task) SELECT turn, id FROM laelaps_task WHERE id >= ? AND user = ''";
+const READY_OF_USER: &str =
+    "INSERT INTO laelaps_ready_of_user (user, turn, task) SELECT user, turn, id FROM laelaps_task WHERE id >= ? AND user <> ''";
+const ACCOUNT: &str = "INSERT INTO laelaps_account (user, head_turn, head_task, picked)
+    SELECT user, MIN(turn), MIN(id), (SELECT pick FROM laelaps_counter WHERE id = 1) FROM laelaps_task WHERE id >= ? AND user <> '' GROUP BY user
+    ON DUPLICATE KEY UPDATE head_turn = COALESCE(laelaps_account.head_turn, VALUES(head_turn)),
         head_task = COALESCE(laelaps_account.head_task, VALUES(head_task))";
 const TALLY: &str = "INSERT INTO laelaps_tally (what, name, tasks) VALUES ('type', 'bench', ?)";
 

@@ -9,14 +9,14 @@ const WAITING: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM cl
         INSERT INTO laelaps.task (id, created_at, run_at, bytes, key, type, user_name, data)
         SELECT nextval('laelaps.task_number'), now, now, octet_length($4), 'task-' || n, 'bench',
             CASE WHEN $3 = 0 THEN '' ELSE 'user-' || n % $3 END, $4
-        FROM clock, generate_series($1::int8, $2::int8) AS n RETURNING id, run_at, bytes, user_name),
+        FROM clock, generate_series($1::int8, $2::int8) AS n RETURNING id, turn, bytes, user_name),
     ready AS (
-        INSERT INTO laelaps.ready (run_at, task, bytes, user_name) SELECT run_at, id, bytes, user_name FROM created ORDER BY id),
+        INSERT INTO laelaps.ready (turn, task, bytes, user_name) SELECT turn, id, bytes, user_name FROM created ORDER BY id),
     entered AS (
-        INSERT INTO laelaps.account AS account (user_name, head_at, head_task, picked)
-        SELECT DISTINCT ON (user_name) user_name, run_at, id, (SELECT last_value FROM laelaps.pick_number)
-        FROM created WHERE user_name <> '' ORDER BY user_name, run_at, id
-        ON CONFLICT (user_name) DO UPDATE SET head_at = excluded.head_at, head_task = excluded.head_task WHERE account.head_task IS NULL)
+        INSERT INTO laelaps.account AS account (user_name, head_turn, head_task, picked)
+        SELECT DISTINCT ON (user_name) user_name, turn, id, (SELECT last_value FROM laelaps.pick_number)
+        FROM created WHERE user_name <> '' ORDER BY user_name, turn, id
+        ON CONFLICT (user_name) DO UPDATE SET head_turn = excluded.head_turn, head_task = excluded.head_task WHERE account.head_task IS NULL)
     INSERT INTO laelaps.tally (type, live) SELECT 'bench', count(*) FROM created";
 
 pub(super) async fn waiting(url: &str, first: i64, last: i64, users: i64) {

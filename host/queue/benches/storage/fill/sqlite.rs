@@ -14,10 +14,10 @@ const WAITING: [&str; 5] = [
         SELECT 'task-' || n, 'bench', CASE WHEN ?4 = 0 THEN '' ELSE 'user-' || (n % ?4) END, now, now
         FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) CROSS JOIN number",
     "INSERT INTO task_data (task, bytes, data) SELECT id, length(?5), ?5 FROM task WHERE id > ?1",
-    "INSERT INTO ready (user, run_at, task, max_running) SELECT user, run_at, id, max_running FROM task WHERE id > ?1 ORDER BY user, run_at, id",
-    "INSERT INTO account (user, ready, head_at, head_task, picked)
-        SELECT user, count(*), min(run_at), min(id), (SELECT pick FROM counter) FROM task WHERE id > ?1 GROUP BY user
-        ON CONFLICT (user) DO UPDATE SET ready = ready + excluded.ready, head_at = coalesce(head_at, excluded.head_at),
+    "INSERT INTO ready (user, turn, task, max_running) SELECT user, turn, id, max_running FROM task WHERE id > ?1 ORDER BY user, turn, id",
+    "INSERT INTO account (user, ready, head_turn, head_task, picked)
+        SELECT user, count(*), min(turn), min(id), (SELECT pick FROM counter) FROM task WHERE id > ?1 GROUP BY user
+        ON CONFLICT (user) DO UPDATE SET ready = ready + excluded.ready, head_turn = coalesce(head_turn, excluded.head_turn),
             head_task = coalesce(head_task, excluded.head_task)",
     "INSERT INTO tally (what, name, tasks) SELECT 'type', 'bench', count(*) FROM task WHERE id > ?1
         ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + excluded.tasks",

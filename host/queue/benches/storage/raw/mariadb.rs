@@ -24,7 +24,7 @@ const LEASES_OF_CLAIM: i64 = 1 << 20;
 struct Statements {
     begin: String,
     look: SqlStr,
-    oldest: SqlStr,
+    first: SqlStr,
     sum: SqlStr,
     out: SqlStr,
     enter: SqlStr,
@@ -43,7 +43,7 @@ impl Statements {
         Self {
             begin: of(SESSION, "BEGIN"),
             look: sql(CLAIM, "LOOK"),
-            oldest: sql(CHOOSE, "OLDEST"),
+            first: sql(CHOOSE, "FIRST"),
             sum: sql(CHOOSE, "SUM"),
             out: sql(CLAIM, "READY"),
             enter: sql(CLAIM, "ENTER"),
@@ -98,9 +98,9 @@ async fn claim(
     let look = sqlx::query(statements.look.clone()).bind(host).bind(i64::MIN).bind(0).bind(mark.0).bind(i64::MIN);
     look.fetch_one(&mut *connection).await.unwrap();
     let now = begin(connection, statements).await;
-    let oldest = sqlx::query(statements.oldest.clone()).bind(mark.0).bind(mark.1).bind(mark.0).bind(limit);
-    let oldest = oldest.fetch_all(&mut *connection).await.unwrap();
-    let places: Vec<(i64, i64)> = oldest.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let first = sqlx::query(statements.first.clone()).bind(mark.0).bind(mark.1).bind(mark.0).bind(limit);
+    let first = first.fetch_all(&mut *connection).await.unwrap();
+    let places: Vec<(i64, i64)> = first.iter().map(|row| (row.get(0), row.get(1))).collect();
     let Some(last) = places.last() else {
         run(connection, "ROLLBACK").await;
         return Vec::new();

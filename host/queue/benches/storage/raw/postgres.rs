@@ -12,7 +12,7 @@ const SETTLE: &str = include_str!("../../../src/postgres/settle.rs");
 const SOURCES: [&str; 2] = [CLAIM, SETTLE];
 static CLAIMS: AtomicI64 = AtomicI64::new(1);
 /// Of a claimed row: number, lease, key, type, when it became ready, data.
-const COLUMNS: [usize; 6] = [8, 9, 10, 11, 20, 26];
+const COLUMNS: [usize; 6] = [8, 9, 10, 11, 26, 27];
 
 pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
     let mut connection = connect(&url).await;
@@ -41,14 +41,14 @@ pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
             .await
             .unwrap();
         let mut claimed: Vec<(i64, i64, i64)> = Vec::with_capacity(rows.len());
-        let [task, lease, key, task_type, run_at, data] = COLUMNS;
+        let [task, lease, key, task_type, turn, data] = COLUMNS;
         for row in rows.iter().filter(|row| row.get::<Option<i64>, _>(task).is_some()) {
             let read: (String, String, Vec<u8>) = (row.get(key), row.get(task_type), row.get(data));
             std::hint::black_box(read);
-            claimed.push((row.get(task), row.get(lease), row.get(run_at)));
+            claimed.push((row.get(task), row.get(lease), row.get(turn)));
         }
         claimed.sort_unstable();
-        let Some(last) = claimed.iter().map(|(task, _, run_at)| (*run_at, *task)).max() else { return finished };
+        let Some(last) = claimed.iter().map(|(task, _, turn)| (*turn, *task)).max() else { return finished };
         mark = last;
         let (tasks, leases): (Vec<i64>, Vec<i64>) = claimed.iter().map(|(task, lease, _)| (*task, *lease)).unzip();
         let held: Vec<i64> = sqlx::query_scalar(finish.clone())

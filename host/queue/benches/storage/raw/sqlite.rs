@@ -18,6 +18,7 @@ const SOURCES: [&str; 6] = [CLAIM, CHOOSE, SETTLE, ACCOUNTS, PIECES, WRITER];
 
 struct Statements {
     begin: SqlStr,
+    begin_later: SqlStr,
     look: SqlStr,
     open_accounts: SqlStr,
     candidates: SqlStr,
@@ -40,6 +41,7 @@ impl Statements {
         let changes = ["ENTER_ACCOUNTS", "CHANGE_ACCOUNTS", "LEAVE_ACCOUNTS", "ENTER_TALLY", "CHANGE_TALLY", "LEAVE_TALLY"];
         Self {
             begin: one(WRITER, "BEGIN"),
+            begin_later: one(WRITER, "BEGIN_LATER"),
             look: one(CLAIM, "LOOK"),
             open_accounts: one(CHOOSE, "OPEN_ACCOUNTS"),
             candidates: one(CHOOSE, "CANDIDATES_OF_ONE"),
@@ -67,8 +69,8 @@ pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
     }
 }
 
-async fn begin(connection: &mut SqliteConnection, statements: &Statements) -> i64 {
-    let rows = sqlx::query(statements.begin.clone()).fetch_all(connection).await.unwrap();
+async fn begin(connection: &mut SqliteConnection, begin: &SqlStr) -> i64 {
+    let rows = sqlx::query(begin.clone()).fetch_all(connection).await.unwrap();
     // The state of the log, the time, and the version of the data.
     rows[1].get(0)
 }
@@ -79,7 +81,7 @@ async fn end(connection: &mut SqliteConnection) {
 
 /// Tasks and their leases.
 async fn claim(connection: &mut SqliteConnection, statements: &Statements, host: i64, limit: i64) -> Vec<(i64, i64)> {
-    let now = begin(connection, statements).await;
+    let now = begin(connection, &statements.begin_later).await;
     let look: (bool, Option<i64>, i64, i64, i64) =
         sqlx::query_as(statements.look.clone()).bind(host).fetch_one(&mut *connection).await.unwrap();
     let (_, _, _, lease, pick) = look;
@@ -111,7 +113,7 @@ async fn claim(connection: &mut SqliteConnection, statements: &Statements, host:
 }
 
 async fn settle(connection: &mut SqliteConnection, statements: &Statements, leases: Vec<(i64, i64)>) -> usize {
-    let now = begin(connection, statements).await;
+    let now = begin(connection, &statements.begin).await;
     let by_task: Vec<String> = leases.iter().map(|(task, lease)| format!("\"{task}\":{lease}")).collect();
     let asked = format!("{{{}}}", by_task.join(","));
     let held = sqlx::query_scalar(statements.held.clone()).bind(asked.clone()).bind(now).bind(false);

@@ -181,7 +181,7 @@ impl Place {
                 let mut producer = MySqlConnection::connect(&self.url).await.expect("the server lets us in");
                 producer.execute("START TRANSACTION").await.expect("a transaction begins");
                 for key in keys {
-                    let submit = sqlx::query("CALL laelaps_submit(?, 'chaos', '{}', NULL, NULL, NULL, NULL)").bind(key);
+                    let submit = sqlx::query("CALL laelaps_submit(?, 'chaos', '{}', NULL)").bind(key);
                     submit.execute(&mut producer).await.expect("a producer may submit");
                 }
                 tokio::time::sleep(time).await;

@@ -10,19 +10,19 @@ const ORPHANS: [(Database, &str); 3] = [
     (
         Database::Sqlite,
         "CREATE TRIGGER planted AFTER UPDATE ON task WHEN OLD.state = 'waiting' AND NEW.state = 'cancelled' BEGIN
-            INSERT INTO ready (user, run_at, task, max_running) VALUES (OLD.user, OLD.run_at, OLD.id, OLD.max_running); END",
+            INSERT INTO ready (user, turn, task, max_running) VALUES (OLD.user, OLD.turn, OLD.id, OLD.max_running); END",
     ),
     (
         Database::Postgres,
         "CREATE FUNCTION plant() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            INSERT INTO laelaps.ready (run_at, task, bytes, max_running, user_name)
-                VALUES (OLD.run_at, OLD.id, OLD.bytes, OLD.max_running, OLD.user_name); RETURN NULL; END $$;
+            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
+                VALUES (OLD.turn, OLD.id, OLD.bytes, OLD.max_running, OLD.user_name); RETURN NULL; END $$;
         CREATE TRIGGER planted AFTER UPDATE ON task FOR EACH ROW WHEN (OLD.state = 'waiting' AND NEW.state = 'cancelled') EXECUTE FUNCTION plant()",
     ),
     (
         Database::MariaDb,
-        "CREATE TRIGGER planted AFTER UPDATE ON laelaps_task FOR EACH ROW INSERT INTO laelaps_ready_of_user (user, run_at, task, max_running)
-            SELECT OLD.user, OLD.run_at, OLD.id, OLD.max_running FROM DUAL WHERE OLD.state = 'waiting' AND NEW.state = 'cancelled'",
+        "CREATE TRIGGER planted AFTER UPDATE ON laelaps_task FOR EACH ROW INSERT INTO laelaps_ready_of_user (user, turn, task, max_running)
+            SELECT OLD.user, OLD.turn, OLD.id, OLD.max_running FROM DUAL WHERE OLD.state = 'waiting' AND NEW.state = 'cancelled'",
     ),
 ];
 
@@ -90,7 +90,7 @@ async fn an_account_that_counts_too_high_is_found() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancellation_against_a_task_becoming_due_is_found_on_mariadb_without_its_mends() {
     const MENDS: [(&str, &str); 2] = [
-        ("SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone FROM", "FOR UPDATE SKIP LOCKED"),
+        ("SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority FROM", "FOR UPDATE SKIP LOCKED"),
         ("SET t.state = 'running', t.lease = ? + s.place", "t.state = 'waiting' AND"),
     ];
     let mut explorer = Explorer::begin(Fixture::new(Database::MariaDb).await, Database::MariaDb).await;
