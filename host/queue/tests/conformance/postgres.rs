@@ -260,6 +260,20 @@ async fn a_producer_wakes_hosts_that_wait_and_spares_itself_the_notice_while_non
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_that_cannot_see_who_waits_now_sends_a_notice() {
+    let fixture = fixture().await;
+    let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
+    heard.listen("laelaps").await.unwrap();
+    let (mut producer, mut sender) = (raw(&fixture.config).await, raw(&fixture.config).await);
+    for isolation in ["REPEATABLE READ", "SERIALIZABLE"] {
+        // By its snapshot nobody waits, whoever begins to.
+        let submit = format!("BEGIN ISOLATION LEVEL {isolation}; SELECT 1; SELECT laelaps.submit('{isolation}', 'type'); COMMIT");
+        sqlx::raw_sql(AssertSqlSafe(submit)).execute(&mut producer).await.unwrap();
+        assert_eq!(notices_so_far(&mut heard, &mut sender).await, 1, "{isolation}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_producer_commits_that_saw_nobody_wait_is_found_by_who_waits_then() {
     let fixture = fixture().await;
     let mut producer = raw(&fixture.config).await;
