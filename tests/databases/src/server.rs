@@ -81,19 +81,25 @@ pub(crate) fn folder() -> TempDir {
 }
 
 /// A program that prepares a folder; runs as [`user`].
-pub(crate) fn prepare(mut command: Command) {
+pub(crate) fn prepare(command: Command) {
+    if let Err(problem) = try_to_prepare(command) {
+        panic!("{problem}");
+    }
+}
+
+/// As [`prepare`], and answers what the program said if it failed.
+pub(crate) fn try_to_prepare(mut command: Command) -> Result<(), String> {
     use std::os::unix::process::CommandExt;
     if let Some(user) = user() {
         command.uid(user).gid(user);
     }
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().unwrap_or_else(|error| panic!("{program}: {error}; tests/run --prepare installs it"));
-    assert!(
-        output.status.success(),
-        "{program}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    if output.status.success() {
+        return Ok(());
+    }
+    let (said, complained) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Err(format!("{program}: {said}{complained}"))
 }
 
 /// The port of a server that `tests/run` started for all test processes together, if it did.

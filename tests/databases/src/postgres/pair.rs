@@ -137,12 +137,21 @@ impl Server {
     }
 }
 
+/// Times that a copy is begun. One that begins while its server has just been promoted may be broken off.
+const COPIES_MAX: usize = 10;
+
 /// Copies a running server into a folder.
 fn copy(primary: &Server, folder: &std::path::Path) {
-    let mut backup = Command::new(program("pg_basebackup"));
-    backup.arg("-D").arg(folder.join("data")).args(["-h", "127.0.0.1", "-U", "postgres", "-c", "fast", "--no-sync", "-p"]);
-    backup.arg(primary.port.to_string()).current_dir(folder);
-    server::prepare(backup);
+    for copies in 1.. {
+        let mut backup = Command::new(program("pg_basebackup"));
+        backup.arg("-D").arg(folder.join("data")).args(["-h", "127.0.0.1", "-U", "postgres", "-c", "fast", "--no-sync", "-p"]);
+        backup.arg(primary.port.to_string()).current_dir(folder);
+        // A copy that is broken off leaves nothing behind.
+        match server::try_to_prepare(backup) {
+            Ok(()) => return,
+            Err(problem) => assert!(copies < COPIES_MAX, "{problem}"),
+        }
+    }
 }
 
 /// What is started on this folder is a standby.

@@ -5,6 +5,9 @@
 //!
 //! Where answers may be undone, as by a promotion that loses commits ([`Asked::Lose`]), an operation before and one after that prove nothing
 //! together. Leases are unique all the same, and no write under one that has ended is accepted; users' limits and ends are not looked at.
+//!
+//! Where a server that breaks down may forget claims and renewals ([`Asked::Forget`]), a task that was claimed shortly before may be handed out again,
+//! and numbers of leases may go back. What was settled stays so.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -17,6 +20,10 @@ use super::history::{Answer, Asked, End, Held, Left, Moment, Operation, Taken};
 const FINDINGS_MAX: usize = 50;
 /// So long before a claim whoever finds that its lease has ended may have looked at the clock.
 const LOOKED_BEFORE: Moment = 5_000_000;
+
+/// Before a server breaks down, claims and renewals that are this old have reached the disk, however busy the machine is (PostgreSQL writes them
+/// within three times its wal_writer_delay, which is 600 ms).
+const FLUSHED_WITHIN: Moment = 30_000_000;
 
 /// What is known of one claim of a task.
 struct Claim<'h> {
@@ -79,6 +86,8 @@ struct Stories<'h> {
     clock: Clock,
     /// When answers may have been undone: from when to when.
     losses: Vec<(Moment, Moment)>,
+    /// When claims and renewals that were answered shortly before may have been forgotten.
+    forgets: Vec<(Moment, Moment)>,
     /// Keys of which two submits were told so.
     new_twice: Vec<&'h str>,
     /// Keys that are there for sure.
@@ -163,6 +172,7 @@ impl<'h> Stories<'h> {
                 self.by_hand.entry(key).or_default().push(ByHand { asked, begun, ended });
             }
             (Asked::Clock(ahead_ms), _) => self.clock.step(begun, ended, *ahead_ms),
+            (Asked::Forget, _) => self.forgets.push((begun, ended.unwrap_or(Moment::MAX))),
             (Asked::Lose, _) => self.losses.push((begun, ended.unwrap_or(Moment::MAX))),
             (Asked::Die(host), _) => self.deaths.extend(host.map(|host| (host, begun))),
         }
@@ -188,6 +198,14 @@ impl<'h> Stories<'h> {
         self.losses.iter().any(|(begun, ended)| *begun <= to && from <= *ended)
     }
 
+    /// Whether a claim that was renewed until then may have been forgotten before this moment.
+    fn may_be_forgotten(&self, claim: &Claim<'h>, before: Moment) -> bool {
+        let last = claim.surely_until.unwrap_or_default().max(claim.ended);
+        self.forgets
+            .iter()
+            .any(|(begun, ended)| claim.begun <= *ended && *begun <= before && begun.saturating_sub(FLUSHED_WITHIN) <= last)
+    }
+
     fn sort(&mut self) {
         for Renewal { held, begun, ended, alive_ms } in std::mem::take(&mut self.renewals) {
             let until = self.clock.earliest(begun, ended).saturating_add(alive_ms);
@@ -197,7 +215,10 @@ impl<'h> Stories<'h> {
             }
         }
         for (task, claims) in &mut self.claims {
-            claims.sort_by_key(|claim| claim.taken.held.lease);
+            // Numbers may begin again with a server that forgets.
+            let forgets = &self.forgets;
+            let before = |claim: &Claim<'_>| forgets.iter().filter(|(begun, _)| *begun <= claim.ended).count();
+            claims.sort_by_key(|claim| (before(claim), claim.taken.held.lease));
             let accepted = self.writes.get(task).into_iter().flatten().filter(|write| write.accepted == Some(true));
             for write in accepted {
                 for claim in claims.iter_mut().filter(|claim| claim.taken.held == write.held) {
@@ -223,7 +244,7 @@ impl<'h> Stories<'h> {
             let held = claim.taken.held;
             if let Some(other) = given.insert(held.lease, claim) {
                 found.push(format!("lease {} was given out twice: {:?} and {:?}", held.lease, other.taken, claim.taken));
-            } else if greatest >= Some(held.lease) && self.losses.is_empty() {
+            } else if greatest >= Some(held.lease) && self.losses.is_empty() && self.forgets.is_empty() {
                 found.push(format!("lease {} was given out after lease {greatest:?}: {:?}", held.lease, claim.taken));
             }
         }
@@ -271,8 +292,8 @@ impl<'h> Stories<'h> {
     fn later_claim<'c>(&self, claims: &'c [Claim<'h>], write: &Write) -> Option<&'c Claim<'h>> {
         let own = claims.iter().find(|claim| claim.taken.held == write.held);
         claims.iter().find(|claim| {
-            // Numbers of leases may go back where answers are undone.
-            let comes_after = if self.losses.is_empty() {
+            // Numbers of leases may go back where answers are undone, or the numbers that were given out last are forgotten.
+            let comes_after = if self.losses.is_empty() && self.forgets.is_empty() {
                 claim.taken.held.lease > write.held.lease
             } else {
                 own.is_some_and(|own| own.ended < claim.begun)
@@ -329,7 +350,8 @@ impl<'h> Stories<'h> {
                 let by_hand = self.by_hand.get(key).map_or(&[][..], Vec::as_slice);
                 let ends = || writes.iter().filter(|write| write.held == claim.taken.held && write.may_have_been());
                 let revived = by_hand.iter().any(|done| matches!(done.asked, Asked::Retry(_)) && done.begun < next.ended);
-                if ends().any(|write| write.end == Some(End::Finish) && write.accepted == Some(true)) {
+                let comes_after = |write: &Write| self.forgets.is_empty() || write.over() < next.begun;
+                if ends().any(|write| write.end == Some(End::Finish) && write.accepted == Some(true) && comes_after(write)) {
                     found.push(format!(
                         "task {key:?} was finished under {:?} and then handed out as {:?}",
                         claim.taken, next.taken
@@ -339,7 +361,7 @@ impl<'h> Stories<'h> {
                 let waits = ends().any(|write| write.end == Some(End::Again)) || revived;
                 let over = self.clock.latest(claim.begun.saturating_sub(LOOKED_BEFORE), next.ended) >= claim.until;
                 let dead = self.deaths.get(&claim.host).is_some_and(|death| *death < next.ended);
-                if !(waits || over || dead) {
+                if !(waits || over || dead || self.may_be_forgotten(claim, next.ended)) {
                     found.push(format!("task {key:?} was handed out as {:?} while it ran as {:?}", next.taken, claim.taken));
                 }
             }

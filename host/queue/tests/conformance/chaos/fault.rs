@@ -213,7 +213,11 @@ impl Faults {
                 tokio::time::sleep(time / 4).await;
                 self.gates[number].swallow(None);
             }
-            Fault::Restart => place.restart().await,
+            Fault::Restart => {
+                let forgetting = self.forgets(place).then(|| self.recorder.ask(Asked::Forget));
+                place.restart().await;
+                forgetting.into_iter().for_each(|forgetting| forgetting.answered(Answer::Done));
+            }
             Fault::Hold => {
                 let keys: Vec<String> = (0..20).map(|_| format!("k{}+", self.random.u32(..1_000))).collect();
                 place.hold(&keys, time).await;
@@ -247,9 +251,16 @@ impl Faults {
 
     /// Let the replica take the primary's place, and make a new one.
     async fn promote(&self, place: &mut Place, going: Going, time: Duration) {
+        let forgetting = self.forgets(place).then(|| self.recorder.ask(Asked::Forget));
         place.promote(going, &self.gates).await;
         tokio::time::sleep(time).await;
+        forgetting.into_iter().for_each(|forgetting| forgetting.answered(Answer::Done));
         place.rejoin().await;
+    }
+
+    /// Whether claims and renewals are answered before they are on the disk, and on a replica's.
+    fn forgets(&self, place: &Place) -> bool {
+        matches!(place.database, Database::Postgres)
     }
 
     /// Let the replica take the primary's place without what came last. Which side is right then nobody can say, so there is no new one.

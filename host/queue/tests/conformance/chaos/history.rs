@@ -57,6 +57,8 @@ pub(super) enum Asked {
     Clock(i64),
     /// Nothing: what was answered may be undone.
     Lose,
+    /// Nothing: a server breaks down, or another takes its place, that may have heard nothing of claims and renewals which were answered last.
+    Forget,
     /// Nothing: from now on this host may be taken for dead. In a file: every host of its process.
     Die(Option<i64>),
 }

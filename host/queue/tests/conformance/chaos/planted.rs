@@ -229,6 +229,49 @@ fn a_renewal_lasts_by_the_clock_of_its_moment() {
     book.shows("was handed out as");
 }
 
+/// A server that breaks down forgets claims that it did not have to write down yet.
+#[test]
+fn a_task_is_handed_out_again_where_its_claim_may_be_forgotten() {
+    let run_again = |waits: Moment, forgets: bool, again: i64| {
+        let mut book = Book::default();
+        book.submit(1);
+        book.submit(2);
+        let lost = book.claim(1, 10);
+        let other = book.claim(2, 11);
+        book.at += waits;
+        if forgets {
+            book.ask(Asked::Forget, Answer::Done);
+        }
+        // Leases last longer than that took.
+        book.history
+            .iter_mut()
+            .filter_map(|operation| match &mut operation.answer {
+                Answer::Claimed(tasks) => Some(tasks),
+                _ => None,
+            })
+            .flatten()
+            .for_each(|taken| taken.until += 3_600_000);
+        let again = book.claim(1, again);
+        book.settle(lost, End::Finish, Some(false));
+        book.settle(again, End::Finish, Some(true));
+        book.settle(other, End::Finish, Some(true));
+        book
+    };
+    run_again(0, true, 20).holds();
+    run_again(20_000_000, true, 9).holds();
+    run_again(20_000_000, false, 20).shows("was handed out as");
+    run_again(40_000_000, true, 20).shows("was handed out as");
+    // What was settled is not forgotten.
+    let mut book = Book::default();
+    book.submit(1);
+    let held = book.claim(1, 10);
+    book.settle(held, End::Finish, Some(true));
+    book.ask(Asked::Forget, Answer::Done);
+    let again = book.claim(1, 20);
+    book.settle(again, End::Finish, Some(false));
+    book.shows("and then handed out as");
+}
+
 /// A promotion undoes what was answered last.
 #[test]
 fn what_was_lost_with_a_primary_is_no_fault_where_that_may_be() {
