@@ -44,7 +44,7 @@ async fn large_updates_of_several_tasks_cost_the_host_little() {
 async fn huge_texts_are_refused_in_the_call_or_end_the_attempt() {
     let mut yard = yard("huge-text|huge-output", json!({ "time_limit": 86_400 })).await;
     let tasks = |round: String| {
-        let mut tasks: Vec<_> = ["log", "note", "setting", "key", "kind", "user", "members"]
+        let mut tasks: Vec<_> = ["log", "note", "setting", "key", "kind", "user", "queue", "members"]
             .iter()
             .map(|to| attack(format!("huge-{to}-{round}"), "huge-text", json!({ "to": to })))
             .collect();

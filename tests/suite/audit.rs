@@ -55,7 +55,7 @@ async fn each_version_of_a_plugin_is_noted_with_its_digest_file_and_grants() {
         "host": site.path("marks"), "guest": "/marks", "writable": true, "size_limit": 1 << 30, "file_limit": 10_000,
     });
     assert_eq!(grants["folders"][0], folder);
-    let follow_ups = json!({ "types": "own", "users": "own", "keys": "own", "depth": 10, "waiting": 10_000 });
+    let follow_ups = json!({ "types": "own", "users": "own", "keys": "own", "queues": "own", "depth": 10, "waiting": 10_000 });
     assert_eq!(grants["follow_ups"], follow_ups);
     assert_eq!(grants["environment"], json!(["SECRET"]), "names, no values");
 

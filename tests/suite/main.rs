@@ -27,6 +27,7 @@ mod neighbours;
 mod offenders;
 mod perfectqueue;
 mod producers;
+mod queues;
 mod rehearsal;
 mod replace;
 mod sdk;

@@ -141,10 +141,35 @@ development:
           users: everybody
           keys: []
           depth: -1
-          queues: [default]
+          queues: [two words]
           wating: 5
 ";
     assert_told!(site_with(text).await, ["-c", "laelaps.yml", "check"]);
+}
+
+#[tokio::test]
+async fn queues_that_cannot_be_served() {
+    let text = "\
+development:
+  type: rdb
+  url: sqlite:queue.db
+  processors: 4
+  queues:
+    two words: {}
+    none: {processors: 0}
+    many: {processors: 5}
+    near: {procesors: 1}
+    short: 3
+    7: {}
+";
+    let mut told = tell(&site_with(text).await, &["-c", "laelaps.yml", "check"], "").await;
+    for queues in ["{}", "", "[mail, default]", "{mail: {}, mail: {}}"] {
+        let text = format!("development:\n  type: rdb\n  url: sqlite:queue.db\n  queues: {queues}\n");
+        told.push_str(&tell(&site_with(&text).await, &["-c", "laelaps.yml", "run"], "").await);
+    }
+    let text = "development:\n  type: rdb_compat\n  url: mysql://joe:hunter2@db/queue\n  table: tasks\n  queues: {default: {}}\n";
+    told.push_str(&tell(&site_with(text).await, &["-c", "laelaps.yml", "run"], "").await);
+    insta::assert_snapshot!(told);
 }
 
 #[tokio::test]
@@ -363,6 +388,9 @@ async fn what_a_producer_says_besides() {
         &["-u", "ann", "--max-running", "-1"],
         &["--max-attempts", "1e3"],
         &["-t", "2030-02-30"],
+        &["--queue", "two words"],
+        &["--queue", ""],
+        &["--queue", "mail", "--queue", "video"],
     ] {
         told.push_str(&tell(&site, &with(more), "").await);
     }
@@ -379,6 +407,10 @@ async fn what_a_producer_says_besides() {
         r#""run_at":"2030-01-01T12:00:00""#,
         r#""gzip":1"#,
         r#""user":["ann"]"#,
+        r#""queue":"two words""#,
+        r#""queue":"""#,
+        r#""queue":7"#,
+        r#""queue":"mail","queue":"video""#,
     ];
     let file: String = lines.iter().map(|more| format!("{{\"key\":\"k\",\"type\":\"echo\",\"data\":{{}},{more}}}\n")).collect();
     told.push_str(&tell(&site, &["-c", "laelaps.yml", "submit", "--file", "-"], &file).await);

@@ -57,6 +57,7 @@ impl Bench {
             key: "a-key".into(),
             task_type: self.kind.clone(),
             data: self.data.clone(),
+            queue: "default".to_owned(),
             user: None,
             max_running: None,
             descent: Descent { root: TaskId(1), depth: 0 },

@@ -17,7 +17,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 
 use crate::config::{Config, Matcher, Route};
-use crate::plugin::{Digest, FolderGrant, FollowUps, Grants, Keys, Refused, Types, Users, Version};
+use crate::plugin::{Digest, FolderGrant, FollowUps, Grants, Keys, Queues, Refused, Types, Users, Version};
 use crate::signals::{Manner, Verb};
 
 /// Readable by its owner alone.
@@ -241,7 +241,7 @@ fn route(route: &Route) -> Value {
 fn grants(grants: &Grants) -> Value {
     let folders: Vec<Value> = grants.folders.iter().map(folder).collect();
     let environment: Vec<&str> = grants.environment.iter().map(|(name, _)| name.as_str()).collect();
-    let FollowUps { types, users, keys, depth, waiting } = &grants.follow_ups;
+    let FollowUps { types, users, keys, queues, depth, waiting } = &grants.follow_ups;
     let types = match types {
         Types::Own => json!("own"),
         Types::Listed(types) => json!(types),
@@ -256,7 +256,13 @@ fn grants(grants: &Grants) -> Value {
         Keys::Prefix(prefix) => json!({ "prefix": prefix }),
         Keys::Any => json!("any"),
     };
-    let follow_ups = json!({ "types": types, "users": users, "keys": keys, "depth": depth, "waiting": waiting });
+    let queues = match queues {
+        Queues::Own => json!("own"),
+        Queues::Listed(queues) => json!(queues),
+        Queues::Any => json!("any"),
+    };
+    let follow_ups =
+        json!({ "types": types, "users": users, "keys": keys, "queues": queues, "depth": depth, "waiting": waiting });
     json!({ "folders": folders, "environment": environment, "follow_ups": follow_ups })
 }
 

@@ -164,6 +164,11 @@ impl Place {
     }
 }
 
+/// The name of a queue, for a command's argument.
+fn queue(text: &str) -> Result<String, String> {
+    laelaps_queue::check_queue(text).map(|()| text.to_owned())
+}
+
 /// The key of one task.
 #[derive(Debug, clap::Args)]
 struct Key {

@@ -14,6 +14,7 @@ mod grants;
 mod keys;
 mod machine;
 mod quantity;
+mod queues;
 mod route;
 mod routes;
 mod section;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::{Error, Problem};
+pub use queues::{Queues, ServedQueue};
 pub use routes::Routes;
 
 use crate::{fleet, intake, plugin};
@@ -65,6 +67,8 @@ pub struct Config {
     pub memory_total: Option<u64>,
     /// Tasks that run at once: 1 to 1,024.
     pub processors: u32,
+    /// Which queues it serves.
+    pub queues: Queues,
     /// Time between two looks for work while there is none.
     pub poll_interval: Duration,
     /// Time between two renewals of the leases.

@@ -7,6 +7,7 @@
 mod alone;
 mod attempt;
 mod buffer;
+mod queues;
 mod stop;
 mod turns;
 
@@ -21,6 +22,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use self::alone::Alone;
 use self::attempt::attempt;
 use self::buffer::{Buffer, is_limited};
+use self::queues::{Ask, Place, Queues};
 use self::turns::Turns;
 use crate::budget::{Budget, Pause};
 use crate::config::{Config, Routes};
@@ -95,6 +97,10 @@ pub(crate) struct Dispatcher {
     attempts: JoinSet<()>,
     running: HashMap<tokio::task::Id, Running>,
     claiming: Option<JoinHandle<(Instant, laelaps_queue::Result<Claimed>)>>,
+    /// Which queues the claims ask for.
+    queues: Queues,
+    /// What the claim under way asks for.
+    asked: Option<Ask>,
     /// The claim under way offers so many free processors to users with a limit.
     offered: u32,
     turns: Turns,
@@ -132,6 +138,8 @@ struct Held {
     data: Option<Share>,
     /// When its claim was sent: its lease lasts at least `alive_time` from then on.
     claimed_at: Instant,
+    /// Its place in its queue's share of the processors.
+    place: Place,
 }
 
 /// An attempt under way.
@@ -141,6 +149,8 @@ struct Running {
     control: Arc<Control>,
     /// The version it runs on; None while it has no plugin.
     version: Option<Arc<plugin::Version>>,
+    /// Its place in its queue's share of the processors, given back when it ends.
+    place: Place,
 }
 
 struct Ending {
@@ -159,6 +169,8 @@ impl Dispatcher {
         Self {
             accepts: accepts(&shared),
             plugins,
+            queues: Queues::new(&shared.config.queues),
+            asked: None,
             shared,
             buffer: Buffer::default(),
             attempts: JoinSet::new(),
@@ -202,15 +214,15 @@ impl Dispatcher {
                 return self.why_broken().map_or(Ok(()), Err);
             }
             let deadline = self.ending.as_ref().and_then(|ending| ending.deadline);
-            let poll_at = self.claim_not_before;
-            let may_claim = self.may_claim();
+            let claim_at = if self.may_claim() { self.claim_at() } else { None };
+            let may_claim = claim_at.is_some();
             tokio::select! {
                 Some(ended) = self.attempts.join_next_with_id() => self.attempt_ended(ended),
                 Some((sent, claimed)) = claim_result(&mut self.claiming) => self.claim_ended(sent, claimed),
                 Some(order) = orders.recv() => self.obey(order),
-                () = self.shared.backend.wakeup(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
-                () = self.shared.opened.notified(), if may_claim => self.claim_not_before = tokio::time::Instant::now(),
-                () = tokio::time::sleep_until(poll_at), if may_claim => {}
+                () = self.shared.backend.wakeup(), if may_claim => self.claim_now(),
+                () = self.shared.opened.notified(), if may_claim => self.claim_now(),
+                () = sleep_until_some(claim_at), if may_claim => {}
                 () = sleep_until_some(deadline) => self.end(Manner::Immediate),
                 _ = looks.tick(), if self.may_have_stuck() => self.look_for_stuck(),
                 () = changed(&mut self.membership) => {}
@@ -295,6 +307,19 @@ impl Dispatcher {
         if self.alone.is_wanted() { self.is_idle() } else { !self.alone.is_now() && self.free() > 0 }
     }
 
+    /// The moment of the next claim; None while the queues' shares leave nothing to ask for.
+    fn claim_at(&self) -> Option<tokio::time::Instant> {
+        let not_before = self.claim_not_before;
+        if self.alone.is_wanted() { Some(not_before) } else { self.queues.next_at(not_before) }
+    }
+
+    /// Something may wait by now.
+    fn claim_now(&mut self) {
+        let now = tokio::time::Instant::now();
+        self.claim_not_before = now;
+        self.queues.wake(now);
+    }
+
     /// Processors that run nothing.
     fn idle_processors(&self) -> u32 {
         self.shared.config.processors.saturating_sub(u32::try_from(self.running.len()).unwrap_or(u32::MAX))
@@ -316,11 +341,15 @@ impl Dispatcher {
             self.alone.idle();
         }
         self.look_at_memory();
-        if !self.may_claim() || tokio::time::Instant::now() < self.claim_not_before {
+        let now = tokio::time::Instant::now();
+        if !self.may_claim() || self.claim_at().is_none_or(|at| now < at) {
             return;
         }
         let alone = self.alone.is_wanted();
-        let limit = if alone { 1 } else { self.free() };
+        let free = self.free();
+        let asked = if alone { Some(self.queues.ask_alone()) } else { self.queues.ask(free, now) };
+        let Some(asked) = asked else { return };
+        let limit = asked.limit;
         if self.plugins.has_changed().unwrap_or(false) {
             self.plugins.mark_unchanged();
             self.accepts = accepts(&self.shared);
@@ -335,7 +364,9 @@ impl Dispatcher {
             ignore_users,
             accepts: Some(self.accepts.clone()),
             limited: (!ignore_users).then_some(self.offered),
+            queues: asked.queues.clone(),
         };
+        self.asked = Some(asked);
         if let Some(turning) = &self.turning {
             turning.claim_sent();
         }
@@ -349,6 +380,7 @@ impl Dispatcher {
             turning.claim_answered();
         }
         let offered = std::mem::take(&mut self.offered) > 0;
+        let asked = self.asked.take();
         let now = tokio::time::Instant::now();
         let poll_interval = jittered(self.shared.config.poll_interval);
         let claimed = match claimed {
@@ -371,7 +403,8 @@ impl Dispatcher {
         if std::mem::take(&mut self.claim_failures) > 0 {
             tracing::info!("tasks can be claimed again");
         }
-        let found = !claimed.tasks.is_empty();
+        let count = u32::try_from(claimed.tasks.len()).unwrap_or(u32::MAX);
+        let found = count > 0;
         if found {
             crate::fault::reach("claimed");
         }
@@ -383,14 +416,18 @@ impl Dispatcher {
             let control = Arc::new(Control::new());
             let key = self.shared.leases.hold(&task, sent, self.shared.config.alive_time, Arc::clone(&control));
             let data = Some(Share::new(Purpose::Data, task.data.len() as u64));
-            self.buffer.push(Box::new(Held { task, key, control, data, claimed_at: sent }));
+            let place = self.queues.take(&task.queue);
+            self.buffer.push(Box::new(Held { task, key, control, data, claimed_at: sent, place }));
         }
         // On PerfectQueue's table its claims count for themselves, as Ruby's do.
         if found && self.shared.config.queue.kind == Kind::Native {
             self.count_towards_clean_up();
         }
         let due = claimed.next_due_in.map_or(poll_interval, |due| due.min(poll_interval));
-        self.claim_not_before = now + if found || self.alone.is_wanted() { CLAIM_GROUPING } else { due };
+        if let Some(asked) = asked {
+            self.queues.answered(&asked, count, now, CLAIM_GROUPING, due);
+        }
+        self.claim_not_before = if found || self.alone.is_wanted() { now + CLAIM_GROUPING } else { now };
         if self.ending.is_some() {
             self.give_back_buffered();
         }
@@ -428,6 +465,7 @@ impl Dispatcher {
             key: Arc::clone(&held.key),
             control: Arc::clone(&held.control),
             version: version.clone(),
+            place: held.place,
         };
         let shared = Arc::clone(&self.shared);
         // Large, and moved several times on its way to a thread.
@@ -441,6 +479,7 @@ impl Dispatcher {
             Err(error) => (error.id(), Some(error)),
         };
         let Some(running) = self.running.remove(&id) else { return };
+        self.queues.give_back(running.place);
         if let Some(error) = defect {
             // A defect of ours, not of a guest. The lease runs out, and the task is tried again.
             tracing::error!(task = &*running.key, %error, "an attempt ended without an outcome; the task comes back when its lease ends");

@@ -51,7 +51,7 @@ pub use compile::{COMPILE_ARGUMENT, compile_child_main};
 pub use control::{Cancellation, Control};
 pub use engine::Engine;
 pub use error::Error;
-pub use follow_ups::{FollowUps, Keys, Types, Users};
+pub use follow_ups::{FollowUps, Keys, Queues, Types, Users};
 pub(crate) use grants::nested;
 pub use inspect::{Inspection, Item};
 pub use invoke::{Completion, Invocation, Services};

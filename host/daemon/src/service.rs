@@ -181,6 +181,7 @@ fn ready(config: &Config, parts: &Parts) {
     tracing::info!(
         environment = config.environment,
         processors = config.processors,
+        queues = config.queues.in_short(),
         routes = config.routes.len(),
         plugins,
         memory_total = config.memory_total.map_or_else(|| "unlimited".to_owned(), |bytes| bytes.to_string()),

@@ -43,6 +43,7 @@ impl Trial {
             host: self.host,
             limit: count,
             limited: None,
+            queues: None,
             alive_time: LONG,
             alone: false,
             ignore_users: false,

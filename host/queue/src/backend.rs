@@ -32,6 +32,8 @@ pub struct Claim {
     /// Of these, the most tasks of users with a limit: as many as can begin at once. One that waits in the buffer of its host would keep
     /// back others of its user. None: `limit`.
     pub limited: Option<u32>,
+    /// Only tasks of these queues: 1 to [`Claim::QUEUES_MAX`] names, each once. None: of all.
+    pub queues: Option<Arc<[String]>>,
     /// How long the leases last unless renewed.
     pub alive_time: Duration,
     /// The caller runs nothing now and will run nothing else: a task that has to run alone may be handed out (then it is the only one).
@@ -41,6 +43,11 @@ pub struct Claim {
     /// Which types the claimer can run. Only PerfectQueue's own table looks at it, where workers in Ruby can run what is left; a native queue
     /// hands out every type, and a host answers one that it cannot run by letting it wait. None: all.
     pub accepts: Option<Accepts>,
+}
+
+impl Claim {
+    /// The most queues that one claim can name.
+    pub const QUEUES_MAX: usize = 1_000;
 }
 
 /// Which types a claimer can run.

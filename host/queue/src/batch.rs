@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::task::stored_queue;
 use crate::{Compression, Descent, Error, NewTask, Result, Submitted, data};
 
 /// Tasks that keep their bounds, ready to be stored.
@@ -18,6 +19,8 @@ pub(crate) struct Batch {
 pub(crate) struct Row {
     pub(crate) key: String,
     pub(crate) task_type: String,
+    /// As it stands in the tables: empty for the default queue.
+    pub(crate) queue: String,
     /// Empty for none.
     pub(crate) user: String,
     pub(crate) max_running: Option<u32>,
@@ -81,6 +84,7 @@ impl Row {
         Self {
             key: task.key.clone(),
             task_type: task.task_type.clone(),
+            queue: stored_queue(task.queue.as_deref()).to_owned(),
             user: task.user.clone().unwrap_or_default(),
             max_running: task.max_running,
             max_attempts: task.max_attempts,

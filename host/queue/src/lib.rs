@@ -52,5 +52,5 @@ pub use settlement::{Attempt, Event, FailureKind, Policy, Settlement, Verdict, d
 pub use signs::Sign;
 pub use task::{
     AttemptRecord, ClaimedTask, Compression, Descent, Filter, HostId, Lease, LeaseRef, NewTask, Page, Progress, State, Stats,
-    Submitted, Task, TaskId, Timestamp,
+    Submitted, Task, TaskId, Timestamp, check_queue,
 };

@@ -10,6 +10,7 @@
 mod accounts;
 mod audit;
 mod before;
+mod between;
 mod choose;
 mod claim;
 mod claims;
@@ -18,6 +19,7 @@ mod deaths;
 mod due;
 mod excuse;
 pub(crate) mod failure;
+mod fronts;
 mod hosts;
 mod keep;
 mod list;
@@ -54,13 +56,14 @@ use self::claims::Claims;
 use self::connect::Access;
 use self::mark::{Mark, Marks};
 use self::operate::Name;
-use self::session::{Runner, Session, Waiting, Work, now};
+use self::session::{Entered, Runner, Session, Waiting, Work, now};
 use crate::batch::Batch;
 use crate::schema::Steps;
+use crate::task::stored_queue;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
-    Schema, SchemaStatus, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker,
+    Schema, SchemaStatus, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker, fair,
 };
 
 /// Submits at once that somebody may be in the way of: fewer than there are connections.
@@ -226,8 +229,13 @@ impl Producer for MySql {
     async fn submit_in(&self, transaction: Transaction<'_>, tasks: &[NewTask]) -> Result<Vec<Submitted>> {
         let Transaction::MySql(connection) = transaction else { return Err(transaction.foreign("MySQL")) };
         let answers = submit::submit_in(connection, tasks, &self.runner.place).await?;
-        // They will be found behind the marks, whenever the caller commits.
-        locked(&self.marks).hint();
+        // They will be found behind the marks, whenever the caller commits. When they may run is only known to be no earlier than this.
+        let entered = |task: &NewTask| Entered {
+            queue: stored_queue(task.queue.as_deref()).to_owned(),
+            of_user: task.user.as_ref().is_some_and(|user| !user.is_empty()),
+            turn: fair::turn(i64::from(task.priority), 0),
+        };
+        locked(&self.marks).hint(&tasks.iter().map(entered).collect::<Vec<_>>());
         Ok(answers)
     }
 

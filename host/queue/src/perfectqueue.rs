@@ -288,6 +288,10 @@ impl Producer for PerfectQueue {
 #[async_trait]
 impl Worker for PerfectQueue {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
+        // The table is the default queue.
+        if claim.queues.as_ref().is_some_and(|queues| !queues.iter().any(|queue| queue == NewTask::DEFAULT_QUEUE)) {
+            return Ok(Claimed::default());
+        }
         self.shared.claim(claim).await
     }
 

@@ -8,12 +8,14 @@
 //! counted is appended as differences. Only users have rows of their own that claims lock, one each, so that their limits hold.
 
 mod accounts;
+mod around;
 mod audit;
 mod between;
 mod claim;
 mod connections;
 mod excuse;
 mod failure;
+mod heads;
 mod held;
 mod hosts;
 mod keep;
@@ -28,6 +30,7 @@ mod rehearse;
 mod schema;
 mod session;
 mod settle;
+mod several;
 mod signs;
 mod submit;
 mod suspects;
@@ -127,7 +130,9 @@ impl Producer for Postgres {
                 if answers.contains(&Submitted::Created) {
                     session.afterwards(Shared::wake);
                 }
-                if batch.rows.iter().map(|row| row.user.as_str()).collect::<HashSet<&str>>().len() > accounts::CHANGES_MIN {
+                if batch.rows.iter().map(|row| (row.queue.as_str(), row.user.as_str())).collect::<HashSet<(&str, &str)>>().len()
+                    > accounts::CHANGES_MIN
+                {
                     session.afterwards(Shared::enter_changes);
                 }
                 Ok(answers)

@@ -89,11 +89,13 @@ pub struct PollOptions {
     pub ignore_users: bool,
     /// Which types to acquire; only PerfectQueue's own table looks at it. None: all.
     pub accepts: Option<Accepts>,
+    /// Only tasks of these queues: 1 to [`Claim::QUEUES_MAX`] names, each once. None: of all.
+    pub queues: Option<Arc<[String]>>,
 }
 
 impl Default for PollOptions {
     fn default() -> Self {
-        Self { alive_time: Duration::from_secs(300), limit: 1, ignore_users: false, accepts: None }
+        Self { alive_time: Duration::from_secs(300), limit: 1, ignore_users: false, accepts: None, queues: None }
     }
 }
 
@@ -200,6 +202,7 @@ impl Queue {
             ignore_users: options.ignore_users,
             accepts: options.accepts.clone(),
             limited: None,
+            queues: options.queues.clone(),
         };
         let host = self.host(&mut state).await?;
         let claimed = match self.backend.claim(&claim(host)).await {

@@ -156,16 +156,16 @@ impl Sqlite {
             }
             *repaired = Some(Instant::now());
         }
-        let users = aside::misfits(&self.readers).await.map_err(self.reading("comparing accounts"))?;
-        if users.is_empty() {
+        let accounts = aside::misfits(&self.readers).await.map_err(self.reading("comparing accounts"))?;
+        if accounts.is_empty() {
             return Ok(());
         }
-        tracing::error!(accounts = users.len(), "accounts do not count what their users have; they are counted anew");
+        tracing::error!(accounts = accounts.len(), "accounts do not count what their users have; they are counted anew");
         self.writer
             .run("counting accounts anew", move |session| {
                 Box::pin(async move {
-                    for user in users {
-                        aside::recount(session, &user).await?;
+                    for account in accounts {
+                        aside::recount(session, &account).await?;
                     }
                     session.wake = true;
                     Ok(())

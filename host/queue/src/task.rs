@@ -136,9 +136,12 @@ pub struct NewTask {
     pub data: Vec<u8>,
     /// Not before this moment. None, or a moment that has passed: at once.
     pub run_at: Option<Timestamp>,
+    /// The queue in which it waits: 1 to [`NewTask::QUEUE_BYTES_MAX`] letters, digits and characters out of `_-.:/`, all of them ASCII. None:
+    /// [`NewTask::DEFAULT_QUEUE`]. A queue is there as soon as a task names it.
+    pub queue: Option<String>,
     /// The user on whose account it runs. At most 255 bytes; an empty text is none.
     pub user: Option<String>,
-    /// The most tasks of this user at once, as this task sees it; 0 lets it start only while none runs. None: no limit.
+    /// The most tasks of this user at once in its queue, as this task sees it; 0 lets it start only while none runs. None: no limit.
     pub max_running: Option<u32>,
     /// The most counted attempts before it ends as failed; at least 1. None: no limit.
     pub max_attempts: Option<u32>,
@@ -165,6 +168,10 @@ impl NewTask {
     pub const DATA_BYTES_MAX: usize = 16 << 20;
     /// The most bytes of a key, a type or a user.
     pub const NAME_BYTES_MAX: usize = 255;
+    /// The most bytes of a queue's name.
+    pub const QUEUE_BYTES_MAX: usize = 64;
+    /// The queue of tasks that name none.
+    pub const DEFAULT_QUEUE: &str = "default";
     /// The most tasks of one submit.
     pub const BATCH_MAX: usize = 10_000;
     /// What [`NewTask::priority`] may be.
@@ -181,6 +188,7 @@ impl NewTask {
             task_type: task_type.into(),
             data: data.into(),
             run_at: None,
+            queue: None,
             user: None,
             max_running: None,
             max_attempts: None,
@@ -209,6 +217,9 @@ impl NewTask {
         };
         check_name("key", &self.key).map_err(invalid)?;
         check_name("type", &self.task_type).map_err(invalid)?;
+        if let Some(queue) = &self.queue {
+            check_queue(queue).map_err(invalid)?;
+        }
         if let Some(user) = self.user.as_deref().filter(|user| !user.is_empty()) {
             check_name("user", user).map_err(invalid)?;
         }
@@ -246,6 +257,36 @@ fn check_name(what: &str, name: &str) -> std::result::Result<(), String> {
     }
 }
 
+/// Check the name of a queue.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn check_queue(name: &str) -> std::result::Result<(), String> {
+    if name.is_empty() {
+        return Err("the queue's name is empty".to_owned());
+    }
+    if name.len() > NewTask::QUEUE_BYTES_MAX {
+        let bytes = name.len();
+        return Err(format!("the queue's name has {bytes} bytes; at most {} are allowed", NewTask::QUEUE_BYTES_MAX));
+    }
+    match name.chars().find(|character| !(character.is_ascii_alphanumeric() || "_-.:/".contains(*character))) {
+        Some(character) => {
+            Err(format!("the queue's name contains {character:?}; letters and digits of ASCII and _ - . : / are allowed"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A queue's name as it stands in the tables, where '' is the default queue.
+pub(crate) fn stored_queue(name: Option<&str>) -> &str {
+    name.filter(|name| *name != NewTask::DEFAULT_QUEUE).unwrap_or_default()
+}
+
+/// The name of a queue that the tables name so.
+pub(crate) fn queue_name(stored: String) -> String {
+    if stored.is_empty() { NewTask::DEFAULT_QUEUE.to_owned() } else { stored }
+}
+
 /// What became of one submitted task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Submitted {
@@ -266,6 +307,8 @@ pub struct ClaimedTask {
     pub task_type: String,
     /// Its data, decompressed: a JSON object in UTF-8.
     pub data: Vec<u8>,
+    /// The queue in which it waited.
+    pub queue: String,
     /// Its user.
     pub user: Option<String>,
     /// The most tasks of its user at once, as it was submitted.
@@ -317,6 +360,8 @@ pub struct Task {
     pub task_type: String,
     /// Where it stands.
     pub state: State,
+    /// Its queue.
+    pub queue: String,
     /// Its user.
     pub user: Option<String>,
     /// The most tasks of its user at once.
@@ -391,6 +436,8 @@ impl AttemptRecord {
 pub struct Filter {
     /// Only these states; empty means all.
     pub states: Vec<State>,
+    /// Only this queue.
+    pub queue: Option<String>,
     /// Only this type.
     pub task_type: Option<String>,
     /// Only this user.
@@ -434,4 +481,6 @@ pub struct Stats {
     pub oldest_ready_ms: Option<u64>,
     /// Tasks waiting or running, by type, most first; at most 100.
     pub types: Vec<(String, u64)>,
+    /// Tasks waiting or running, by queue, most first; at most 100.
+    pub queues: Vec<(String, u64)>,
 }

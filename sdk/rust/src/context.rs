@@ -132,6 +132,11 @@ impl Context {
         moment(self.host.created_at_ms())
     }
 
+    /// The queue in which the task waited: `default` unless its producer named another.
+    pub fn queue(&self) -> String {
+        self.host.queue()
+    }
+
     /// One setting of the route that led here: text as it is, anything else as JSON.
     pub fn setting(&self, name: &str) -> Option<String> {
         self.host.setting(name)

@@ -76,6 +76,9 @@ impl Host for Imports {
         if let Some(priority) = request.priority {
             submission.priority(priority);
         }
+        if let Some(queue) = &request.queue {
+            submission.queue(queue);
+        }
         if request.gzip {
             submission.compression(imports::Compression::Gzip);
         }
@@ -92,6 +95,10 @@ impl Host for Imports {
 
     fn max_attempts(&self) -> Option<u32> {
         imports::max_attempts()
+    }
+
+    fn queue(&self) -> String {
+        imports::queue()
     }
 
     fn setting(&self, name: &str) -> Option<String> {

@@ -13,6 +13,7 @@ pub(crate) trait Host {
     fn deadline_ms(&self) -> Option<u64>;
     fn created_at_ms(&self) -> u64;
     fn max_attempts(&self) -> Option<u32>;
+    fn queue(&self) -> String;
     fn setting(&self, name: &str) -> Option<String>;
     fn settings(&self) -> Vec<(String, String)>;
 }
@@ -28,6 +29,7 @@ pub(crate) struct SubmitRequest {
     pub(crate) max_running: Option<u32>,
     pub(crate) max_attempts: Option<u32>,
     pub(crate) priority: Option<i32>,
+    pub(crate) queue: Option<String>,
     pub(crate) gzip: bool,
 }
 

@@ -29,6 +29,7 @@ impl<'a> Submit<'a> {
             max_running: None,
             max_attempts: None,
             priority: None,
+            queue: None,
             gzip: false,
         };
         Self { host, request, data: Ok(()) }
@@ -74,6 +75,12 @@ impl<'a> Submit<'a> {
         self
     }
 
+    /// The queue in which it waits. Without this: the task's own. The route's grants say which others there may be.
+    pub fn queue(mut self, queue: impl Into<String>) -> Self {
+        self.request.queue = Some(queue.into());
+        self
+    }
+
     /// Store its data compressed.
     pub fn gzip(mut self) -> Self {
         self.request.gzip = true;
@@ -84,7 +91,7 @@ impl<'a> Submit<'a> {
     ///
     /// # Errors
     /// Codes `invalid-key`, `invalid-data`, `too-large` and `too-many`, rejecting: with `?` the task ends as failed. So do `not-granted` (its
-    /// type, key or user: the route's grants say which, by default those of the plugin itself) and `too-deep` (too many generations of
+    /// type, key, user or queue: the route's grants say which, by default those of the plugin itself) and `too-deep` (too many generations of
     /// follow-ups that do not wait a minute). `too-many-waiting` (so many that come from the same task have not ended) may pass: with `?` the
     /// task is tried again.
     pub fn send(self) -> Result<()> {

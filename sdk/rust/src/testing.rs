@@ -42,6 +42,7 @@ pub struct Attempt {
     deadline_ms: Option<u64>,
     created_at_ms: u64,
     max_attempts: Option<u32>,
+    queue: String,
     settings: Vec<(String, String)>,
 }
 
@@ -81,6 +82,8 @@ pub struct Submitted {
     pub max_attempts: Option<u32>,
     /// Of its user's tasks the smaller runs first; 0 is the usual one.
     pub priority: i32,
+    /// The queue in which it waits. None: the task's own.
+    pub queue: Option<String>,
     /// Whether its data is stored compressed.
     pub gzip: bool,
 }
@@ -108,6 +111,7 @@ impl Attempt {
             deadline_ms: None,
             created_at_ms: 0,
             max_attempts: None,
+            queue: "default".to_owned(),
             settings: Vec::new(),
         }
     }
@@ -144,6 +148,13 @@ impl Attempt {
     #[must_use]
     pub fn max_attempts(mut self, most: u32) -> Self {
         self.max_attempts = Some(most);
+        self
+    }
+
+    /// The queue in which the task waited. Without this: `default`.
+    #[must_use]
+    pub fn queue(mut self, queue: &str) -> Self {
+        self.queue = queue.to_owned();
         self
     }
 
@@ -323,6 +334,7 @@ impl Host for Double {
             max_running: request.max_running,
             max_attempts: request.max_attempts,
             priority: request.priority.unwrap_or(0),
+            queue: request.queue,
             gzip: request.gzip,
         });
         Ok(())
@@ -338,6 +350,10 @@ impl Host for Double {
 
     fn max_attempts(&self) -> Option<u32> {
         self.attempt.max_attempts
+    }
+
+    fn queue(&self) -> String {
+        self.attempt.queue.clone()
     }
 
     fn setting(&self, name: &str) -> Option<String> {

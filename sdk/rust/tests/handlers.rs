@@ -103,6 +103,7 @@ fn follow_ups_carry_their_options_and_are_dropped_with_a_failure() {
             .max_running(2)
             .max_attempts(3)
             .priority(-4)
+            .queue("mail")
             .gzip()
             .send()?;
         context.submit("bare", "mail").send()
@@ -112,6 +113,7 @@ fn follow_ups_carry_their_options_and_are_dropped_with_a_failure() {
     let next = &ended.submitted[0];
     assert_eq!((next.key.as_str(), &next.data, next.user.as_deref()), ("next", &json!({ "a": 1 }), Some("u")));
     assert_eq!((next.max_running, next.max_attempts, next.priority, next.gzip), (Some(2), Some(3), -4, true));
+    assert_eq!((next.queue.as_deref(), &ended.submitted[1].queue), (Some("mail"), &None));
     assert_eq!(ended.submitted[1].data, json!({}));
 
     let ended = Attempt::of(json!({})).run(|context: &Context| {

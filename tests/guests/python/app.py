@@ -87,6 +87,7 @@ def describe(task: Task, data: dict) -> dict:
         "created_at": context.created_at(),
         "deadline": context.deadline(),
         "max_attempts": context.max_attempts(),
+        "queue": context.queue(),
         "settings": dict(context.settings()),
         "setting": context.setting(data["setting"]) if "setting" in data else None,
     }
@@ -100,6 +101,7 @@ def submit(task: Task, data: dict) -> Outcome:
         "max_running": submission.max_running,
         "max_attempts": submission.max_attempts,
         "priority": submission.priority,
+        "queue": submission.queue,
     }
     for name, say in said.items():
         if data.get(name) is not None:

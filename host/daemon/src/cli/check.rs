@@ -35,6 +35,9 @@ impl Arguments {
             config.environment,
             counted(config.routes.len() as u64, "route")
         ))?;
+        if config.queue.kind == Kind::Native {
+            output.line(&format!("queues         {}", config.queues))?;
+        }
         output.flush()?;
         for warning in config.warnings.iter().chain(&config.missing_files()) {
             exit::warn(warning);

@@ -14,6 +14,7 @@ pub(super) struct TaskJson<'a> {
     #[serde(rename = "type")]
     task_type: &'a str,
     state: &'static str,
+    queue: &'a str,
     user: Option<&'a str>,
     priority: i32,
     max_running: Option<u32>,
@@ -70,6 +71,7 @@ impl<'a> TaskJson<'a> {
             key: &task.key,
             task_type: &task.task_type,
             state: task.state.as_str(),
+            queue: &task.queue,
             user: task.user.as_deref(),
             priority: task.priority,
             max_running: task.max_running,

@@ -19,6 +19,9 @@ pub(super) struct Arguments {
     /// Only tasks in this state (may be given several times)
     #[arg(short, long, value_name = "STATE", value_parser = state_parser())]
     state: Vec<State>,
+    /// Only tasks of this queue
+    #[arg(long, value_name = "QUEUE", value_parser = super::queue)]
+    queue: Option<String>,
     /// Only tasks of this type
     #[arg(long = "type", value_name = "TYPE")]
     task_type: Option<String>,
@@ -35,7 +38,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ID")]
     after: Option<i64>,
     /// Only the task with this number
-    #[arg(long, value_name = "N", allow_negative_numbers = true, conflicts_with_all = ["state", "task_type", "user", "prefix", "after", "unreadable"])]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, conflicts_with_all = ["state", "queue", "task_type", "user", "prefix", "after", "unreadable"])]
     id: Option<i64>,
     /// Only tasks that cannot be read; every task that the other filters let pass is looked at
     #[arg(long)]
@@ -97,6 +100,7 @@ impl Arguments {
     fn filter(&self) -> Filter {
         Filter {
             states: self.state.clone(),
+            queue: self.queue.clone(),
             task_type: self.task_type.clone(),
             user: self.user.clone(),
             key_prefix: self.prefix.clone(),

@@ -82,6 +82,7 @@ fn facts(task: &Task) -> Vec<(&'static str, String)> {
     let mut facts = vec![
         ("key", task.key.clone()),
         ("type", task.task_type.clone()),
+        ("queue", task.queue.clone()),
         ("state", task.state.as_str().to_owned()),
         ("id", task.id.0.to_string()),
         ("attempts", format!("{}{}", task.attempts, limit(task.max_attempts))),

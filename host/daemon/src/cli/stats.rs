@@ -1,6 +1,6 @@
 //! `laelaps stats`.
 
-use laelaps_queue::{HostRecord, Kind, Stats};
+use laelaps_queue::{HostRecord, Kind, NewTask, Stats};
 
 use super::output::{Output, exact_moment, in_one_line, table};
 use super::{Exit, Place};
@@ -113,6 +113,15 @@ fn write(output: &mut Output, stats: &Stats, config: &Config) -> std::io::Result
     ];
     for (name, count, note) in rows {
         output.line(&format!("{name:<11}{count}{note}"))?;
+    }
+    // With the default queue alone it would say what is said above.
+    if stats.queues.iter().any(|(queue, _)| queue != NewTask::DEFAULT_QUEUE) {
+        output.line("")?;
+        let mut table = table(&["queue", "waiting or running"]);
+        for (queue, count) in &stats.queues {
+            table.add_row([in_one_line(queue, 64), count.to_string()]);
+        }
+        output.table(&table)?;
     }
     if !stats.types.is_empty() {
         output.line("")?;

@@ -13,8 +13,8 @@ use super::{Complaint, Exit, Place};
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "A file holds one JSON object a line: {\"key\": ..., \"type\": ..., \"data\": {...}} and, if wanted, user, run_at, priority, \
-                        max_running, max_attempts and gzip. Lines that cannot be submitted are named and passed over; a key that exists counts as submitted, so a \
+    after_help = "A file holds one JSON object a line: {\"key\": ..., \"type\": ..., \"data\": {...}} and, if wanted, queue, user, run_at, \
+                        priority, max_running, max_attempts and gzip. Lines that cannot be submitted are named and passed over; a key that exists counts as submitted, so a \
                         mended file can be submitted again as a whole."
 )]
 pub(super) struct Arguments {
@@ -43,6 +43,9 @@ pub(super) struct Arguments {
 /// What a producer may say about a task; with --file, about the lines that do not say it.
 #[derive(Clone, Debug, Default, clap::Args)]
 struct Options {
+    /// The queue in which it waits: 1 to 64 letters, digits and characters out of _-.:/ [default: default]
+    #[arg(long, value_name = "QUEUE", value_parser = super::queue)]
+    queue: Option<String>,
     /// On whose account it runs
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
@@ -86,6 +89,7 @@ impl Options {
     fn task(&self, key: String, task_type: String, data: Vec<u8>) -> NewTask {
         NewTask {
             run_at: self.run_at,
+            queue: self.queue.clone(),
             user: self.user.clone(),
             priority: self.priority.unwrap_or(0),
             max_running: self.max_running,

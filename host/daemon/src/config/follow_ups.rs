@@ -1,11 +1,11 @@
 //! The entry `follow_ups:` of a route's grants.
 
-use laelaps_queue::NewTask;
+use laelaps_queue::{Claim, NewTask, check_queue};
 use serde_yaml::Value;
 
 use super::document::Step;
 use super::keys::{Keys as Entries, Unknown, describe, mismatch};
-use crate::plugin::{FollowUps, Keys, Types, Users};
+use crate::plugin::{FollowUps, Keys, Queues, Types, Users};
 
 /// The most types of a grant.
 const TYPES_MAX: usize = 256;
@@ -16,14 +16,10 @@ pub(super) fn read(mut keys: Entries<'_>, defaults: &FollowUps) -> FollowUps {
         types: types(&mut keys).unwrap_or_else(|| defaults.types.clone()),
         users: users(&mut keys).unwrap_or(defaults.users),
         keys: prefix(&mut keys).unwrap_or_else(|| defaults.keys.clone()),
+        queues: queues(&mut keys).unwrap_or_else(|| defaults.queues.clone()),
         depth: keys.whole("depth", 0..=1_000).unwrap_or(defaults.depth),
         waiting: keys.whole("waiting", 0..=1_000_000).unwrap_or(defaults.waiting),
     };
-    if keys.has("queues") {
-        keys.take("queues");
-        let hint = "leave it out; types, users and keys say what may be submitted";
-        keys.problem("queues", "a host serves one queue, and a handler cannot name another".to_owned(), Some(hint));
-    }
     keys.finish(Unknown::Refuse);
     granted
 }
@@ -83,4 +79,35 @@ fn prefix(keys: &mut Entries<'_>) -> Option<Keys> {
             None
         }
     }
+}
+
+fn queues(keys: &mut Entries<'_>) -> Option<Queues> {
+    const EXPECTED: &str = "a list of queues, `own` or `any`";
+    let list = match keys.take("queues")? {
+        Value::String(word) if word == "own" => return Some(Queues::Own),
+        Value::String(word) if word == "any" => return Some(Queues::Any),
+        Value::Sequence(list) if list.len() <= Claim::QUEUES_MAX => list,
+        Value::Sequence(list) => {
+            keys.problem("queues", format!("found {} entries, expected at most {}", list.len(), Claim::QUEUES_MAX), None);
+            return None;
+        }
+        other => {
+            let hint = other.as_str().map(|word| format!("write `queues: [{word}]` for one queue"));
+            keys.problem("queues", format!("found {}, expected {EXPECTED}", describe(&other)), hint.as_deref());
+            return None;
+        }
+    };
+    let mut queues = Vec::with_capacity(list.len());
+    for (index, entry) in list.into_iter().enumerate() {
+        let mut place = keys.place("queues");
+        place.push(Step::Entry(index));
+        match entry {
+            Value::String(name) => match check_queue(&name) {
+                Ok(()) => queues.push(name),
+                Err(problem) => keys.report.problem(&place, problem, None),
+            },
+            other => mismatch(keys.report, &place, &other, "a queue's name"),
+        }
+    }
+    Some(Queues::Listed(queues))
 }

@@ -121,7 +121,7 @@ pub(super) fn read(mut keys: Keys<'_>, follow_ups: &FollowUps, lookup: &Lookup<'
             None => mismatch(keys.report, &place, &entry, "the name of an environment variable"),
         }
     }
-    let follow_ups = match keys.mapping("follow_ups", "a mapping of types, users, keys, depth and waiting") {
+    let follow_ups = match keys.mapping("follow_ups", "a mapping of types, users, keys, queues, depth and waiting") {
         Some(keys) => follow_ups::read(keys, follow_ups),
         None => follow_ups.clone(),
     };

@@ -44,6 +44,11 @@ impl<'a> Keys<'a> {
         self.mapping.get(key).is_some_and(|value| !value.is_null())
     }
 
+    /// Whether the key is there, if only with nothing.
+    pub(super) fn is_named(&self, key: &str) -> bool {
+        self.mapping.contains_key(key)
+    }
+
     /// Whether the key is there with a mapping.
     pub(super) fn has_mapping(&self, key: &str) -> bool {
         self.mapping.get(key).is_some_and(Value::is_mapping)

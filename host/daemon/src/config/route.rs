@@ -9,7 +9,7 @@ use serde_yaml::Value;
 use super::document::{Report, Step};
 use super::keys::{Keys, Unknown, mismatch, secret_of};
 use super::{Lookup, Matcher, Route, grants, section};
-use crate::plugin::{FollowUps, Grants, Limits, scan};
+use crate::plugin::{FollowUps, Grants, Limits, Queues, scan};
 
 /// The most routes of a section.
 const ROUTES_MAX: usize = 1_000;
@@ -36,6 +36,13 @@ pub(super) fn read_all(keys: &mut Keys<'_>, policy: &Policy, kind: &Kind, lookup
         };
         let defaults = Defaults { policy, follow_ups: &follow_ups };
         let route = read(Keys::new(mapping, place.clone(), keys.report), index, defaults, lookup);
+        if let (Kind::PerfectQueue(_), Some(route)) = (kind, &route)
+            && route.grants.follow_ups.queues != Queues::Own
+        {
+            let place = [&place[..], &["grants", "follow_ups", "queues"].map(|key| Step::Key(key.to_owned()))].concat();
+            let hint = "leave it out: follow-ups go to the same table";
+            keys.report.problem(&place, "a table of PerfectQueue's is one queue".to_owned(), Some(hint.to_owned()));
+        }
         if let Some(route) = route {
             warn_if_never_reached(&route, &routes, &place, keys.report);
             routes.push(route);

@@ -15,7 +15,7 @@ use super::document::Report;
 use super::grants::{self, Own};
 use super::keys::{Keys, Unknown, describe};
 use super::quantity::{YEARS_10, tell_size};
-use super::{Config, Error, Lookup, Route, machine, route, watchdog};
+use super::{Config, Error, Lookup, Route, machine, queues, route, watchdog};
 use crate::{fault, plugin};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -63,7 +63,10 @@ pub(super) fn validate(
     let audit_log = keys.text("audit_log", "the path of a file").map(PathBuf::from);
     let log_filter = log_filter(&mut keys, lookup);
     let host_name = keys.text("host_name", "a name for this host").unwrap_or_else(machine_name);
-    let processors = keys.whole("processors", 1..=1024).unwrap_or(1);
+    let is_usual = !keys.has("processors");
+    let processors = keys.whole("processors", 1..=1024).or(is_usual.then_some(1));
+    let queues = queues::read(&mut keys, &kind, processors);
+    let processors = processors.unwrap_or(1);
     let poll_interval = keys.duration("poll_interval", Duration::from_millis(10)..=HOUR).unwrap_or(Duration::from_secs(1));
     let task_prefetch = keys.whole("task_prefetch", 0..=1000).unwrap_or(0);
     let memory_total = keys.size_or("memory_total", MEMORY_TOTAL, "unlimited");
@@ -115,6 +118,7 @@ pub(super) fn validate(
         host_name,
         memory_total: memory_total.unwrap_or_else(machine::memory_share),
         processors,
+        queues,
         poll_interval,
         task_heartbeat_interval,
         alive_time,

@@ -1,5 +1,6 @@
 mod follow_ups;
 mod properties;
+mod queues;
 mod refusals;
 
 use std::time::Duration;

@@ -80,6 +80,7 @@ mod tests {
             key: number.to_string(),
             task_type: "t".to_owned(),
             data: vec![b' '; bytes],
+            queue: "default".to_owned(),
             user: Some("ann".to_owned()),
             max_running,
             descent: Descent { root: TaskId(number), depth: 0 },
@@ -95,7 +96,7 @@ mod tests {
             until: Timestamp(0),
         };
         let data = Some(Share::new(Purpose::Data, 0));
-        Box::new(Held { task, key: "k".into(), control: Arc::new(Control::new()), data, claimed_at: Instant::now() })
+        Box::new(Held { task, key: "k".into(), control: Arc::new(Control::new()), data, claimed_at: Instant::now(), place: None })
     }
 
     fn numbers(buffer: &mut Buffer) -> Vec<i64> {

@@ -35,7 +35,7 @@ impl Dispatcher {
     pub(super) fn give_back_buffered(&mut self) {
         for held in self.buffer.take_all() {
             let (key, control) = (Arc::clone(&held.key), Arc::clone(&held.control));
-            let running = Running { lease_ref: held.task.lease_ref, key, control, version: None };
+            let running = Running { lease_ref: held.task.lease_ref, key, control, version: None, place: held.place };
             let policy = &self.shared.config.queue.policy;
             let settled = settle(&self.shared, &held, policy, Event::Stopped, None, Submitted::default());
             self.running.insert(self.attempts.spawn(settled).id(), running);

@@ -62,6 +62,8 @@ const OFFERED: [(&str, &[(&str, &str)]); 2] = [
                 "[method]submission.submit",
                 "func(self: borrow<resource>, data: list<u8>) -> result<_, record { code: string, message: string }>",
             ),
+            ("[method]submission.queue", "func(self: borrow<resource>, queue: string)"),
+            ("queue", "func() -> string"),
         ],
     ),
     (

@@ -16,6 +16,8 @@ pub struct FollowUps {
     pub users: Users,
     /// Under which keys.
     pub keys: Keys,
+    /// In which queues.
+    pub queues: Queues,
     /// The deepest generation: see [`Descent`]. 0: none, except one that waits for [`Descent::FRESH_AFTER`].
     pub depth: u32,
     /// The most follow-ups of one root that have not ended, other than the task that submits. Attempts that run at the same moment on several
@@ -54,6 +56,17 @@ pub enum Keys {
     Any,
 }
 
+/// Queues of follow-ups. One that names none waits in its task's own, whatever is granted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Queues {
+    /// The task's own.
+    Own,
+    /// These, and the task's own.
+    Listed(Vec<String>),
+    /// All.
+    Any,
+}
+
 impl FollowUps {
     /// What PerfectQueue's handlers could do: anything. Only where the queue keeps them do depth and number count.
     #[must_use]
@@ -64,7 +77,7 @@ impl FollowUps {
 
 impl Default for FollowUps {
     fn default() -> Self {
-        Self { types: Types::Own, users: Users::Own, keys: Keys::Own, depth: 10, waiting: 10_000 }
+        Self { types: Types::Own, users: Users::Own, keys: Keys::Own, queues: Queues::Own, depth: 10, waiting: 10_000 }
     }
 }
 
@@ -75,6 +88,7 @@ pub(super) struct Parent {
     pub(super) key: String,
     pub(super) user: Option<String>,
     pub(super) max_running: Option<u32>,
+    pub(super) queue: String,
     pub(super) descent: Descent,
     pub(super) claimed_at: Timestamp,
 }
@@ -86,6 +100,7 @@ impl Parent {
             key: task.key.clone(),
             user: task.user.clone(),
             max_running: task.max_running,
+            queue: task.queue.clone(),
             descent: task.descent,
             claimed_at: task.claimed_at,
         }
@@ -109,7 +124,7 @@ impl FollowUps {
     /// The follow-up as it is to be stored, or why it is not granted. `leads_here` tells whether the host's routes lead a type to the plugin.
     ///
     /// # Errors
-    /// `not-granted` for its type, key or user, `too-deep` for its generation.
+    /// `not-granted` for its type, key, user or queue, `too-deep` for its generation.
     pub(super) fn grant(
         &self,
         parent: &Parent,
@@ -119,6 +134,7 @@ impl FollowUps {
         self.check_type(&task.task_type, leads_here)?;
         self.check_key(parent, &task.key)?;
         let task = self.of_user(parent, task)?;
+        let queue = self.queue(parent, task.queue)?;
         let descent = parent.descent.of_follow_up(task.run_at, parent.claimed_at);
         if descent.depth > self.depth {
             let message = format!(
@@ -130,7 +146,7 @@ impl FollowUps {
             );
             return Err(Refused { code: "too-deep", message });
         }
-        Ok(NewTask { descent: Some(descent), ..task })
+        Ok(NewTask { queue: Some(queue), descent: Some(descent), ..task })
     }
 
     fn check_type(&self, task_type: &str, leads_here: impl FnOnce(&str) -> bool) -> Result<(), Refused> {
@@ -187,6 +203,24 @@ impl FollowUps {
             return Err(Refused::not_granted(message));
         }
         Ok(NewTask { user: parent.user.clone(), max_running: task.max_running.or(parent.max_running), ..task })
+    }
+
+    /// The queue in which it waits.
+    fn queue(&self, parent: &Parent, asked: Option<String>) -> Result<String, Refused> {
+        let Some(asked) = asked.filter(|asked| *asked != parent.queue) else { return Ok(parent.queue.clone()) };
+        let is_granted = match &self.queues {
+            Queues::Own => false,
+            Queues::Listed(queues) => queues.contains(&asked),
+            Queues::Any => true,
+        };
+        if is_granted {
+            return Ok(asked);
+        }
+        let own = &parent.queue;
+        let message = format!(
+            "the queue {asked:?} is neither the task's own, {own:?}, nor among those that follow_ups of the route's grants names"
+        );
+        Err(Refused::not_granted(message))
     }
 
     /// How many may be submitted where so many of the same root have not ended.

@@ -47,6 +47,7 @@ pub(super) struct Attempt {
     pub(super) log_level: Level,
     pub(super) created_at: Timestamp,
     pub(super) max_attempts: Option<u32>,
+    pub(super) queue: String,
     pub(super) stops_at: Option<Instant>,
     /// `stops_at` by the database's clock, once it was asked for: the same answer every time.
     pub(super) deadline: Option<Timestamp>,
@@ -204,6 +205,10 @@ impl context::Host for Guest {
         Ok(self.attempt.max_attempts)
     }
 
+    fn queue(&mut self) -> wasmtime::Result<String> {
+        Ok(self.attempt.queue.clone())
+    }
+
     fn setting(&mut self, name: String) -> wasmtime::Result<Option<String>> {
         Ok(self.attempt.settings.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone()))
     }
@@ -295,6 +300,7 @@ mod tests {
         assert_eq!(code(NewTask { key: "a\nb".into(), ..good.clone() }), "invalid-key");
         assert_eq!(code(NewTask { task_type: String::new(), ..good.clone() }), "invalid-data");
         assert_eq!(code(NewTask { max_attempts: Some(0), ..good.clone() }), "invalid-data");
+        assert_eq!(code(NewTask { queue: Some("two words".into()), ..good.clone() }), "invalid-data");
         assert_eq!(code(NewTask { run_at: Some(Timestamp(i64::MAX)), ..good.clone() }), "invalid-data");
         assert_eq!(code(NewTask { user: Some("x".repeat(256)), ..good }), "invalid-data");
     }

@@ -3,7 +3,7 @@
 //! What the host holds for one in the making is bounded: texts that are longer than any task may have are not kept, only what is wrong with them; data comes
 //! with the call that submits. How many there are at once the bound on a guest's handles says.
 
-use laelaps_queue::{Compression, NewTask, Timestamp};
+use laelaps_queue::{Compression, NewTask, Timestamp, check_queue};
 use wasmtime::component::Resource;
 
 use super::abi::latest::laelaps::worker::context;
@@ -98,6 +98,15 @@ impl context::HostSubmission for Guest {
 
     fn priority(&mut self, handle: Resource<Submission>, priority: i32) -> wasmtime::Result<()> {
         self.submission(&handle)?.task.priority = priority;
+        Ok(())
+    }
+
+    fn queue(&mut self, handle: Resource<Submission>, queue: String) -> wasmtime::Result<()> {
+        let submission = self.submission(&handle)?;
+        match check_queue(&queue) {
+            Ok(()) => submission.task.queue = Some(queue),
+            Err(problem) => drop(submission.problem.get_or_insert_with(|| refusal("invalid-data", problem))),
+        }
         Ok(())
     }
 

@@ -31,7 +31,7 @@ async fn a_component_of_the_contracts_world_fits_with_every_import_it_may_have()
     let inspection = engine().inspect(&guests::handler()).await.expect("inspected");
     assert_eq!(inspection.fits.as_deref(), Some("laelaps:worker@0.1.0"), "{:?}", inspection.problems);
     let functions: usize = inspection.imports.iter().map(|import| import.functions.len()).sum();
-    assert_eq!(functions, 19, "{:?}", inspection.imports);
+    assert_eq!(functions, 21, "{:?}", inspection.imports);
 }
 
 #[tokio::test(flavor = "multi_thread")]

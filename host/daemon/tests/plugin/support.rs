@@ -95,6 +95,7 @@ pub(crate) fn task(kind: &str, data: &[u8]) -> ClaimedTask {
         key: "a-key".into(),
         task_type: kind.into(),
         data: data.to_vec(),
+        queue: "default".to_owned(),
         user: Some("somebody".into()),
         max_running: None,
         descent: Descent { root: TaskId(1), depth: 0 },

@@ -12,11 +12,13 @@
   (import "context" "submission-max-attempts" (func $submission_max_attempts (param i32 i32)))
   (import "context" "submission-priority" (func $submission_priority (param i32 i32)))
   (import "context" "submission-compression" (func $submission_compression (param i32 i32)))
+  (import "context" "submission-queue" (func $submission_queue (param i32 i32 i32)))
   (import "context" "submission-submit" (func $submission_submit (param i32 i32 i32 i32)))
   (import "context" "submission-drop" (func $submission_drop (param i32)))
   (import "context" "deadline" (func $deadline (param i32)))
   (import "context" "created-at" (func $created_at (result i64)))
   (import "context" "max-attempts" (func $max_attempts (param i32)))
+  (import "context" "queue" (func $queue (param i32)))
   (import "context" "setting" (func $setting (param i32 i32 i32)))
   (import "context" "settings" (func $settings (param i32)))
   (import "log" "enabled" (func $enabled (param i32) (result i32)))
@@ -59,7 +61,7 @@
     (block $over
       (loop $next
         (br_if $over (i32.ge_u (global.get $at) (global.get $end)))
-        (local.set $what (i32.rem_u (call $byte) (i32.const 14)))
+        (local.set $what (i32.rem_u (call $byte) (i32.const 15)))
         (if (i32.eq (local.get $what) (i32.const 0)) (then
           (drop (call $heartbeat (call $flag) (call $long) (call $flag) (call $long) (call $pointer) (call $length) (call $flag) (call $long)))))
         (if (i32.eq (local.get $what) (i32.const 1)) (then (call $is_cancelled (call $answer))))
@@ -86,8 +88,10 @@
           (if (call $flag) (then (call $submission_max_attempts (local.get $submission) (call $word))))
           (if (call $flag) (then (call $submission_priority (local.get $submission) (call $word))))
           (if (call $flag) (then (call $submission_compression (local.get $submission) (call $flag))))
+          (if (call $flag) (then (call $submission_queue (local.get $submission) (call $pointer) (call $length))))
           (call $submission_submit (local.get $submission) (call $pointer) (call $length) (call $answer))
           (if (call $flag) (then (call $submission_drop (local.get $submission))))))
+        (if (i32.eq (local.get $what) (i32.const 14)) (then (call $queue (call $answer))))
         (if (i32.eq (local.get $what) (i32.const 12)) (then (br_if $over (i32.eqz (i32.and (call $byte) (i32.const 7))))))
         (br $next)))
     (if (i32.lt_u (call $byte) (i32.const 250)) (then (return (i32.const 512))))

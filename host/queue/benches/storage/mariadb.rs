@@ -143,7 +143,7 @@ type Leased = (i64, i64, Vec<u8>, Vec<u8>, Vec<u8>);
 
 async fn one_batch(connection: &mut MySqlConnection, limit: i64) -> bool {
     statement(connection, "START TRANSACTION").await;
-    let ready = "SELECT turn, task FROM laelaps_ready ORDER BY turn, task LIMIT ? FOR UPDATE SKIP LOCKED";
+    let ready = "SELECT turn, task FROM laelaps_ready WHERE queue = '' ORDER BY turn, task LIMIT ? FOR UPDATE SKIP LOCKED";
     let places: Vec<(i64, i64)> = sqlx::query_as(ready).bind(limit).fetch_all(&mut *connection).await.unwrap();
     if places.is_empty() {
         statement(connection, "ROLLBACK").await;
@@ -155,7 +155,7 @@ async fn one_batch(connection: &mut MySqlConnection, limit: i64) -> bool {
     let claim = sqlx::query(enter).bind(&ids).execute(&mut *connection).await.unwrap().last_insert_id();
     let first = i64::try_from(claim).unwrap() * 1_024;
     let out = "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (turn BIGINT PATH '$[0]', task BIGINT PATH '$[1]')) AS s
-        STRAIGHT_JOIN laelaps_ready AS r ON r.turn = s.turn AND r.task = s.task";
+        STRAIGHT_JOIN laelaps_ready AS r ON r.queue = '' AND r.turn = s.turn AND r.task = s.task";
     sqlx::query(out).bind(rows).execute(&mut *connection).await.unwrap();
     let lease = "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, id BIGINT PATH '$')) AS s STRAIGHT_JOIN laelaps_task AS t ON t.id = s.id
         SET t.state = 'running', t.lease = ? + s.place, t.host = 1, t.until = 4102444800000";

@@ -60,7 +60,7 @@ async fn of_the_same_layout(home: &Home, count: usize, batch: usize, connections
 
 async fn raw_work(connection: &mut PgConnection, batch: usize) -> usize {
     const CLAIM: &str = "WITH chosen AS MATERIALIZED (
-            SELECT ctid AS place, turn, task FROM laelaps.ready WHERE user_name = '' AND (turn, task) >= ($2, $3)
+            SELECT ctid AS place, turn, task FROM laelaps.ready WHERE queue = '' AND user_name = '' AND (turn, task) >= ($2, $3)
             ORDER BY turn, task LIMIT $1 FOR UPDATE SKIP LOCKED),
         gone AS (DELETE FROM laelaps.ready WHERE ctid = ANY(ARRAY(SELECT place FROM chosen))),
         taken AS (

@@ -31,6 +31,7 @@ pub(crate) async fn claim_of(queue: &Queue, limit: usize, ignore_users: bool) ->
         ignore_users,
         accepts: None,
         limited: None,
+        queues: None,
     }
 }
 

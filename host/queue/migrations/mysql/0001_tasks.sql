@@ -1,5 +1,5 @@
--- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this server's clock; '' is no user; 0 is no host, no
--- plugin version, no time. Names are bytes of UTF-8: VARBINARY, because the collations that compare bytes and do not pad are called
+-- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this server's clock; '' is no user, and the default queue;
+-- 0 is no host, no plugin version, no time. Names are bytes of UTF-8: VARBINARY, because the collations that compare bytes and do not pad are called
 -- differently on MySQL and MariaDB.
 --
 -- A waiting task stands in exactly one of ready, ready_of_user, scheduled and suspect; no other task stands in any of them.
@@ -12,6 +12,7 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     id             BIGINT         NOT NULL AUTO_INCREMENT,
     `key`          VARBINARY(255) NOT NULL,
     type           VARBINARY(255) NOT NULL,
+    queue          VARBINARY(64)  NOT NULL DEFAULT '',
     state          ENUM('waiting', 'running', 'finished', 'failed', 'cancelled') NOT NULL DEFAULT 'waiting',
     user           VARBINARY(255) NOT NULL DEFAULT '',
     max_running    INT UNSIGNED,
@@ -40,7 +41,7 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           BIGINT,
     depth          INT UNSIGNED,
-    -- Where it stands among the ready tasks of its user: by priority, and of one priority by time. The smaller is first.
+    -- Where it stands among the ready tasks of its user in its queue: by priority, and of one priority by time. The smaller is first.
     turn           BIGINT         GENERATED ALWAYS AS (LEAST(GREATEST(run_at, 0), 253402300800000)
                        + LEAST(GREATEST(CAST(priority AS SIGNED), -100), 100) * 1000000000000000) VIRTUAL,
     PRIMARY KEY (id),
@@ -63,21 +64,24 @@ CREATE TABLE IF NOT EXISTS laelaps_task_data (
     PRIMARY KEY (task, part)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- What may be claimed now, in the order of turns: tasks without user, and tasks of users. The second index is for who does not look at users.
+-- What may be claimed now, of each queue in the order of turns: tasks without user, and tasks of users. The second index is for claims that do
+-- not look at users.
 CREATE TABLE IF NOT EXISTS laelaps_ready (
-    turn        BIGINT NOT NULL,
-    task        BIGINT NOT NULL,
+    queue       VARBINARY(64) NOT NULL DEFAULT '',
+    turn        BIGINT        NOT NULL,
+    task        BIGINT        NOT NULL,
     max_running INT UNSIGNED,
-    PRIMARY KEY (turn, task)
+    PRIMARY KEY (queue, turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 CREATE TABLE IF NOT EXISTS laelaps_ready_of_user (
+    queue       VARBINARY(64)  NOT NULL DEFAULT '',
     user        VARBINARY(255) NOT NULL,
     turn        BIGINT         NOT NULL,
     task        BIGINT         NOT NULL,
     max_running INT UNSIGNED,
-    PRIMARY KEY (user, turn, task),
-    KEY in_turn (turn, task)
+    PRIMARY KEY (queue, user, turn, task),
+    KEY in_turn (queue, turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- What is not due yet. Moves to where it is ready, or to suspect, in batches when it is. A held task is here with a run_at that never comes,
@@ -89,20 +93,26 @@ CREATE TABLE IF NOT EXISTS laelaps_scheduled (
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- What was lost with its host too often to run in company, and is due. A host that ends its work to run it has it reserved for itself until
--- then; 0 is nobody.
+-- then; 0 is nobody. The second index is for hosts that serve some queues only.
 CREATE TABLE IF NOT EXISTS laelaps_suspect (
-    turn   BIGINT NOT NULL,
-    task   BIGINT NOT NULL,
-    host   BIGINT NOT NULL DEFAULT 0,
-    until  BIGINT NOT NULL DEFAULT 0,
-    PRIMARY KEY (turn, task)
+    turn   BIGINT        NOT NULL,
+    task   BIGINT        NOT NULL,
+    queue  VARBINARY(64) NOT NULL DEFAULT '',
+    host   BIGINT        NOT NULL DEFAULT 0,
+    until  BIGINT        NOT NULL DEFAULT 0,
+    PRIMARY KEY (turn, task),
+    KEY in_queue (queue, turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- A user with work that is ready or running. Only who holds the counter's row writes here, so that claims of users' tasks follow each other;
--- everybody else leaves a change, which the next such claim folds in. The head is the first ready task: the user's candidate. A user is open
--- while its candidate may run. The least weight is next: index entries are in ascending order on every server. Users whose candidate has no
--- limit are found by an index of their own, in which all others are NULL: what a claim changes of those writes nothing there.
+-- A user with work that is ready or running in a queue: each queue has accounts of its own. Only who holds the counter's row writes here, so that
+-- claims of users' tasks follow each other; everybody else leaves a change, which the next such claim folds in. The head is the first ready
+-- task: the user's candidate. A user is open while its candidate may run. The least weight is next: index entries are in ascending order on
+-- every server. Users whose candidate has no limit are found by an index of their own, in which all others are NULL: what a claim changes of
+-- those writes nothing there. The same holds for the accounts of other queues than the default one: a claim of all queues finds the next of
+-- them by three indexes in which the accounts of the default queue are NULL. The tasks without user of all queues share one account, the one
+-- whose queue and user are ''.
 CREATE TABLE IF NOT EXISTS laelaps_account (
+    queue     VARBINARY(64)  NOT NULL DEFAULT '',
     user      VARBINARY(255) NOT NULL,
     running   BIGINT         NOT NULL DEFAULT 0,
     head_turn BIGINT,
@@ -112,17 +122,31 @@ CREATE TABLE IF NOT EXISTS laelaps_account (
     picked    BIGINT         NOT NULL DEFAULT 0,
     open      TINYINT        GENERATED ALWAYS AS (head_task IS NOT NULL AND (head_max IS NULL OR running < GREATEST(head_max, 1))) STORED,
     weight    DOUBLE         GENERATED ALWAYS AS (- (COALESCE(head_max, 1) / (running + 1e0))) STORED,
-    free_weight DOUBLE        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, - (1 / (running + 1e0)))) STORED,
-    free_turn   BIGINT        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, head_turn)) STORED,
-    PRIMARY KEY (user),
-    KEY by_weight (open, weight, head_turn, head_task),
-    KEY without_limit (free_weight, free_turn),
-    KEY by_age (open, picked)
+    free      TINYINT        GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, 1)) STORED,
+    free_weight DOUBLE       GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, - (1 / (running + 1e0)))) STORED,
+    free_turn   BIGINT       GENERATED ALWAYS AS (IF(head_task IS NULL OR head_max IS NOT NULL, NULL, head_turn)) STORED,
+    other_weight DOUBLE      GENERATED ALWAYS AS (IF(LENGTH(queue) > 0 AND head_task IS NOT NULL
+                                 AND (head_max IS NULL OR running < GREATEST(head_max, 1)), - (COALESCE(head_max, 1) / (running + 1e0)), NULL)) STORED,
+    other_turn   BIGINT      GENERATED ALWAYS AS (IF(LENGTH(queue) > 0 AND head_task IS NOT NULL
+                                 AND (head_max IS NULL OR running < GREATEST(head_max, 1)), head_turn, NULL)) STORED,
+    other_picked BIGINT      GENERATED ALWAYS AS (IF(LENGTH(queue) > 0 AND head_task IS NOT NULL
+                                 AND (head_max IS NULL OR running < GREATEST(head_max, 1)), picked, NULL)) STORED,
+    other_free_weight DOUBLE GENERATED ALWAYS AS (IF(LENGTH(queue) > 0 AND head_task IS NOT NULL AND head_max IS NULL,
+                                 - (1 / (running + 1e0)), NULL)) STORED,
+    other_free_turn   BIGINT GENERATED ALWAYS AS (IF(LENGTH(queue) > 0 AND head_task IS NOT NULL AND head_max IS NULL, head_turn, NULL)) STORED,
+    PRIMARY KEY (queue, user),
+    KEY by_weight (queue, open, weight, head_turn, head_task),
+    KEY without_limit (queue, free, free_weight, free_turn),
+    KEY by_age (queue, open, picked),
+    KEY other_by_weight (other_weight, other_turn),
+    KEY other_without_limit (other_free_weight, other_free_turn),
+    KEY other_by_age (other_picked)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- Changes to users' accounts that are not folded in yet: so many more run, and the first ready task may be another one.
 CREATE TABLE IF NOT EXISTS laelaps_account_change (
     id      BIGINT         NOT NULL AUTO_INCREMENT,
+    queue   VARBINARY(64)  NOT NULL DEFAULT '',
     user    VARBINARY(255) NOT NULL,
     running BIGINT         NOT NULL,
     PRIMARY KEY (id)
@@ -137,7 +161,7 @@ CREATE TABLE IF NOT EXISTS laelaps_counter (
 
 INSERT IGNORE INTO laelaps_counter (id, pick) VALUES (1, 0);
 
-INSERT IGNORE INTO laelaps_account (user) VALUES ('');
+INSERT IGNORE INTO laelaps_account (queue, user) VALUES ('', '');
 
 -- A claim of several tasks. Its number times 1,048,576, plus a random number of the claim, plus a task's place in it, is the task's lease.
 -- Numbers of rows grow and are not used twice (never TRUNCATE this table); the random number keeps a lease from coming again where a replica
@@ -274,11 +298,12 @@ CREATE TABLE IF NOT EXISTS laelaps_retention (
     KEY by_time (until)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
--- Counts that would cost too much to take: ended tasks by state, waiting and running tasks by type, running tasks. Each batch adds its
+-- Counts that would cost too much to take: ended tasks by state, waiting and running tasks by queue and type, running tasks. Each batch adds its
 -- changes, which are folded together from time to time; the sum is what counts.
 CREATE TABLE IF NOT EXISTS laelaps_tally (
     id    BIGINT         NOT NULL AUTO_INCREMENT,
     what  ENUM('type', 'ended', 'running') NOT NULL,
+    queue VARBINARY(64)  NOT NULL DEFAULT '',
     name  VARBINARY(255) NOT NULL,
     tasks BIGINT         NOT NULL,
     PRIMARY KEY (id)
@@ -286,7 +311,7 @@ CREATE TABLE IF NOT EXISTS laelaps_tally (
 
 -- For producers that speak SQL, in a transaction of their own or without:
 --     CALL laelaps_submit('report-7', 'report', '{"month": 7}', NULL)
---     CALL laelaps_submit('report-7', 'report', '{"month": 7}', '{"user": "ann", "priority": -10}')
+--     CALL laelaps_submit('report-7', 'report', '{"month": 7}', '{"queue": "nightly", "user": "ann", "priority": -10}')
 -- The options are the members of a JSON object, the same as everywhere: see docs/tasks.md. A key that the queue has already is left alone. Hosts
 -- find the task when they poll. Who may EXECUTE it needs no privilege on the tables. An error takes back what the call has done, and only
 -- that; without a transaction around it the call is one of its own, which a savepoint that does not last tells.
@@ -303,7 +328,7 @@ BEGIN
     DECLARE on_its_own INT DEFAULT 0;
     DECLARE now_ms BIGINT DEFAULT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000;
     DECLARE plain LONGBLOB DEFAULT CAST(COALESCE(task_data, '{}') AS BINARY);
-    DECLARE owner LONGTEXT CHARACTER SET utf8mb4 DEFAULT '';
+    DECLARE in_queue, owner LONGTEXT CHARACTER SET utf8mb4 DEFAULT '';
     DECLARE urgency, at_once, attempts_max BIGINT;
     DECLARE starts_at BIGINT DEFAULT now_ms;
     DECLARE place BIGINT;
@@ -389,9 +414,9 @@ BEGIN
         SET members = JSON_KEYS(task_options), depth = 0;
         WHILE depth < JSON_LENGTH(members) DO
             SET said = JSON_UNQUOTE(JSON_EXTRACT(members, CONCAT('$[', depth, ']'))), depth = depth + 1;
-            IF said NOT IN ('user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip') THEN
-                SET wrong = CONCAT('options: no option is called "', LEFT(said, 24),
-                    '"; there are user, run_at, priority, max_running, max_attempts and gzip');
+            IF said NOT IN ('queue', 'user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip') THEN
+                SET wrong = CONCAT('options: no option is called "', LEFT(said, 20),
+                    '"; there are queue, user, run_at, priority, max_running, max_attempts and gzip');
                 SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = wrong;
             END IF;
         END WHILE;
@@ -408,6 +433,11 @@ BEGIN
             SET said = JSON_UNQUOTE(document);
             CASE
                 WHEN kind = 'NULL' THEN SET said = NULL;
+                WHEN name = 'queue' THEN
+                    IF kind <> 'STRING' OR CHAR_LENGTH(said) NOT BETWEEN 1 AND 64 OR said REGEXP '[^A-Za-z0-9_.:/-]' THEN
+                        SET wrong = '1 to 64 letters, digits and _ - . : /';
+                    END IF;
+                    SET in_queue = IF(said = 'default', '', said);
                 WHEN name = 'user' THEN
                     IF kind <> 'STRING' OR LENGTH(said) > 255 OR said REGEXP '[\\x{00}-\\x{1f}\\x{7f}-\\x{9f}]' THEN
                         SET wrong = 'at most 255 bytes of text, without control characters';
@@ -488,8 +518,8 @@ BEGIN
         END IF;
     END IF;
 
-    INSERT IGNORE INTO laelaps_task (`key`, type, user, priority, max_running, max_attempts, created_at, run_at)
-        VALUES (task_key, task_type, owner, COALESCE(urgency, 0), at_once, attempts_max, now_ms, starts_at);
+    INSERT IGNORE INTO laelaps_task (`key`, type, queue, user, priority, max_running, max_attempts, created_at, run_at)
+        VALUES (task_key, task_type, in_queue, owner, COALESCE(urgency, 0), at_once, attempts_max, now_ms, starts_at);
     IF ROW_COUNT() = 1 THEN
         SET id = LAST_INSERT_ID(), place = starts_at + COALESCE(urgency, 0) * 1000000000000000;
         REPEAT
@@ -500,12 +530,12 @@ BEGIN
         IF starts_at > now_ms THEN
             INSERT INTO laelaps_scheduled (run_at, task) VALUES (starts_at, id);
         ELSEIF owner = '' THEN
-            INSERT INTO laelaps_ready (turn, task, max_running) VALUES (place, id, at_once);
+            INSERT INTO laelaps_ready (queue, turn, task, max_running) VALUES (in_queue, place, id, at_once);
         ELSE
-            INSERT INTO laelaps_ready_of_user (user, turn, task, max_running) VALUES (owner, place, id, at_once);
-            INSERT INTO laelaps_account_change (user, running) VALUES (owner, 0);
+            INSERT INTO laelaps_ready_of_user (queue, user, turn, task, max_running) VALUES (in_queue, owner, place, id, at_once);
+            INSERT INTO laelaps_account_change (queue, user, running) VALUES (in_queue, owner, 0);
         END IF;
-        INSERT INTO laelaps_tally (what, name, tasks) VALUES ('type', task_type, 1);
+        INSERT INTO laelaps_tally (what, queue, name, tasks) VALUES ('type', in_queue, task_type, 1);
     END IF;
 
     IF on_its_own = 1 THEN

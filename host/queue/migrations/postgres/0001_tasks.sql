@@ -1,4 +1,5 @@
--- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this server's clock; '' is no user.
+-- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this server's clock; '' is no user, and the queue '' is the
+-- one that people know as default.
 -- The view laelaps.tasks shows the same for people.
 --
 -- A waiting task stands in exactly one of ready, scheduled and suspect; no other task stands in any of them.
@@ -29,7 +30,7 @@ CREATE TABLE laelaps.task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           int8,
     depth          int4,
-    -- Where it stands among the ready tasks of its user: by priority, and of one priority by time. The smaller is first.
+    -- Where it stands among the ready tasks of its queue and user: by priority, and of one priority by time. The smaller is first.
     turn           int8 NOT NULL GENERATED ALWAYS AS
         (least(greatest(run_at, 0), 253402300800000) + least(greatest(priority, -100), 100)::int8 * 1000000000000000) STORED,
     state          laelaps.state NOT NULL DEFAULT 'waiting',
@@ -50,6 +51,7 @@ CREATE TABLE laelaps.task (
     key            text COLLATE "C" NOT NULL,
     type           text COLLATE "C" NOT NULL,
     user_name      text COLLATE "C" NOT NULL DEFAULT '',
+    queue          text COLLATE "C" NOT NULL DEFAULT '',
     -- UTF-8 as submitted, or gzip. Up to 256 bytes stand here, more in task_data.
     data           bytea,
     CHECK (priority BETWEEN -100 AND 100),
@@ -65,17 +67,18 @@ CREATE TABLE laelaps.task_data (
     data bytea NOT NULL
 );
 
--- What may be claimed now, in the order of claims: by user, and for who does not look at users.
+-- What may be claimed now, in the order of claims: by queue and user, and by queue for who does not look at users.
 CREATE TABLE laelaps.ready (
     turn        int8 NOT NULL,
     task        int8 NOT NULL,
     bytes       int4 NOT NULL,
     max_running int8,
     user_name   text COLLATE "C" NOT NULL,
-    PRIMARY KEY (user_name, turn, task)
+    queue       text COLLATE "C" NOT NULL DEFAULT '',
+    PRIMARY KEY (queue, user_name, turn, task)
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
-CREATE INDEX ready_in_turn ON laelaps.ready (turn, task) WHERE user_name <> '';
+CREATE INDEX ready_in_turn ON laelaps.ready (queue, turn, task) WHERE user_name <> '';
 
 -- What is not due yet. Moves to ready or suspect in batches when it is. A held task is here with a run_at that never comes, 253402300800000.
 CREATE TABLE laelaps.scheduled (
@@ -90,8 +93,12 @@ CREATE TABLE laelaps.suspect (
     task           int8 NOT NULL,
     reserved_by    int8,
     reserved_until int8,
-    PRIMARY KEY (turn, task)
+    queue          text COLLATE "C" NOT NULL DEFAULT '',
+    PRIMARY KEY (queue, turn, task)
 );
+
+-- For who looks at all queues; the condition, which always holds, keeps it from being taken where one queue is looked at.
+CREATE INDEX suspect_in_turn ON laelaps.suspect (turn, task) WHERE octet_length(queue) >= 0;
 
 -- What was claimed together, so that the running tasks of a host and those whose leases have ended are found without an index on the task.
 -- Goes when all of its tasks are settled, or when it is looked at, at `check_at`, and none of them runs any more.
@@ -104,10 +111,11 @@ CREATE TABLE laelaps.claim (
 
 CREATE INDEX claim_check_at ON laelaps.claim (check_at);
 
--- A user with work that is ready or running. The head is the first ready task: the user's candidate. A user is open while its candidate
+-- A user with work that is ready or running in a queue. The head is the first ready task: the user's candidate. A user is open while its candidate
 -- may run. Right except for what account_change still holds.
 CREATE TABLE laelaps.account (
-    user_name text COLLATE "C" NOT NULL PRIMARY KEY,
+    user_name text COLLATE "C" NOT NULL,
+    queue     text COLLATE "C" NOT NULL DEFAULT '',
     running   int8 NOT NULL DEFAULT 0,
     head_turn int8,
     head_task int8,
@@ -115,18 +123,31 @@ CREATE TABLE laelaps.account (
     -- The number of the pick at which it was last picked, or entered.
     picked    int8 NOT NULL,
     open      bool NOT NULL GENERATED ALWAYS AS (head_task IS NOT NULL AND (head_max IS NULL OR running < greatest(head_max, 1))) STORED,
-    weight    float8 NOT NULL GENERATED ALWAYS AS (coalesce(head_max, 1)::float8 / greatest(running + 1, 1)) STORED
+    weight    float8 NOT NULL GENERATED ALWAYS AS (coalesce(head_max, 1)::float8 / greatest(running + 1, 1)) STORED,
+    PRIMARY KEY (queue, user_name)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
-CREATE INDEX account_by_weight ON laelaps.account (weight DESC, head_turn, head_task) WHERE open;
-CREATE INDEX account_by_age ON laelaps.account (picked) WHERE open;
-CREATE INDEX account_without_limit ON laelaps.account (weight DESC, head_turn, head_task) WHERE open AND head_max IS NULL;
+-- The open accounts in the three orders in which they are looked for. Each order is there three times: of the default queue, of all other queues
+-- together, and of each of these. So who uses the default queue alone pays for one. The last two have the same condition in other words, so that a
+-- query that says one of them never goes through the other.
+CREATE INDEX account_by_weight ON laelaps.account (weight DESC, head_turn, head_task) WHERE open AND queue = '';
+CREATE INDEX account_by_age ON laelaps.account (picked) WHERE open AND queue = '';
+CREATE INDEX account_without_limit ON laelaps.account (weight DESC, head_turn, head_task) WHERE open AND queue = '' AND head_max IS NULL;
+CREATE INDEX account_by_weight_elsewhere ON laelaps.account (weight DESC, head_turn, head_task) WHERE open AND octet_length(queue) > 0;
+CREATE INDEX account_by_age_elsewhere ON laelaps.account (picked) WHERE open AND octet_length(queue) > 0;
+CREATE INDEX account_without_limit_elsewhere ON laelaps.account (weight DESC, head_turn, head_task)
+    WHERE open AND octet_length(queue) > 0 AND head_max IS NULL;
+CREATE INDEX account_by_weight_of_queue ON laelaps.account (queue, weight DESC, head_turn, head_task) WHERE open AND queue <> '';
+CREATE INDEX account_by_age_of_queue ON laelaps.account (queue, picked) WHERE open AND queue <> '';
+CREATE INDEX account_without_limit_of_queue ON laelaps.account (queue, weight DESC, head_turn, head_task)
+    WHERE open AND queue <> '' AND head_max IS NULL;
 
 -- What came about for users, to be entered into their accounts before the next choice between them: tasks that run no more, and the first
 -- task that became ready. Appended, so that submits and settlements wait for nobody.
 CREATE TABLE laelaps.account_change (
     id        int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     user_name text COLLATE "C" NOT NULL,
+    queue     text COLLATE "C" NOT NULL DEFAULT '',
     stopped   int8 NOT NULL DEFAULT 0,
     turn      int8,
     task      int8,
@@ -247,10 +268,11 @@ CREATE TABLE laelaps.retention (
 
 CREATE INDEX retention_until ON laelaps.retention (until);
 
--- Counts that would cost too much to take, by type: each row is a difference, and clean-up puts them together.
+-- Counts that would cost too much to take, by type and queue: each row is a difference, and clean-up puts them together.
 CREATE TABLE laelaps.tally (
     id        int8 NOT NULL GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     type      text COLLATE "C" NOT NULL,
+    queue     text COLLATE "C" NOT NULL DEFAULT '',
     -- Waiting and running ones, and of these those in scheduled.
     live      int8 NOT NULL DEFAULT 0,
     scheduled int8 NOT NULL DEFAULT 0,
@@ -273,7 +295,7 @@ END $$;
 
 -- For people.
 CREATE VIEW laelaps.tasks AS
-    SELECT task.id, task.key, task.type, task.state, nullif(task.user_name, '') AS user_name, task.attempts,
+    SELECT task.id, task.key, task.type, coalesce(nullif(task.queue, ''), 'default') AS queue, task.state, nullif(task.user_name, '') AS user_name, task.attempts,
         laelaps.moment(task.created_at) AS created_at, laelaps.moment(task.run_at) AS run_at,
         CASE WHEN task.state = 'running' THEN host.name || ', process ' || host.process_id END AS host,
         laelaps.moment(task.until) AS until, laelaps.moment(task.finished_at) AS finished_at,
@@ -318,7 +340,7 @@ END $$;
 
 -- What a producer says of a task beside its key, type and data, from a JSON object: the same members as everywhere, see docs/tasks.md.
 CREATE FUNCTION laelaps.submit_options(
-    options text, OUT user_name text, OUT run_at int8, OUT priority int4, OUT max_running int8, OUT max_attempts int8
+    options text, OUT queue text, OUT user_name text, OUT run_at int8, OUT priority int4, OUT max_running int8, OUT max_attempts int8
 ) LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     whole CONSTANT text := '^(0|-?[1-9][0-9]{0,9})$';
@@ -328,6 +350,7 @@ DECLARE
     said text;
     wrong text;
 BEGIN
+    queue := '';
     user_name := '';
     priority := 0;
     IF octet_length(options) > 65536 OR NOT laelaps.is_data(options) THEN
@@ -336,8 +359,8 @@ BEGIN
         RAISE 'options: no text holds a \u0000' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     FOR option IN SELECT key AS name, value, json_typeof(value) AS kind FROM json_each(options::json) LOOP
-        IF option.name NOT IN ('user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip') THEN
-            RAISE 'options: no option is called "%"; there are user, run_at, priority, max_running, max_attempts and gzip', option.name
+        IF option.name NOT IN ('user', 'queue', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip') THEN
+            RAISE 'options: no option is called "%"; there are user, queue, run_at, priority, max_running, max_attempts and gzip', option.name
                 USING ERRCODE = 'invalid_parameter_value';
         ELSIF option.name = ANY (seen) THEN
             RAISE 'options: "%" is there twice', option.name USING ERRCODE = 'invalid_parameter_value';
@@ -348,6 +371,8 @@ BEGIN
         wrong := CASE option.name
             WHEN 'user' THEN CASE WHEN option.kind <> 'string' OR octet_length(said) > 255 OR said COLLATE "C" ~ '[\u0001-\u001f\u007f-\u009f]'
                 THEN 'at most 255 bytes of text, without control characters' END
+            WHEN 'queue' THEN CASE WHEN option.kind <> 'string' OR said COLLATE "C" !~ '^[A-Za-z0-9_.:/-]{1,64}$'
+                THEN '1 to 64 letters, digits and _ - . : /' END
             WHEN 'run_at' THEN CASE WHEN option.kind <> 'number' AND (option.kind <> 'string' OR said !~ dated)
                 THEN 'seconds since 1970, a time with its offset such as 2026-12-24T18:00:00Z, or a date, up to the year 9999' END
             WHEN 'gzip' THEN CASE WHEN option.kind <> 'boolean' OR said <> 'false'
@@ -375,6 +400,7 @@ BEGIN
         END IF;
         CASE option.name
             WHEN 'user' THEN user_name := said;
+            WHEN 'queue' THEN queue := CASE said WHEN 'default' THEN '' ELSE said END;
             WHEN 'priority' THEN priority := said;
             WHEN 'max_running' THEN max_running := said;
             WHEN 'max_attempts' THEN max_attempts := said;
@@ -401,6 +427,7 @@ DECLARE
     plain CONSTANT bytea := convert_to(coalesce(submit.data, '{}'), 'UTF8');
     now CONSTANT int8 := extract(epoch FROM clock_timestamp()) * 1000;
     account text := '';
+    line text := '';
     urgency int4 := 0;
     at_once int8;
     attempts_max int8;
@@ -419,23 +446,23 @@ BEGIN
         RAISE 'data: a JSON object, at most 16777216 bytes' USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF submit.options IS NOT NULL THEN
-        SELECT said.user_name, said.priority, said.max_running, said.max_attempts, greatest(now, said.run_at)
-            INTO account, urgency, at_once, attempts_max, moment FROM laelaps.submit_options(submit.options) AS said;
+        SELECT said.user_name, said.queue, said.priority, said.max_running, said.max_attempts, greatest(now, said.run_at)
+            INTO account, line, urgency, at_once, attempts_max, moment FROM laelaps.submit_options(submit.options) AS said;
     END IF;
 
     FOR round IN 1 .. 2 LOOP
-        INSERT INTO laelaps.task (created_at, run_at, bytes, priority, max_running, max_attempts, key, type, user_name, data)
-            VALUES (now, moment, octet_length(plain), urgency, at_once, attempts_max, submit.key, submit.type, account,
+        INSERT INTO laelaps.task (created_at, run_at, bytes, priority, max_running, max_attempts, key, type, user_name, queue, data)
+            VALUES (now, moment, octet_length(plain), urgency, at_once, attempts_max, submit.key, submit.type, account, line,
                 CASE WHEN octet_length(plain) <= 256 THEN plain END)
             ON CONFLICT (key) DO NOTHING RETURNING id, turn INTO number, place;
         EXIT WHEN number IS NOT NULL;
         -- A task that clean-up has not come to yet does not keep its key.
         WITH over AS (
             DELETE FROM laelaps.task WHERE task.key = submit.key AND state IN ('finished', 'failed', 'cancelled') AND retained_until <= now
-            RETURNING id, task.type, state)
+            RETURNING id, task.type, task.queue, state)
         , counted AS (
-            INSERT INTO laelaps.tally (type, finished, failed, cancelled)
-            SELECT type, -(state = 'finished')::int, -(state = 'failed')::int, -(state = 'cancelled')::int FROM over)
+            INSERT INTO laelaps.tally (type, queue, finished, failed, cancelled)
+            SELECT type, queue, -(state = 'finished')::int, -(state = 'failed')::int, -(state = 'cancelled')::int FROM over)
         SELECT id INTO gone FROM over;
         IF gone IS NULL THEN
             RETURN false;
@@ -457,13 +484,13 @@ BEGIN
     IF moment > now THEN
         INSERT INTO laelaps.scheduled (run_at, task) VALUES (moment, number);
     ELSE
-        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
-            VALUES (place, number, octet_length(plain), at_once, account);
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
+            VALUES (place, number, octet_length(plain), at_once, account, line);
         IF account <> '' THEN
-            INSERT INTO laelaps.account_change (user_name, turn, task, max_running) VALUES (account, place, number, at_once);
+            INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running) VALUES (account, line, place, number, at_once);
         END IF;
     END IF;
-    INSERT INTO laelaps.tally (type, live, scheduled) VALUES (submit.type, 1, CASE WHEN moment > now THEN 1 ELSE 0 END);
+    INSERT INTO laelaps.tally (type, queue, live, scheduled) VALUES (submit.type, line, 1, CASE WHEN moment > now THEN 1 ELSE 0 END);
     IF wake THEN
         PERFORM laelaps.wake();
     END IF;

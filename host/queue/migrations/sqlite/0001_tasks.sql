@@ -1,4 +1,5 @@
--- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this database's clock; '' is no user.
+-- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this database's clock; '' is no user, and as a queue
+-- the default one.
 --
 -- A waiting task stands in exactly one of ready, scheduled and suspect; no other task stands in any of them.
 -- A running task has a lease that ends at its `until`. Every write of an attempt checks both.
@@ -8,6 +9,7 @@ CREATE TABLE task (
     key            TEXT    NOT NULL,
     type           TEXT    NOT NULL,
     state          TEXT    NOT NULL DEFAULT 'waiting',
+    queue          TEXT    NOT NULL DEFAULT '',
     user           TEXT    NOT NULL DEFAULT '',
     max_running    INTEGER,
     attempts       INTEGER NOT NULL DEFAULT 0,
@@ -33,7 +35,7 @@ CREATE TABLE task (
     -- Of a follow-up: the producer's task that it comes from, and how far from it. NULL is none. Written once.
     root           INTEGER,
     depth          INTEGER,
-    -- Where it stands among the ready tasks of its user: by priority, and of one priority by time. The smaller is first.
+    -- Where it stands among the ready tasks of its queue and user: by priority, and of one priority by time. The smaller is first.
     turn           INTEGER NOT NULL GENERATED ALWAYS AS
         (max(0, min(run_at, 253402300800000)) + max(-100, min(priority, 100)) * 1000000000000000) VIRTUAL,
     -- Behind the greatest number there is SQLite gives out none.
@@ -73,16 +75,17 @@ CREATE TABLE task_data_piece (
 
 CREATE INDEX task_data_piece_task ON task_data_piece (task, pieces, number);
 
--- What may be claimed now, in the order of claims: by user, and for who does not look at users.
+-- What may be claimed now, in the order of claims: by queue and user, and for who does not look at users.
 CREATE TABLE ready (
+    queue       TEXT    NOT NULL,
     user        TEXT    NOT NULL,
     turn        INTEGER NOT NULL,
     task        INTEGER NOT NULL,
     max_running INTEGER,
-    PRIMARY KEY (user, turn, task)
+    PRIMARY KEY (queue, user, turn, task)
 ) STRICT, WITHOUT ROWID;
 
-CREATE INDEX ready_in_turn ON ready (turn, task) WHERE user <> '';
+CREATE INDEX ready_in_turn ON ready (queue, turn, task) WHERE user <> '';
 
 -- What is not due yet. Moves to ready or suspect in batches when it is. A held task is here with a run_at that never comes, 253402300800000.
 CREATE TABLE scheduled (
@@ -100,26 +103,32 @@ CREATE TABLE suspect (
     PRIMARY KEY (turn, task)
 ) STRICT, WITHOUT ROWID;
 
--- A user with work that is ready or running. Changed with every change of its tasks, in the same transaction. The head is the first
--- ready task: the user's candidate. A user is open while its candidate may run.
+-- A user with work that is ready or running in a queue. Changed with every change of its tasks there, in the same transaction. The head is the
+-- first ready task: the user's candidate. A user is open while its candidate may run. The tasks of a queue without user have an account as well.
 CREATE TABLE account (
-    user      TEXT    NOT NULL PRIMARY KEY,
+    queue     TEXT    NOT NULL,
+    user      TEXT    NOT NULL,
     ready     INTEGER NOT NULL DEFAULT 0 CHECK (ready >= 0),
     running   INTEGER NOT NULL DEFAULT 0 CHECK (running >= 0),
-    head_turn   INTEGER,
+    head_turn INTEGER,
     head_task INTEGER,
     head_max  INTEGER,
     -- The number of the pick at which it was last picked, or entered.
     picked    INTEGER NOT NULL DEFAULT 0,
     open      INTEGER NOT NULL GENERATED ALWAYS AS
-        (head_task IS NOT NULL AND (user = '' OR head_max IS NULL OR running < max(head_max, 1))) VIRTUAL,
-    weight    REAL    NOT NULL GENERATED ALWAYS AS
-        (CAST(coalesce(head_max, 1) AS REAL) / (CASE WHEN user = '' THEN 1 ELSE running + 1 END)) VIRTUAL
+        (user <> '' AND head_task IS NOT NULL AND (head_max IS NULL OR running < max(head_max, 1))) VIRTUAL,
+    weight    REAL    NOT NULL GENERATED ALWAYS AS (CAST(coalesce(head_max, 1) AS REAL) / (running + 1)) VIRTUAL,
+    PRIMARY KEY (queue, user)
 ) STRICT, WITHOUT ROWID;
 
+-- For claims from all queues, and for those from some.
 CREATE INDEX account_by_weight ON account (weight DESC, head_turn, head_task) WHERE open;
 CREATE INDEX account_by_age ON account (picked) WHERE open;
 CREATE INDEX account_without_limit ON account (weight DESC, head_turn, head_task) WHERE open AND head_max IS NULL;
+CREATE INDEX account_without_user ON account (head_turn, head_task) WHERE user = '' AND head_task IS NOT NULL;
+CREATE INDEX account_of_queue_by_weight ON account (queue, weight DESC, head_turn, head_task) WHERE open;
+CREATE INDEX account_of_queue_by_age ON account (queue, picked) WHERE open;
+CREATE INDEX account_of_queue_without_limit ON account (queue, weight DESC, head_turn, head_task) WHERE open AND head_max IS NULL;
 
 -- The last lease number given out, and the number of picks between users so far. Neither ever goes back.
 CREATE TABLE counter (
@@ -226,12 +235,13 @@ CREATE TABLE retention (
 
 CREATE INDEX retention_until ON retention (until);
 
--- Counts that would cost too much to take: ended tasks by state, and waiting and running tasks by type.
+-- Counts that would cost too much to take: ended tasks by state, and waiting and running tasks by queue and type.
 CREATE TABLE tally (
     what  TEXT    NOT NULL CHECK (what IN ('ended', 'type')),
+    queue TEXT    NOT NULL DEFAULT '',
     name  TEXT    NOT NULL,
     tasks INTEGER NOT NULL CHECK (tasks >= 0),
-    PRIMARY KEY (what, name)
+    PRIMARY KEY (what, queue, name)
 ) STRICT, WITHOUT ROWID;
 
 -- For producers that speak SQL, with any SQLite from 3.38 on:
@@ -242,7 +252,7 @@ CREATE TABLE tally (
 CREATE VIEW submit AS
     SELECT task.key, task.type, coalesce(task_data.data, (SELECT group_concat(part, '') FROM
             (SELECT data AS part FROM task_data_piece WHERE pieces = task_data.pieces ORDER BY number))) AS data,
-        json_object('user', task.user, 'run_at', task.run_at / 1000.0, 'priority', task.priority, 'max_running', task.max_running,
+        json_object('queue', CASE task.queue WHEN '' THEN 'default' ELSE task.queue END, 'user', task.user, 'run_at', task.run_at / 1000.0, 'priority', task.priority, 'max_running', task.max_running,
             'max_attempts', task.max_attempts) AS options
     FROM task JOIN task_data ON task_data.task = task.id WHERE task.state = 'waiting';
 
@@ -282,11 +292,14 @@ BEGIN
             AND CASE WHEN json_valid(NEW.options) THEN json_type(NEW.options) = 'object' END, 0);
     SELECT RAISE(ABORT, 'options: no text holds a \u0000') WHERE replace(NEW.options, '\\', '') GLOB '*\u0000*';
     -- Only of a wrong path can SQLite before 3.47 say which.
-    SELECT json_extract('{}', 'options: no option is called "' || key || '"; there are user, run_at, priority, max_running, max_attempts and gzip')
-        FROM json_each(NEW.options) WHERE key NOT IN ('user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip');
+    SELECT json_extract('{}', 'options: no option is called "' || key || '"; there are queue, user, run_at, priority, max_running, max_attempts and gzip')
+        FROM json_each(NEW.options) WHERE key NOT IN ('queue', 'user', 'run_at', 'priority', 'max_running', 'max_attempts', 'gzip');
     SELECT json_extract('{}', 'options: "' || key || '" is there twice') FROM json_each(NEW.options) GROUP BY key HAVING count(*) > 1;
     SELECT RAISE(ABORT, 'options: their names are written without escapes') FROM json_each(NEW.options)
         WHERE json_type(NEW.options, '$.' || key) IS NULL;
+    SELECT RAISE(ABORT, 'queue: 1 to 64 letters, digits and _ - . : /') WHERE json_type(NEW.options, '$.queue') <> 'null'
+        AND NOT coalesce(json_type(NEW.options, '$.queue') = 'text' AND length(CAST((NEW.options ->> 'queue') AS BLOB)) BETWEEN 1 AND 64
+        AND (NEW.options ->> 'queue') NOT GLOB '*[^-A-Za-z0-9_.:/]*', 0);
     SELECT RAISE(ABORT, 'user: at most 255 bytes of text, without control characters') WHERE json_type(NEW.options, '$.user') <> 'null'
         AND NOT coalesce(json_type(NEW.options, '$.user') = 'text' AND length(CAST((NEW.options ->> 'user') AS BLOB)) <= 255
         AND (NEW.options ->> 'user') NOT GLOB '*[' || char(1) || '-' || char(31) || char(127) || '-' || char(159) || ']*', 0);
@@ -328,8 +341,8 @@ BEGIN
     DELETE FROM tally WHERE what = 'ended' AND tasks = 0;
     DELETE FROM task WHERE key = NEW.key;
 
-    INSERT INTO task (key, type, user, max_running, max_attempts, priority, created_at, run_at)
-        SELECT NEW.key, NEW.type, coalesce((NEW.options ->> 'user'), ''), NEW.options ->> 'max_running', NEW.options ->> 'max_attempts',
+    INSERT INTO task (key, type, queue, user, max_running, max_attempts, priority, created_at, run_at)
+        SELECT NEW.key, NEW.type, coalesce(nullif(NEW.options ->> 'queue', 'default'), ''), coalesce((NEW.options ->> 'user'), ''), NEW.options ->> 'max_running', NEW.options ->> 'max_attempts',
             coalesce(NEW.options ->> 'priority', 0), clock.now,
             max(clock.now, coalesce(CASE json_type(NEW.options, '$.run_at')
                 WHEN 'text' THEN CAST(round((julianday(NEW.options ->> 'run_at') - 2440587.5) * 86400000) AS INTEGER)
@@ -338,12 +351,14 @@ BEGIN
     INSERT OR REPLACE INTO task_data (task, bytes, data)
         SELECT id, length(CAST(coalesce(NEW.data, '{}') AS BLOB)), coalesce(NEW.data, '{}') FROM task WHERE key = NEW.key;
     INSERT INTO scheduled (run_at, task) SELECT run_at, id FROM task WHERE key = NEW.key AND run_at > created_at;
-    INSERT INTO ready (user, turn, task, max_running)
-        SELECT user, turn, id, max_running FROM task WHERE key = NEW.key AND run_at <= created_at;
-    INSERT INTO account (user, picked)
-        SELECT user, (SELECT coalesce(max(pick), 0) FROM counter) FROM task WHERE key = NEW.key AND run_at <= created_at ON CONFLICT (user) DO NOTHING;
-    UPDATE account SET ready = ready + 1, (head_turn, head_task, head_max) =
-            (SELECT turn, task, max_running FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
-        WHERE user = (SELECT user FROM task WHERE key = NEW.key AND run_at <= created_at);
-    INSERT INTO tally (what, name, tasks) VALUES ('type', NEW.type, 1) ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + 1;
+    INSERT INTO ready (queue, user, turn, task, max_running)
+        SELECT queue, user, turn, id, max_running FROM task WHERE key = NEW.key AND run_at <= created_at;
+    INSERT INTO account (queue, user, picked)
+        SELECT queue, user, (SELECT coalesce(max(pick), 0) FROM counter) FROM task WHERE key = NEW.key AND run_at <= created_at
+        ON CONFLICT (queue, user) DO NOTHING;
+    UPDATE account SET ready = ready + 1, (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
+            WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+        WHERE (queue, user) = (SELECT queue, user FROM task WHERE key = NEW.key AND run_at <= created_at);
+    INSERT INTO tally (what, queue, name, tasks) SELECT 'type', queue, type, 1 FROM task WHERE key = NEW.key
+        ON CONFLICT (what, queue, name) DO UPDATE SET tasks = tasks + 1;
 END;

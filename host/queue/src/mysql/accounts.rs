@@ -1,4 +1,4 @@
-//! What stands beside the tasks and follows from them: users' accounts, counts, and where a waiting task waits.
+//! What stands beside the tasks and follows from them: users' accounts in their queues, counts, and where a waiting task waits.
 //!
 //! An operation notes its changes in [`Changes`] and appends them as its last step, in its own transaction. So they cannot drift, and no two
 //! operations wait for one row. Who chooses between users folds the changes in first; see [`fold`].
@@ -11,9 +11,9 @@ use sqlx::{MySql, Row as _};
 
 use super::connect::text;
 use super::failure::Failure;
-use super::mend::places_of_unreadable;
-use super::rows::{count, names, places};
-use super::session::Session;
+use super::mend::{Spot, placed_queue, places_of_unreadable, queue_of};
+use super::rows::{count, places};
+use super::session::{Entered, Session};
 use crate::{State, fair};
 
 /// Changes that a claim folds in before it chooses. Where there are more, it chooses by what it knows.
@@ -26,9 +26,34 @@ const TALLY_MAX: i64 = 80_000;
 /// Rows of counts that are left alone.
 const TALLY_LEFT: usize = 1_000;
 
+/// Whose account: a user's, in one queue. Both are empty for the tasks without user, which share one account over all queues.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Owner {
+    pub(super) queue: String,
+    pub(super) user: String,
+}
+
+impl Owner {
+    pub(super) fn new(queue: &str, user: &str) -> Self {
+        Self { queue: queue.to_owned(), user: user.to_owned() }
+    }
+
+    /// Whose account counts a task of this queue and user.
+    pub(super) fn of_task(queue: &str, user: &str) -> Self {
+        if user.is_empty() { Self::default() } else { Self::new(queue, user) }
+    }
+
+    /// It is that of the tasks without user.
+    pub(super) fn is_nobody(&self) -> bool {
+        self.user.is_empty()
+    }
+}
+
 /// A task that begins to wait.
 pub(super) struct Waiting {
     pub(super) task: i64,
+    /// As it stands in the tables.
+    pub(super) queue: String,
     pub(super) run_at: i64,
     pub(super) priority: i64,
     pub(super) user: String,
@@ -46,12 +71,15 @@ impl Waiting {
 /// What an operation changed.
 #[derive(Default)]
 pub(super) struct Changes {
-    /// For each user whose first ready task may be another one now: how many more of its tasks run.
-    users: BTreeMap<String, i64>,
-    types: BTreeMap<String, i64>,
+    /// For each account whose first ready task may be another one now: how many more of its tasks run.
+    owners: BTreeMap<Owner, i64>,
+    /// By queue and type.
+    types: BTreeMap<(String, String), i64>,
     ended: BTreeMap<&'static str, i64>,
     running: i64,
     woken: bool,
+    /// Where tasks became ready.
+    entered: Vec<Entered>,
 }
 
 impl Changes {
@@ -60,42 +88,42 @@ impl Changes {
         self.running += tasks;
     }
 
-    /// A task of this user began to run without its account being asked.
-    pub(super) fn started(&mut self, user: &str) {
-        self.user(user, 1);
+    /// A task of this owner began to run without its account being asked.
+    pub(super) fn started(&mut self, owner: &Owner) {
+        self.owner(owner, 1);
     }
 
-    /// A task of this user left the ready ones.
-    pub(super) fn unready(&mut self, user: &str) {
-        self.user(user, 0);
+    /// A task of this owner left the ready ones.
+    pub(super) fn unready(&mut self, owner: &Owner) {
+        self.owner(owner, 0);
     }
 
-    /// A task of this user runs no more. If it has a limit, another one may run now.
-    pub(super) fn stopped(&mut self, user: &str, max_running: Option<u32>) {
-        self.user(user, -1);
+    /// A task of this owner runs no more. If it has a limit, another one may run now.
+    pub(super) fn stopped(&mut self, owner: &Owner, max_running: Option<u32>) {
+        self.owner(owner, -1);
         self.running -= 1;
-        self.woken |= !user.is_empty() && max_running.is_some();
+        self.woken |= !owner.is_nobody() && max_running.is_some();
     }
 
-    /// A task of this type came into the queue.
-    pub(super) fn entered(&mut self, task_type: &str) {
-        *self.types.entry(task_type.to_owned()).or_default() += 1;
+    /// A task of this type was stored in a queue.
+    pub(super) fn entered(&mut self, queue: &str, task_type: &str) {
+        self.waits_or_runs(queue, task_type, 1);
     }
 
-    /// A task of this type left the queue without coming to an end.
-    pub(super) fn dropped(&mut self, task_type: &str) {
-        *self.types.entry(task_type.to_owned()).or_default() -= 1;
+    /// A task of this type left its queue without coming to an end.
+    pub(super) fn dropped(&mut self, queue: &str, task_type: &str) {
+        self.waits_or_runs(queue, task_type, -1);
     }
 
     /// A task of this type came to its end.
-    pub(super) fn ended(&mut self, task_type: &str, state: State) {
-        *self.types.entry(task_type.to_owned()).or_default() -= 1;
+    pub(super) fn ended(&mut self, queue: &str, task_type: &str, state: State) {
+        self.waits_or_runs(queue, task_type, -1);
         *self.ended.entry(state.as_str()).or_default() += 1;
     }
 
     /// An ended task was given a new life.
-    pub(super) fn revived(&mut self, task_type: &str, state: State) {
-        *self.types.entry(task_type.to_owned()).or_default() += 1;
+    pub(super) fn revived(&mut self, queue: &str, task_type: &str, state: State) {
+        self.waits_or_runs(queue, task_type, 1);
         self.removed(state, 1);
     }
 
@@ -104,44 +132,61 @@ impl Changes {
         *self.ended.entry(state.as_str()).or_default() -= tasks;
     }
 
-    /// Tasks without user have no account.
-    fn user(&mut self, user: &str, running: i64) {
-        if user.is_empty() {
+    /// So many more tasks of a type wait or run.
+    fn waits_or_runs(&mut self, queue: &str, task_type: &str, tasks: i64) {
+        *self.types.entry((queue.to_owned(), task_type.to_owned())).or_default() += tasks;
+    }
+
+    /// What runs of the tasks without user is not counted.
+    fn owner(&mut self, owner: &Owner, running: i64) {
+        if owner.is_nobody() {
             return;
         }
-        match self.users.get_mut(user) {
+        match self.owners.get_mut(owner) {
             Some(change) => *change += running,
-            None => drop(self.users.insert(user.to_owned(), running)),
+            None => drop(self.owners.insert(owner.clone(), running)),
         }
     }
 
     /// Put tasks where waiting tasks wait: ready, suspect or scheduled.
     pub(super) async fn enqueue(&mut self, session: &mut Session<'_>, waiting: &[Waiting]) -> Result<(), Failure> {
         // A row that is there already, which nothing of ours leaves behind, is as good.
-        const READY: &str = "INSERT IGNORE INTO laelaps_ready (turn, task, max_running)
-            SELECT s.turn, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
-                turn BIGINT PATH '$[0]', task BIGINT PATH '$[1]', max_running BIGINT PATH '$[2]')) AS s";
-        const READY_OF_USER: &str = "INSERT IGNORE INTO laelaps_ready_of_user (user, turn, task, max_running)
-            SELECT s.user, s.turn, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        const READY: &str = "INSERT IGNORE INTO laelaps_ready (queue, turn, task, max_running)
+            SELECT s.queue, s.turn, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
+                turn BIGINT PATH '$[0]', task BIGINT PATH '$[1]', max_running BIGINT PATH '$[2]',
+                queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[3]')) AS s";
+        const READY_OF_USER: &str = "INSERT IGNORE INTO laelaps_ready_of_user (queue, user, turn, task, max_running)
+            SELECT s.queue, s.user, s.turn, s.task, s.max_running FROM JSON_TABLE(?, '$[*]' COLUMNS (
                 user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', turn BIGINT PATH '$[1]', task BIGINT PATH '$[2]',
-                max_running BIGINT PATH '$[3]')) AS s";
-        const SUSPECT: &str = concat!("INSERT IGNORE INTO laelaps_suspect (turn, task) SELECT s.at, s.task FROM ", places!());
+                max_running BIGINT PATH '$[3]', queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[4]')) AS s";
+        const SUSPECT: &str = "INSERT IGNORE INTO laelaps_suspect (turn, task, queue)
+            SELECT s.turn, s.task, s.queue FROM JSON_TABLE(?, '$[*]' COLUMNS (
+                turn BIGINT PATH '$[0]', task BIGINT PATH '$[1]', queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[2]')) AS s";
         const SCHEDULED: &str =
             concat!("INSERT IGNORE INTO laelaps_scheduled (run_at, task) SELECT s.at, s.task FROM ", places!());
         let now = session.now;
         let (due, later): (Vec<&Waiting>, Vec<&Waiting>) = waiting.iter().partition(|task| task.run_at <= now);
         let (suspect, ready): (Vec<&Waiting>, Vec<&Waiting>) = due.into_iter().partition(|task| task.alone);
         let (of_users, ready): (Vec<&Waiting>, Vec<&Waiting>) = ready.into_iter().partition(|task| !task.user.is_empty());
-        for rows in session.chunks(ready.iter().map(|task| (task.turn(), task.task, task.max_running))) {
+        for rows in session.chunks(ready.iter().map(|task| (task.turn(), task.task, task.max_running, &task.queue))) {
             sqlx::query(READY).bind(rows).execute(session.db()).await?;
         }
-        for rows in session.chunks(of_users.iter().map(|task| (&task.user, task.turn(), task.task, task.max_running))) {
+        for rows in
+            session.chunks(of_users.iter().map(|task| (&task.user, task.turn(), task.task, task.max_running, &task.queue)))
+        {
             sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?;
         }
         for task in &of_users {
-            self.user(&task.user, 0);
+            self.owner(&Owner::new(&task.queue, &task.user), 0);
         }
-        for rows in session.chunks(suspect.iter().map(|task| (task.turn(), task.task))) {
+        let mut entered: BTreeMap<(&str, bool), i64> = BTreeMap::new();
+        for task in ready.iter().chain(&of_users) {
+            let first = entered.entry((task.queue.as_str(), !task.user.is_empty())).or_insert(i64::MAX);
+            *first = task.turn().min(*first);
+        }
+        let entered = entered.into_iter();
+        self.entered.extend(entered.map(|((queue, of_user), turn)| Entered { queue: queue.to_owned(), of_user, turn }));
+        for rows in session.chunks(suspect.iter().map(|task| (task.turn(), task.task, &task.queue))) {
             sqlx::query(SUSPECT).bind(rows).execute(session.db()).await?;
         }
         for rows in session.chunks(later.iter().map(|task| (task.run_at, task.task))) {
@@ -154,25 +199,27 @@ impl Changes {
 
     /// Append what was noted.
     pub(super) async fn write(self, session: &mut Session<'_>) -> Result<(), Failure> {
-        const USERS: &str =
-            "INSERT INTO laelaps_account_change (user, running) SELECT s.user, s.running FROM JSON_TABLE(?, '$[*]' COLUMNS (
-            user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', running BIGINT PATH '$[1]')) AS s";
+        const OWNERS: &str = "INSERT INTO laelaps_account_change (queue, user, running) SELECT s.queue, s.user, s.running
+            FROM JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', running BIGINT PATH '$[1]',
+                queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[2]')) AS s";
         session.wake |= self.woken;
-        for users in session.chunks(&self.users) {
-            sqlx::query(USERS).bind(users).execute(session.db()).await?;
+        session.entered.extend(self.entered);
+        for owners in session.chunks(self.owners.iter().map(|(owner, running)| (&owner.user, running, &owner.queue))) {
+            sqlx::query(OWNERS).bind(owners).execute(session.db()).await?;
         }
-        let types = self.types.iter().map(|(name, tasks)| ("type", name.as_str(), *tasks));
-        let ended = self.ended.iter().map(|(name, tasks)| ("ended", *name, *tasks));
-        let running = std::iter::once(("running", "", self.running));
-        add_to_tally(session, types.chain(ended).chain(running).filter(|(_, _, tasks)| *tasks != 0).collect()).await
+        let types = self.types.iter().map(|((queue, name), tasks)| ("type", name.as_str(), *tasks, queue.as_str()));
+        let ended = self.ended.iter().map(|(name, tasks)| ("ended", *name, *tasks, ""));
+        let running = std::iter::once(("running", "", self.running, ""));
+        add_to_tally(session, types.chain(ended).chain(running).filter(|(_, _, tasks, _)| *tasks != 0).collect()).await
     }
 }
 
-async fn add_to_tally(session: &mut Session<'_>, changes: Vec<(&str, &str, i64)>) -> Result<(), Failure> {
+/// What is counted, its name, how many more, and the queue.
+async fn add_to_tally(session: &mut Session<'_>, changes: Vec<(&str, &str, i64, &str)>) -> Result<(), Failure> {
     const TALLY: &str =
-        "INSERT INTO laelaps_tally (what, name, tasks) SELECT s.what, s.name, s.tasks FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        "INSERT INTO laelaps_tally (what, queue, name, tasks) SELECT s.what, s.queue, s.name, s.tasks FROM JSON_TABLE(?, '$[*]' COLUMNS (
         what VARCHAR(10) CHARACTER SET utf8mb4 PATH '$[0]', name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]',
-        tasks BIGINT PATH '$[2]')) AS s";
+        tasks BIGINT PATH '$[2]', queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[3]')) AS s";
     for changes in session.chunks(changes) {
         sqlx::query(TALLY).bind(changes).execute(session.db()).await?;
     }
@@ -181,8 +228,8 @@ async fn add_to_tally(session: &mut Session<'_>, changes: Vec<(&str, &str, i64)>
 
 /// A change of an account that is about to be written.
 pub(super) struct AccountChange {
-    pub(super) user: String,
-    /// So many more tasks of the user run.
+    pub(super) owner: Owner,
+    /// So many more tasks of the owner run.
     pub(super) running: i64,
     /// The number of its last pick, if it was picked.
     pub(super) picked: Option<i64>,
@@ -192,27 +239,33 @@ pub(super) struct AccountChange {
 pub(super) struct Folded {
     /// The last change; None if there was none.
     pub(super) last: Option<i64>,
-    /// Where tasks of users stand whose names cannot be read.
-    pub(super) broken: Vec<(i64, i64)>,
+    /// They were as many as were asked for: there may be more.
+    pub(super) full: bool,
+    /// Accounts of other queues than the default one were among those that changed.
+    pub(super) of_others: bool,
+    /// Where tasks of users stand whose names, or the names of whose queues, cannot be read.
+    pub(super) broken: Vec<Spot>,
 }
 
 /// Fold at most so many changes behind `after` into users' accounts, oldest first. The caller holds the counter's row, whose pick a new
 /// account enters at, and mends what is broken.
 pub(super) async fn fold(session: &mut Session<'_>, pick: i64, after: i64, most: i64) -> Result<Folded, Failure> {
     const CHANGES: &str =
-        "SELECT id, user, running FROM laelaps_account_change WHERE id > ? ORDER BY id LIMIT ? FOR UPDATE SKIP LOCKED";
+        "SELECT id, queue, user, running FROM laelaps_account_change WHERE id > ? ORDER BY id LIMIT ? FOR UPDATE SKIP LOCKED";
     let rows = sqlx::query(CHANGES).bind(after).bind(most).fetch_all(session.db()).await?;
-    let mut users: BTreeMap<String, i64> = BTreeMap::new();
+    let mut owners: BTreeMap<Owner, i64> = BTreeMap::new();
     let mut ids: Vec<i64> = Vec::with_capacity(rows.len());
-    let mut unreadable: BTreeSet<Vec<u8>> = BTreeSet::new();
+    let mut unreadable: BTreeSet<(Vec<u8>, Vec<u8>)> = BTreeSet::new();
     for row in &rows {
         ids.push(row.try_get(0)?);
-        match String::from_utf8(row.try_get(1)?) {
-            Ok(user) => *users.entry(user).or_default() += row.try_get::<i64, _>(2)?,
-            Err(error) => drop(unreadable.insert(error.into_bytes())),
+        let (queue, user): (Vec<u8>, Vec<u8>) = (row.try_get(1)?, row.try_get(2)?);
+        match readable(&queue, &user) {
+            Some(owner) => *owners.entry(owner).or_default() += row.try_get::<i64, _>(3)?,
+            None => drop(unreadable.insert((queue, user))),
         }
     }
     let last = ids.last().copied();
+    let of_others = owners.keys().any(|owner| !owner.queue.is_empty());
     if !ids.is_empty() {
         remove_by_id(
             session,
@@ -221,14 +274,21 @@ pub(super) async fn fold(session: &mut Session<'_>, pick: i64, after: i64, most:
             &ids,
         )
         .await?;
-        let changes = users.into_iter().map(|(user, running)| AccountChange { user, running, picked: None }).collect();
+        let changes = owners.into_iter().map(|(owner, running)| AccountChange { owner, running, picked: None }).collect();
         write_accounts(session, pick, changes).await?;
     }
     let mut broken = Vec::new();
-    for user in unreadable {
-        broken.extend(places_of_unreadable(session, &user).await?);
+    for (queue, user) in unreadable {
+        broken.extend(places_of_unreadable(session, &queue, &user).await?);
     }
-    Ok(Folded { last, broken })
+    Ok(Folded { last, full: count(rows.len()) >= most, of_others, broken })
+}
+
+/// The owner of an account, unless its names cannot be read or are none.
+pub(super) fn readable(queue: &[u8], user: &[u8]) -> Option<Owner> {
+    let user = std::str::from_utf8(user).ok()?;
+    let placed = placed_queue(queue.to_vec());
+    (placed.as_bytes() == queue).then(|| Owner { queue: placed, user: user.to_owned() })
 }
 
 async fn remove_by_id(session: &mut Session<'_>, sql: &'static str, ids: &[i64]) -> Result<(), Failure> {
@@ -238,52 +298,62 @@ async fn remove_by_id(session: &mut Session<'_>, sql: &'static str, ids: &[i64])
     Ok(())
 }
 
+/// The rows of a set of accounts' owners.
+macro_rules! owners {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]',
+            queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[1]')) AS s"
+    };
+}
+
 /// Write changes of accounts, each with its user's first ready task as it is now. The caller holds the counter's row.
 pub(super) async fn write_accounts(session: &mut Session<'_>, pick: i64, changes: Vec<AccountChange>) -> Result<(), Failure> {
     // As the place says it, whatever the task's own row says: so it is chosen, found out, and mended.
     const HEADS: &str = concat!(
-        "SELECT s.name, (SELECT CONCAT_WS(',', r.turn, r.task, r.max_running) FROM laelaps_ready_of_user AS r WHERE r.user = s.name
-            ORDER BY r.turn, r.task LIMIT 1) FROM ",
-        names!()
+        "SELECT s.queue, s.user, (SELECT CONCAT_WS(',', r.turn, r.task, r.max_running) FROM laelaps_ready_of_user AS r
+            WHERE r.queue = s.queue AND r.user = s.user ORDER BY r.turn, r.task LIMIT 1) FROM ",
+        owners!()
     );
-    const WRITE: &str = "INSERT INTO laelaps_account (user, running, head_turn, head_task, head_max, picked)
-        SELECT s.user, s.running, s.head_turn, s.head_task, s.head_max, s.picked FROM JSON_TABLE(?, '$[*]' COLUMNS (
+    const WRITE: &str = "INSERT INTO laelaps_account (queue, user, running, head_turn, head_task, head_max, picked)
+        SELECT s.queue, s.user, s.running, s.head_turn, s.head_task, s.head_max, s.picked FROM JSON_TABLE(?, '$[*]' COLUMNS (
             user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', running BIGINT PATH '$[1]', head_turn BIGINT PATH '$[2]',
-            head_task BIGINT PATH '$[3]', head_max BIGINT PATH '$[4]', picked BIGINT PATH '$[5]', was_picked INT PATH '$[6]')) AS s
+            head_task BIGINT PATH '$[3]', head_max BIGINT PATH '$[4]', picked BIGINT PATH '$[5]', was_picked INT PATH '$[6]',
+            queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[7]')) AS s
         ON DUPLICATE KEY UPDATE running = laelaps_account.running + VALUES(running), head_turn = VALUES(head_turn),
             head_task = VALUES(head_task), head_max = VALUES(head_max),
             picked = IF(s.was_picked = 1, VALUES(picked), laelaps_account.picked)";
     /// The account of the tasks without user stays.
     const LEAVE: &str = concat!(
         "DELETE a FROM ",
-        names!(),
-        " STRAIGHT_JOIN laelaps_account AS a FORCE INDEX (PRIMARY) ON a.user = s.name WHERE a.running = 0 AND a.head_task IS NULL AND a.user <> ''"
+        owners!(),
+        " STRAIGHT_JOIN laelaps_account AS a FORCE INDEX (PRIMARY) ON a.queue = s.queue AND a.user = s.user
+        WHERE a.running = 0 AND a.head_task IS NULL AND a.user <> ''"
     );
     if changes.is_empty() {
         return Ok(());
     }
-    let mut heads: HashMap<String, (i64, i64, Option<u32>)> = HashMap::with_capacity(changes.len());
-    for users in session.chunks(changes.iter().map(|change| change.user.as_str())) {
-        for row in sqlx::query(HEADS).bind(users).fetch_all(session.db()).await? {
-            let words: Option<String> = row.try_get(1)?;
+    let mut heads: HashMap<Owner, (i64, i64, Option<u32>)> = HashMap::with_capacity(changes.len());
+    for owners in session.chunks(changes.iter().map(|change| (&change.owner.user, &change.owner.queue))) {
+        for row in sqlx::query(HEADS).bind(owners).fetch_all(session.db()).await? {
+            let words: Option<String> = row.try_get(2)?;
             if let Some(head) = words.as_deref().and_then(head) {
-                heads.insert(row.try_get(0)?, head);
+                heads.insert(Owner { queue: row.try_get(0)?, user: row.try_get(1)? }, head);
             }
         }
     }
     let rows = session.chunks(changes.iter().map(|change| {
-        let (head_turn, head_task, head_max) = match heads.get(&change.user).filter(|_| !change.user.is_empty()) {
+        let (head_turn, head_task, head_max) = match heads.get(&change.owner).filter(|_| !change.owner.is_nobody()) {
             Some((turn, task, max_running)) => (Some(*turn), Some(*task), *max_running),
             None => (None, None, None),
         };
-        let picked = change.picked.unwrap_or(pick);
-        (&change.user, change.running, head_turn, head_task, head_max, picked, u8::from(change.picked.is_some()))
+        let (picked, was_picked) = (change.picked.unwrap_or(pick), u8::from(change.picked.is_some()));
+        (&change.owner.user, change.running, head_turn, head_task, head_max, picked, was_picked, &change.owner.queue)
     }));
     for rows in rows {
         sqlx::query(WRITE).bind(rows).execute(session.db()).await?;
     }
-    let idle = changes.iter().filter(|change| !heads.contains_key(&change.user)).map(|change| change.user.as_str());
-    for idle in session.chunks(idle) {
+    let idle = changes.iter().filter(|change| !heads.contains_key(&change.owner));
+    for idle in session.chunks(idle.map(|change| (&change.owner.user, &change.owner.queue))) {
         sqlx::query(LEAVE).bind(idle).execute(session.db()).await?;
     }
     Ok(())
@@ -298,9 +368,8 @@ fn head(words: &str) -> Option<(i64, i64, Option<u32>)> {
 
 /// Fold rows of counts together, if there are many. Answers where to begin the next time.
 pub(super) async fn fold_tally(session: &mut Session<'_>, after: i64) -> Result<i64, Failure> {
-    const ROWS: &str =
-        "SELECT id, CAST(what AS CHAR), name, tasks FROM laelaps_tally WHERE id > ? ORDER BY id LIMIT ? FOR UPDATE SKIP LOCKED";
-    let mut sums: BTreeMap<(String, String), i64> = BTreeMap::new();
+    const ROWS: &str = "SELECT id, CAST(what AS CHAR), name, tasks, queue FROM laelaps_tally WHERE id > ? ORDER BY id LIMIT ? FOR UPDATE SKIP LOCKED";
+    let mut sums: BTreeMap<(String, String, String), i64> = BTreeMap::new();
     let mut ids: Vec<i64> = Vec::new();
     let mut last = after;
     // Folding what is of many names makes nothing smaller: then more of it is looked at.
@@ -308,7 +377,7 @@ pub(super) async fn fold_tally(session: &mut Session<'_>, after: i64) -> Result<
         let rows = sqlx::query(ROWS).bind(last).bind(FOLDED_MAX).fetch_all(session.db()).await?;
         for row in &rows {
             ids.push(row.try_get(0)?);
-            *sums.entry((row.try_get(1)?, text(row, 2)?)).or_default() += row.try_get::<i64, _>(3)?;
+            *sums.entry((row.try_get(1)?, text(row, 2)?, queue_of(row, 4)?)).or_default() += row.try_get::<i64, _>(3)?;
         }
         last = ids.last().copied().unwrap_or(last);
         if sums.len() * 2 <= ids.len() || count(rows.len()) < FOLDED_MAX {
@@ -326,7 +395,8 @@ pub(super) async fn fold_tally(session: &mut Session<'_>, after: i64) -> Result<
     )
     .await?;
     let sums = sums.iter().filter(|(_, tasks)| **tasks != 0);
-    add_to_tally(session, sums.map(|((what, name), tasks)| (what.as_str(), name.as_str(), *tasks)).collect()).await?;
+    let sums = sums.map(|((what, name, queue), tasks)| (what.as_str(), name.as_str(), *tasks, queue.as_str()));
+    add_to_tally(session, sums.collect()).await?;
     Ok(last)
 }
 

@@ -7,8 +7,10 @@ use sqlx::Row as _;
 use super::MySql;
 use super::connect::text;
 use super::failure::Failure;
+use super::mend::{is_no_queue, queue_of};
 use super::session::Session;
 use crate::Result;
+use crate::task::queue_name;
 
 /// The most findings.
 const FINDINGS_MAX: usize = 1_000;
@@ -26,37 +28,40 @@ const RULES: [(&str, &str); 18] = [
         "a place names a task as its row is",
         "SELECT what FROM (
             SELECT CONCAT('task ', r.task, ' in laelaps_ready') AS what FROM laelaps_ready AS r LEFT JOIN laelaps_task AS t ON t.id = r.task
-                AND t.user = '' AND t.turn = r.turn AND t.max_running <=> r.max_running AND NOT t.alone WHERE t.id IS NULL
+                AND t.queue = r.queue AND t.user = '' AND t.turn = r.turn AND t.max_running <=> r.max_running AND NOT t.alone WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_ready_of_user') FROM laelaps_ready_of_user AS r
-                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.user = r.user AND t.user <> '' AND t.turn = r.turn
+                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.queue = r.queue AND t.user = r.user AND t.user <> '' AND t.turn = r.turn
                 AND t.max_running <=> r.max_running AND NOT t.alone WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_scheduled') FROM laelaps_scheduled AS r
                 LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.run_at = r.run_at WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_suspect') FROM laelaps_suspect AS r
-                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.turn = r.turn AND t.alone WHERE t.id IS NULL) AS found LIMIT ?",
+                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.queue = r.queue AND t.turn = r.turn AND t.alone WHERE t.id IS NULL) AS found LIMIT ?",
     ),
     (
         "an account and its changes count what runs",
-        "SELECT CONCAT('user ', user, ', off by ', SUM(running)) FROM (
-                SELECT user, running FROM laelaps_account UNION ALL SELECT user, running FROM laelaps_account_change
-                UNION ALL SELECT user, -1 FROM laelaps_task WHERE state = 'running' AND user <> '') AS parts
-            GROUP BY user HAVING SUM(running) <> 0 LIMIT ?",
+        "SELECT CONCAT('user ', user, ' in queue ', IF(queue = '', 'default', queue), ', off by ', SUM(running)) FROM (
+                SELECT queue, user, running FROM laelaps_account UNION ALL SELECT queue, user, running FROM laelaps_account_change
+                UNION ALL SELECT queue, user, -1 FROM laelaps_task WHERE state = 'running' AND user <> '') AS parts
+            GROUP BY queue, user HAVING SUM(running) <> 0 LIMIT ?",
     ),
     (
         "whoever has ready tasks has an account or a change",
-        "SELECT CONCAT('user ', user) FROM (SELECT DISTINCT user FROM laelaps_ready_of_user) AS r
-            WHERE user NOT IN (SELECT user FROM laelaps_account) AND user NOT IN (SELECT user FROM laelaps_account_change) LIMIT ?",
+        "SELECT CONCAT('user ', user, ' in queue ', IF(queue = '', 'default', queue)) FROM (SELECT DISTINCT queue, user FROM laelaps_ready_of_user) AS r
+            WHERE (queue, user) NOT IN (SELECT queue, user FROM laelaps_account)
+                AND (queue, user) NOT IN (SELECT queue, user FROM laelaps_account_change) LIMIT ?",
     ),
     (
         "an account without changes knows its first ready task",
-        "SELECT CONCAT('user ', a.user) FROM laelaps_account AS a
-            WHERE a.user NOT IN (SELECT user FROM laelaps_account_change) AND NOT (a.head_task <=>
-                (SELECT r.task FROM laelaps_ready_of_user AS r WHERE r.user = a.user ORDER BY r.turn, r.task LIMIT 1)) LIMIT ?",
+        "SELECT CONCAT('user ', a.user, ' in queue ', IF(a.queue = '', 'default', a.queue)) FROM laelaps_account AS a
+            WHERE (a.queue, a.user) NOT IN (SELECT queue, user FROM laelaps_account_change) AND NOT (a.head_task <=>
+                (SELECT r.task FROM laelaps_ready_of_user AS r WHERE r.queue = a.queue AND r.user = a.user
+                ORDER BY r.turn, r.task LIMIT 1)) LIMIT ?",
     ),
     (
         "an idle user has no account",
-        "SELECT CONCAT('user ', user) FROM laelaps_account WHERE head_task IS NULL AND running = 0 AND user <> ''
-            AND user NOT IN (SELECT user FROM laelaps_account_change) LIMIT ?",
+        "SELECT CONCAT('user ', user, ' in queue ', IF(queue = '', 'default', queue)) FROM laelaps_account
+            WHERE head_task IS NULL AND running = 0 AND user <> ''
+            AND (queue, user) NOT IN (SELECT queue, user FROM laelaps_account_change) LIMIT ?",
     ),
     (
         "ended and running tasks are counted",
@@ -151,21 +156,29 @@ async fn compare(session: &mut Session<'_>) -> Result<Vec<String>, Failure> {
 
 /// Types are counted by their names as they are shown, so that one that cannot be read is counted as well.
 async fn types(session: &mut Session<'_>) -> Result<Vec<String>, Failure> {
-    const TYPES: &str = "SELECT name, CAST(SUM(tasks) AS SIGNED) FROM (SELECT name, tasks FROM laelaps_tally WHERE what = 'type'
-        UNION ALL SELECT type, -1 FROM laelaps_task WHERE state IN ('waiting', 'running')) AS parts GROUP BY name HAVING SUM(tasks) <> 0";
-    let mut sums: BTreeMap<String, i64> = BTreeMap::new();
+    const TYPES: &str = "SELECT queue, name, CAST(SUM(tasks) AS SIGNED) FROM (
+            SELECT queue, name, tasks FROM laelaps_tally WHERE what = 'type'
+            UNION ALL SELECT queue, type, -1 FROM laelaps_task WHERE state IN ('waiting', 'running')) AS parts
+        GROUP BY queue, name HAVING SUM(tasks) <> 0";
+    let mut sums: BTreeMap<(String, String), i64> = BTreeMap::new();
     for row in sqlx::query(TYPES).fetch_all(session.db()).await? {
-        *sums.entry(text(&row, 0)?).or_default() += row.try_get::<i64, _>(1)?;
+        *sums.entry((queue_of(&row, 0)?, text(&row, 1)?)).or_default() += row.try_get::<i64, _>(2)?;
     }
     let off = sums.into_iter().filter(|(_, tasks)| *tasks != 0);
-    Ok(off.map(|(name, tasks)| format!("types are counted: {name}, off by {tasks}")).collect())
+    let words = |((queue, name), tasks)| format!("types are counted: {name} in queue {}, off by {tasks}", queue_name(queue));
+    Ok(off.map(words).collect())
 }
 
-/// Waiting and running tasks whose names are not text.
+/// Waiting and running tasks whose names are not text, or whose queue is none.
 async fn unreadable(session: &mut Session<'_>) -> Result<Vec<String>, Failure> {
     const NAMES: &str = "SELECT id FROM laelaps_task WHERE state IN ('waiting', 'running') AND NOT COALESCE(
             CAST(CONVERT(`key` USING utf8mb4) AS BINARY) = `key` AND CAST(CONVERT(type USING utf8mb4) AS BINARY) = type
             AND CAST(CONVERT(user USING utf8mb4) AS BINARY) = user, 0) LIMIT 1000";
-    let found: Vec<i64> = sqlx::query_scalar(NAMES).fetch_all(session.db()).await?;
-    Ok(found.into_iter().map(|task| format!("names are text in UTF-8: task {task}")).collect())
+    const QUEUES: &str =
+        concat!("SELECT t.id FROM laelaps_task AS t WHERE t.state IN ('waiting', 'running') AND ", is_no_queue!(), " LIMIT 1000");
+    let names: Vec<i64> = sqlx::query_scalar(NAMES).fetch_all(session.db()).await?;
+    let queues: Vec<i64> = sqlx::query_scalar(QUEUES).fetch_all(session.db()).await?;
+    let names = names.into_iter().map(|task| format!("names are text in UTF-8: task {task}"));
+    let queues = queues.into_iter().map(|task| format!("a queue's name is one that can be submitted: task {task}"));
+    Ok(names.chain(queues).collect())
 }

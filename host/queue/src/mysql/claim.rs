@@ -11,17 +11,19 @@ use std::time::{Duration, Instant};
 use sqlx::Row as _;
 use sqlx::mysql::MySqlRow;
 
-use super::accounts::{AccountChange, Changes, write_accounts};
-use super::choose::{Choice, Chosen, Limits, Starts, Way, choose};
+use super::accounts::{AccountChange, Changes, Owner, write_accounts};
+use super::choose::{Choice, Chosen, HEAD, Limits, Ready, Starts, Way, choose};
 use super::connect::text;
 use super::due::move_due;
 use super::failure::{self, Failure};
-use super::mark::Looks;
-use super::mend::{mend, unreadable_names, user_of};
-use super::rows::{Joined, count, ids, json, lockable, places, priority_in_range};
+use super::fronts::{Learn, Start};
+use super::mark::{Asked, Looks};
+use super::mend::{Spot, is_no_queue, mend, queue_of, unreadable_names, user_of};
+use super::rows::{Joined, count, ids, json, lockable, names, places, priority_in_range};
 use super::session::{Session, Waiting as LockWait, now};
 use super::{MySql, locked};
 use crate::outcome::ms;
+use crate::task::{queue_name, stored_queue};
 use crate::{
     Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Result, Settlement, TaskId,
     Timestamp, data,
@@ -40,6 +42,8 @@ const PRIMARY_AGAIN: Duration = Duration::from_secs(10);
 const ASIDE_ROUNDS_MAX: usize = 20;
 /// A task that is due and cannot be moved yet, since somebody holds it, is looked at again after this.
 const DUE_AGAIN: Duration = Duration::from_millis(100);
+/// Batches of users' changes that a claim of some queues folds in if it finds nothing.
+const FOLDS_OF_CLAIM: usize = 2;
 /// A claim is looked at for the first time after this at the latest, to let go of what has ended by then.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
@@ -88,6 +92,46 @@ impl Taken {
     }
 }
 
+/// The clock, the host, the next due task, suspects, changes, open accounts of the default queue and of others, the server; and of each table of
+/// ready tasks the first and the last queue, and whether something is behind a place.
+pub(super) const LOOK: &str = concat!(
+    "SELECT ",
+    now!(),
+    ", (SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0),
+    (SELECT run_at FROM laelaps_scheduled WHERE run_at >= ? ORDER BY run_at, task LIMIT 1),
+    (SELECT COUNT(*) FROM (SELECT 1 FROM laelaps_suspect LIMIT 2) AS few),
+    EXISTS (SELECT 1 FROM laelaps_account_change WHERE id > ?),
+    EXISTS (SELECT 1 FROM laelaps_account FORCE INDEX (by_age) WHERE queue = '' AND open = 1),
+    EXISTS (SELECT 1 FROM laelaps_account FORCE INDEX (other_by_age) WHERE other_picked IS NOT NULL), @@read_only,
+    (SELECT MIN(queue) FROM laelaps_ready WHERE queue >= ?), (SELECT MAX(queue) FROM laelaps_ready WHERE queue < ?),
+    EXISTS (SELECT 1 FROM laelaps_ready WHERE queue = ? AND turn >= ?),
+    (SELECT MIN(queue) FROM laelaps_ready_of_user WHERE queue >= ?), (SELECT MAX(queue) FROM laelaps_ready_of_user WHERE queue < ?),
+    EXISTS (SELECT 1 FROM laelaps_ready_of_user FORCE INDEX (in_turn) WHERE queue = ? AND turn >= ?)"
+);
+
+/// Of some queues nobody asks for the last one that has something.
+pub(super) const LOOK_AT_SOME: &str = concat!(
+    "SELECT ",
+    now!(),
+    ", (SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0),
+    (SELECT run_at FROM laelaps_scheduled WHERE run_at >= ? ORDER BY run_at, task LIMIT 1),
+    (SELECT COUNT(*) FROM (SELECT 1 FROM ",
+    names!(),
+    " STRAIGHT_JOIN laelaps_suspect AS r FORCE INDEX (in_queue) ON r.queue = s.name LIMIT 2) AS few),
+    EXISTS (SELECT 1 FROM laelaps_account_change WHERE id > ?),
+    EXISTS (SELECT 1 FROM ",
+    names!(),
+    " STRAIGHT_JOIN laelaps_account AS a FORCE INDEX (by_age) ON a.queue = s.name AND a.open = 1), 0, @@read_only,
+    (SELECT r.queue FROM ",
+    names!(),
+    " STRAIGHT_JOIN laelaps_ready AS r FORCE INDEX (PRIMARY) ON r.queue = s.name LIMIT 1), NULL,
+    EXISTS (SELECT 1 FROM laelaps_ready WHERE queue = ? AND turn >= ?),
+    (SELECT r.queue FROM ",
+    names!(),
+    " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_turn) ON r.queue = s.name LIMIT 1), NULL,
+    EXISTS (SELECT 1 FROM laelaps_ready_of_user FORCE INDEX (in_turn) WHERE queue = ? AND turn >= ?)"
+);
+
 /// What is seen without locks.
 struct Outlook {
     now: i64,
@@ -95,16 +139,85 @@ struct Outlook {
     suspects: i64,
     users_changed: bool,
     users_open: bool,
-    ready: bool,
-    of_users: bool,
+    /// Also where the default queue does not.
+    others_open: bool,
+    ready: Seen,
+    of_users: Seen,
+}
+
+/// What is seen of a table of ready tasks.
+struct Seen {
+    /// The first and the last queue that has something, if that was asked; of some queues that were asked for, one that has.
+    first: Option<Vec<u8>>,
+    last: Option<Vec<u8>>,
+    /// Something stands in the one queue, and behind the place, that were asked for.
+    here: bool,
+}
+
+/// Lower than the name of every queue, and higher.
+const BELOW: &[u8] = b"";
+const ABOVE: &[u8] = &[u8::MAX; 65];
+
+/// Where a look without locks looks into a table: from one queue on and below another, so also nowhere; and in one queue behind a place.
+struct Glance {
+    from: &'static [u8],
+    below: &'static [u8],
+    queue: Vec<u8>,
+    turn: i64,
+}
+
+impl Glance {
+    const NOWHERE: Self = Self { from: ABOVE, below: BELOW, queue: Vec::new(), turn: i64::MAX };
+
+    fn of(start: &Start) -> Self {
+        match (&start.learn, start.fronts.as_slice()) {
+            (Some(_), _) => Self { from: BELOW, below: ABOVE, ..Self::NOWHERE },
+            (None, [(queue, (turn, _))]) => Self { queue: queue.clone(), turn: *turn, ..Self::NOWHERE },
+            // Of several queues it is found out by looking into them.
+            (None, _) => Self::NOWHERE,
+        }
+    }
+}
+
+impl Seen {
+    /// Where to begin, now that something was seen; None if there is nothing.
+    fn begin(&self, start: Start) -> Option<Start> {
+        let Some(learn) = &start.learn else {
+            let several = start.fronts.len() > 1;
+            return (self.here || several).then_some(start);
+        };
+        let (first, last) = (self.first.clone()?, self.last.clone().unwrap_or_default());
+        match learn {
+            Learn::Of(_) => Some(start),
+            Learn::From(_) if first == last => Some(Start { fronts: vec![(first, HEAD)], learn: None, ..start }),
+            Learn::From(from) if *from > first && *from < last => Some(start),
+            Learn::From(_) => Some(Start { learn: Some(Learn::From(first)), ..start }),
+        }
+    }
+}
+
+/// The queues that a claim names, as they stand in the tables.
+fn asked(claim: &Claim) -> Asked {
+    let named = claim.queues.as_deref()?;
+    let mut queues: Vec<String> = named.iter().map(|queue| stored_queue(Some(queue)).to_owned()).collect();
+    queues.sort_unstable();
+    queues.dedup();
+    Some(Arc::from(queues))
 }
 
 impl MySql {
-    /// Take waiting tasks under new leases. Runs on the task of the caller, which must not be dropped. Those whose names cannot be read are set
+    /// Take waiting tasks under new leases, of the queues that are asked for. Runs on the task of the caller, which must not be dropped. Those whose names cannot be read are set
     /// aside, and others taken instead.
     pub(super) async fn take_tasks(&self, claim: &Claim) -> Result<Taken> {
+        let mut folded = false;
         for _ in 0..ASIDE_ROUNDS_MAX {
-            let (taken, unreadable) = self.take_some(claim).await?;
+            let (taken, unreadable, unfolded) = self.take_some(claim).await?;
+            // What is left to fold in may be what other queues' users have changed, and hide what changed in these.
+            if unfolded && claim.queues.is_some() && !folded && taken.tasks.is_empty() && unreadable.is_empty() {
+                self.fold_some_changes(FOLDS_OF_CLAIM).await?;
+                folded = true;
+                continue;
+            }
             if unreadable.is_empty() {
                 return Ok(taken);
             }
@@ -119,32 +232,37 @@ impl MySql {
         Ok(Taken::default())
     }
 
-    async fn take_some(&self, claim: &Claim) -> Result<(Taken, Vec<Broken>)> {
-        let mut outlook = self.look_out(claim.host).await?;
+    async fn take_some(&self, claim: &Claim) -> Result<(Taken, Vec<Broken>, bool)> {
+        let asked = asked(claim);
+        let (mut starts, mut outlook) = self.look_out(claim, &asked).await?;
         if outlook.next_due.is_some_and(|due| due <= outlook.now) {
             self.move_due().await?;
-            outlook = self.look_out(claim.host).await?;
+            (starts, outlook) = self.look_out(claim, &asked).await?;
         }
         let next_due = outlook.next_due.filter(|due| *due < NewTask::HELD_AT.0);
         let next_due_in = next_due.map(|due| match Timestamp(due).since(Timestamp(outlook.now)) {
             Duration::ZERO => DUE_AGAIN,
             wait => wait,
         });
+        let (ready, of_users) = (outlook.ready.begin(starts.ready), outlook.of_users.begin(starts.of_users));
+        let has = (ready.is_some(), of_users.is_some());
+        let (ready, of_users) = (ready.unwrap_or_default(), of_users.unwrap_or_default());
+        let starts = Starts { ready, of_users, others: outlook.others_open, ..starts };
         let way = if claim.alone && outlook.suspects > 0 {
             Some(Way::Alone { ignore_users: claim.ignore_users })
         } else if claim.ignore_users {
-            (outlook.of_users || outlook.ready).then_some(Way::First)
-        } else if outlook.users_changed || outlook.users_open {
+            (has != (false, false)).then_some(Way::First)
+        } else if outlook.users_changed || outlook.users_open || outlook.others_open {
             Some(Way::BetweenUsers)
         } else {
-            outlook.ready.then_some(Way::WithoutUser)
+            has.0.then_some(Way::WithoutUser)
         };
-        let (tasks, unreadable) = match way {
-            Some(way) => self.take_in(way, claim).await?,
+        let (tasks, unreadable, unfolded) = match way {
+            Some(way) => self.take_in(way, claim, starts).await?,
             None => Default::default(),
         };
         let others = outlook.suspects > i64::from(tasks.iter().any(|task| task.alone));
-        let alone_waiting = match if others { self.is_wanted_alone(claim.host).await } else { Ok(false) } {
+        let alone_waiting = match if others { self.is_wanted_alone(claim.host, &asked).await } else { Ok(false) } {
             // What was taken is this claim's in any case.
             Err(error) if !tasks.is_empty() || !unreadable.is_empty() => {
                 tracing::debug!(%error, "whether a task has to run alone is looked at by the next claim");
@@ -152,16 +270,17 @@ impl MySql {
             }
             is_wanted => is_wanted?,
         };
-        Ok((Taken { tasks, alone_waiting, next_due_in }, unreadable))
+        Ok((Taken { tasks, alone_waiting, next_due_in }, unreadable, unfolded))
     }
 
-    async fn take_in(&self, way: Way, claim: &Claim) -> Result<(Vec<ClaimedTask>, Vec<Broken>)> {
-        let (starts, claim) = (locked(&self.marks).starts(), claim.clone());
+    /// Answers also whether changes of users' accounts are left to fold in.
+    async fn take_in(&self, way: Way, claim: &Claim, starts: Starts) -> Result<(Vec<ClaimedTask>, Vec<Broken>, bool)> {
+        let claim = claim.clone();
         let taken: Arc<Mutex<Took>> = Arc::default();
         let last_try = Arc::clone(&taken);
         self.runner
             .run_here(LockWait::Long, "claiming tasks", move |session| {
-                let (claim, taken) = (claim.clone(), Arc::clone(&last_try));
+                let (claim, starts, taken) = (claim.clone(), starts.clone(), Arc::clone(&last_try));
                 Box::pin(async move {
                     let one = first_lease(&locked(&taken)).filter(|_| session.repeated);
                     if let Some(one) = one
@@ -169,7 +288,7 @@ impl MySql {
                     {
                         return Ok(());
                     }
-                    let done = take(session, way, &claim, starts).await?;
+                    let done = take(session, way, &claim, &starts).await?;
                     *locked(&taken) = done;
                     Ok(())
                 })
@@ -180,7 +299,7 @@ impl MySql {
         if unreadable.is_empty() {
             locked(&self.claims).taken(&tasks);
         }
-        Ok((tasks, unreadable))
+        Ok((tasks, unreadable, looks.unfolded))
     }
 
     /// Use other connections from now on, unless that was tried a moment ago.
@@ -192,35 +311,52 @@ impl MySql {
         }
     }
 
-    async fn look_out(&self, host: HostId) -> Result<Outlook> {
-        const LOOK: &str = concat!(
-            "SELECT ",
-            now!(),
-            ", (SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0),
-            (SELECT run_at FROM laelaps_scheduled WHERE run_at >= ? ORDER BY run_at, task LIMIT 1),
-            (SELECT COUNT(*) FROM (SELECT 1 FROM laelaps_suspect LIMIT 2) AS few),
-            EXISTS (SELECT 1 FROM laelaps_account_change WHERE id > ?),
-            EXISTS (SELECT 1 FROM laelaps_account WHERE open = 1),
-            EXISTS (SELECT 1 FROM laelaps_ready WHERE turn >= ?),
-            EXISTS (SELECT 1 FROM laelaps_ready_of_user WHERE turn >= ?), @@read_only"
-        );
+    /// Look where a claim could begin, and whether there is something.
+    async fn look_out(&self, claim: &Claim, asked: &Asked) -> Result<(Starts, Outlook)> {
         let (starts, scheduled) = {
-            let marks = locked(&self.marks);
-            (marks.starts(), marks.scheduled.start())
+            let mut marks = locked(&self.marks);
+            (marks.starts(asked), marks.scheduled.start())
         };
+        let host = claim.host;
         let row = self
-            .read("looking for work", move || {
-                sqlx::query(LOOK).bind(host.0).bind(scheduled.0).bind(starts.changes).bind(starts.ready.0).bind(starts.of_users.0)
+            .read("looking for work", || {
+                let ready = Glance::of(&starts.ready);
+                // Only claims that ignore users take from there.
+                let of_users = if claim.ignore_users { Glance::of(&starts.of_users) } else { Glance::NOWHERE };
+                match asked {
+                    None => {
+                        let query = sqlx::query(LOOK).bind(host.0).bind(scheduled.0).bind(starts.changes);
+                        [ready, of_users].into_iter().fold(query, |query, Glance { from, below, queue, turn }| {
+                            query.bind(from).bind(below).bind(queue).bind(turn)
+                        })
+                    }
+                    Some(queues) => {
+                        let names = json(queues.iter());
+                        let query = sqlx::query(LOOK_AT_SOME).bind(host.0).bind(scheduled.0).bind(names.clone());
+                        let query = query.bind(starts.changes).bind(names.clone());
+                        [ready, of_users].into_iter().fold(query, |query, Glance { from, queue, turn, .. }| {
+                            let names = if from == BELOW { names.clone() } else { "[]".to_owned() };
+                            query.bind(names).bind(queue).bind(turn)
+                        })
+                    }
+                }
             })
             .await?;
         let read = |error: sqlx::Error| self.runner.place.worded(error, "looking for work");
         if row.try_get::<i64, _>(1).map_err(read)? == 0 {
             return Err(failure::unknown_host(host).into_error("claiming tasks", &self.runner.place));
         }
-        if row.try_get::<i64, _>(8).map_err(read)? != 0 {
+        if row.try_get::<i64, _>(7).map_err(read)? != 0 {
             // It may have been the primary. Where its name leads by now there may be another.
             self.look_for_a_primary();
         }
+        let seen = |place: usize| {
+            Ok::<_, sqlx::Error>(Seen {
+                first: row.try_get(place)?,
+                last: row.try_get(place + 1)?,
+                here: row.try_get(place + 2)?,
+            })
+        };
         let outlook = || {
             Ok(Outlook {
                 now: row.try_get(0)?,
@@ -228,11 +364,12 @@ impl MySql {
                 suspects: row.try_get(3)?,
                 users_changed: row.try_get(4)?,
                 users_open: row.try_get(5)?,
-                ready: row.try_get(6)?,
-                of_users: row.try_get(7)?,
+                others_open: row.try_get(6)?,
+                ready: seen(8)?,
+                of_users: seen(11)?,
             })
         };
-        outlook().map_err(read)
+        Ok((starts, outlook().map_err(read)?))
     }
 
     /// Move what has become due to where it can be claimed.
@@ -266,12 +403,12 @@ fn first_lease((tasks, unreadable, _): &Took) -> Option<LeaseRef> {
 }
 
 /// Choose tasks and put them under new leases. Those whose names cannot be read come second.
-async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts) -> Result<Took, Failure> {
+async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: &Starts) -> Result<Took, Failure> {
     const PICKED: &str = "UPDATE laelaps_counter SET pick = ? WHERE id = 1";
     let tasks = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
     let limited = claim.limited.map_or(tasks, |limited| usize::try_from(limited).unwrap_or(tasks)).min(tasks);
     let mut choice = choose(session, way, Limits { tasks, limited }, starts).await?;
-    let looks = Looks { ready: choice.ready, of_users: choice.of_users, changes: choice.changes, entered: starts.entered };
+    let looks = looks(&mut choice, starts);
     let mut changes = Changes::default();
     mend(session, &choice.broken, &mut changes).await?;
     let overtaken = if session.conflicts > 0 { leave_out_overtaken(session, &mut choice).await? } else { Vec::new() };
@@ -287,34 +424,55 @@ async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: Starts
     let Leased { tasks, unreadable } = lease(session, claim, &choice).await?;
     let leased = tasks.iter().chain(unreadable.iter().map(|broken| &broken.task));
     // What is counted is what was leased, whatever was chosen.
-    let users: HashMap<i64, &str> =
-        leased.map(|task| (task.lease_ref.task.0, task.user.as_deref().unwrap_or_default())).collect();
-    changes.claimed(count(users.len()));
+    let owner = |task: &ClaimedTask| Owner::of_task(stored_queue(Some(&task.queue)), task.user.as_deref().unwrap_or_default());
+    let owners: HashMap<i64, Owner> = leased.map(|task| (task.lease_ref.task.0, owner(task))).collect();
+    changes.claimed(count(owners.len()));
     match choice.pick {
         Some(pick) => {
             let last = choice.chosen.iter().filter_map(|chosen| chosen.pick).max();
-            let running: Vec<&str> = users.values().copied().collect();
+            let running: Vec<&Owner> = owners.values().collect();
             choice.chosen.extend(overtaken);
             write_accounts(session, pick, of_accounts(&choice.chosen, &running)).await?;
             if let Some(last) = last {
                 sqlx::query(PICKED).bind(last).execute(session.db()).await?;
             }
         }
-        None => users.values().for_each(|user| changes.started(user)),
+        None => owners.values().for_each(|owner| changes.started(owner)),
     }
-    if users.len() < choice.chosen.len() {
-        let wrong = choice.chosen.iter().filter(|chosen| !users.contains_key(&chosen.task));
-        let wrong: Vec<(i64, i64)> = wrong.map(|chosen| (chosen.turn, chosen.task)).collect();
+    if owners.len() < choice.chosen.len() {
+        let wrong = choice.chosen.iter().filter(|chosen| !owners.contains_key(&chosen.task));
+        let wrong: Vec<Spot> = wrong.map(Chosen::spot).collect();
         mend(session, &wrong, &mut changes).await?;
     }
     changes.write(session).await?;
     Ok((tasks, unreadable, looks))
 }
 
+/// What a choice has seen of the tables.
+fn looks(choice: &mut Choice, starts: &Starts) -> Looks {
+    let of_nobody = choice.chosen.iter().filter(|chosen| chosen.user.is_empty());
+    Looks {
+        asked: starts.asked.clone(),
+        picked: of_nobody.filter_map(|chosen| chosen.pick).max().or(choice.picked),
+        ready: choice.ready.take(),
+        of_users: choice.of_users.take(),
+        changes: choice.changes,
+        unfolded: choice.unfolded,
+        entered: starts.entered,
+    }
+}
+
+/// The rows of a set of places that name their queues.
+macro_rules! places_in_queues {
+    () => {
+        "JSON_TABLE(?, '$[*]' COLUMNS (at BIGINT PATH '$[0]', task BIGINT PATH '$[1]', queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[2]')) AS s"
+    };
+}
+
 pub(super) const STILL_OF_USER: &str = concat!(
     "SELECT r.turn, r.task FROM ",
-    lockable!(places!()),
-    " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_turn) ON r.turn = s.at AND r.task = s.task FOR UPDATE"
+    lockable!(places_in_queues!()),
+    " STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (in_turn) ON r.queue = s.queue AND r.turn = s.at AND r.task = s.task FOR UPDATE"
 );
 
 /// Leave out tasks of users that are not where they were seen: another one has taken them, or the account was wrong about them. Answers those.
@@ -323,12 +481,11 @@ async fn leave_out_overtaken(session: &mut Session<'_>, choice: &mut Choice) -> 
         return Ok(Vec::new());
     }
     let of_users = choice.chosen.iter().filter(|chosen| !chosen.user.is_empty());
-    let places = json(of_users.map(|chosen| (chosen.turn, chosen.task)));
+    let places = json(of_users.map(|chosen| (chosen.turn, chosen.task, &chosen.queue)));
     if places == "[]" {
         return Ok(Vec::new());
     }
-    let still: HashSet<(i64, i64)> =
-        sqlx::query_as(STILL_OF_USER).bind(places).fetch_all(session.db()).await?.into_iter().collect();
+    let still: HashSet<Ready> = sqlx::query_as(STILL_OF_USER).bind(places).fetch_all(session.db()).await?.into_iter().collect();
     let chosen = std::mem::take(&mut choice.chosen);
     let (there, overtaken) =
         chosen.into_iter().partition(|chosen| chosen.user.is_empty() || still.contains(&(chosen.turn, chosen.task)));
@@ -347,26 +504,27 @@ async fn hold_host(session: &mut Session<'_>, host: HostId) -> Result<(), Failur
     held.map(drop).ok_or_else(|| failure::unknown_host(host))
 }
 
-/// What the chosen, and the users whose tasks run now, mean for accounts.
-fn of_accounts(chosen: &[Chosen], running: &[&str]) -> Vec<AccountChange> {
-    let mut accounts: HashMap<&str, AccountChange> = HashMap::with_capacity(chosen.len());
-    let account = |user: &str| AccountChange { user: user.to_owned(), running: 0, picked: None };
+/// What the chosen, and the owners whose tasks run now, mean for accounts.
+fn of_accounts(chosen: &[Chosen], running: &[&Owner]) -> Vec<AccountChange> {
+    let mut accounts: HashMap<Owner, AccountChange> = HashMap::with_capacity(chosen.len());
+    let account = |owner: &Owner| AccountChange { owner: owner.clone(), running: 0, picked: None };
     for chosen in chosen {
-        let account = accounts.entry(chosen.user.as_str()).or_insert_with(|| account(&chosen.user));
+        let owner = chosen.owner();
+        let account = accounts.entry(owner).or_insert_with_key(account);
         account.picked = account.picked.max(chosen.pick);
     }
-    for user in running.iter().copied().filter(|user| !user.is_empty()) {
-        accounts.entry(user).or_insert_with(|| account(user)).running += 1;
+    for owner in running.iter().copied().filter(|owner| !owner.is_nobody()) {
+        accounts.entry(owner.clone()).or_insert_with_key(account).running += 1;
     }
     let mut accounts: Vec<AccountChange> = accounts.into_values().collect();
-    accounts.sort_unstable_by(|one, other| one.user.cmp(&other.user));
+    accounts.sort_unstable_by(|one, other| one.owner.cmp(&other.owner));
     accounts
 }
 
 pub(super) const READY: &str = concat!(
     "DELETE r FROM ",
-    places!(),
-    " STRAIGHT_JOIN laelaps_ready AS r FORCE INDEX (PRIMARY) ON r.turn = s.at AND r.task = s.task"
+    places_in_queues!(),
+    " STRAIGHT_JOIN laelaps_ready AS r FORCE INDEX (PRIMARY) ON r.queue = s.queue AND r.turn = s.at AND r.task = s.task"
 );
 
 pub(super) const SUSPECT_OUT: &str = concat!(
@@ -375,9 +533,11 @@ pub(super) const SUSPECT_OUT: &str = concat!(
     " STRAIGHT_JOIN laelaps_suspect AS r FORCE INDEX (PRIMARY) ON r.turn = s.at AND r.task = s.task"
 );
 
-pub(super) const READY_OF_USER: &str = "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]',
-            turn BIGINT PATH '$[1]', task BIGINT PATH '$[2]')) AS s
-        STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (PRIMARY) ON r.user = s.user AND r.turn = s.turn AND r.task = s.task";
+pub(super) const READY_OF_USER: &str =
+    "DELETE r FROM JSON_TABLE(?, '$[*]' COLUMNS (user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]',
+            turn BIGINT PATH '$[1]', task BIGINT PATH '$[2]', queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[3]')) AS s
+        STRAIGHT_JOIN laelaps_ready_of_user AS r FORCE INDEX (PRIMARY)
+            ON r.queue = s.queue AND r.user = s.user AND r.turn = s.turn AND r.task = s.task";
 
 /// Take the chosen from where they wait.
 async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Failure> {
@@ -385,12 +545,12 @@ async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Fail
         choice.chosen.iter().partition(|chosen| !chosen.user.is_empty() && !choice.alone);
     let mut taken = 0;
     if !ready.is_empty() {
-        let rows = json(ready.iter().map(|chosen| (chosen.turn, chosen.task)));
+        let rows = json(ready.iter().map(|chosen| (chosen.turn, chosen.task, &chosen.queue)));
         let sql = if choice.alone { SUSPECT_OUT } else { READY };
         taken += sqlx::query(sql).bind(rows).execute(session.db()).await?.rows_affected();
     }
     if !of_users.is_empty() {
-        for rows in session.chunks(of_users.iter().map(|chosen| (&chosen.user, chosen.turn, chosen.task))) {
+        for rows in session.chunks(of_users.iter().map(|chosen| (&chosen.user, chosen.turn, chosen.task, &chosen.queue))) {
             taken += sqlx::query(READY_OF_USER).bind(rows).execute(session.db()).await?.rows_affected();
         }
     }
@@ -400,16 +560,19 @@ async fn take_out(session: &mut Session<'_>, choice: &Choice) -> Result<(), Fail
 
 /// A place that its task's row does not know gives nothing.
 pub(super) const LEASE: &str = concat!(
-    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, turn BIGINT PATH '$[0]', id BIGINT PATH '$[1]')) AS s
+    "UPDATE JSON_TABLE(?, '$[*]' COLUMNS (place FOR ORDINALITY, turn BIGINT PATH '$[0]', id BIGINT PATH '$[1]',
+        queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[2]')) AS s
     STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
     SET t.state = 'running', t.lease = ? + s.place, t.host = ?, t.until = ?, t.finished_at = 0, t.retained_until = 0, ",
     priority_in_range!(),
-    " WHERE t.state = 'waiting' AND t.turn = s.turn AND t.alone = ?"
+    " WHERE t.state = 'waiting' AND t.turn = s.turn AND t.alone = ? AND (t.queue = s.queue OR (s.queue = '' AND ",
+    is_no_queue!(),
+    "))"
 );
 
 pub(super) const LEASED: &str = concat!(
     "SELECT t.id, t.lease, t.`key`, t.type, t.user, t.attempts, t.max_attempts, t.lost, t.lost_alone, t.alone, t.releases,
-        t.created_at, d.part, d.data, t.max_running, t.root, t.depth
+        t.created_at, d.part, d.data, t.max_running, t.root, t.depth, t.queue
     FROM ",
     ids!(),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id AND t.lease = ? + s.place
@@ -425,7 +588,7 @@ struct Leased {
 /// Enter the claim, put the chosen under its leases, and read them.
 async fn lease(session: &mut Session<'_>, claim: &Claim, choice: &Choice) -> Result<Leased, Failure> {
     let tasks = json(choice.chosen.iter().map(|chosen| chosen.task));
-    let places = json(choice.chosen.iter().map(|chosen| (chosen.turn, chosen.task)));
+    let places = json(choice.chosen.iter().map(|chosen| (chosen.turn, chosen.task, &chosen.queue)));
     let now = session.now;
     let alive_ms = ms(claim.alive_time);
     // A lease that is over at once is one that ends with this millisecond.
@@ -444,7 +607,7 @@ async fn lease(session: &mut Session<'_>, claim: &Claim, choice: &Choice) -> Res
     for row in &rows {
         let place = *places.entry(row.try_get(0)?).or_insert(claimed.len());
         if place == claimed.len() {
-            let problem = unreadable_names(row, [("key", 2), ("type", 3), ("user", 4)])?;
+            let problem = unreadable_names(row, [("key", 2), ("type", 3), ("user", 4)], 17)?;
             claimed.push((leased(row, now, until)?, problem, Joined::default()));
         }
         if let Some(part) = row.try_get::<Option<u16>, _>(12)? {
@@ -475,6 +638,7 @@ fn leased(row: &MySqlRow, now: i64, until: i64) -> Result<ClaimedTask, sqlx::Err
     let task: i64 = row.try_get(0)?;
     let root = row.try_get::<Option<i64>, _>(15)?.unwrap_or(task);
     Ok(ClaimedTask {
+        queue: queue_name(queue_of(row, 17)?),
         lease_ref: LeaseRef { task: TaskId(task), lease: Lease(row.try_get(1)?) },
         key: text(row, 2)?,
         task_type: text(row, 3)?,

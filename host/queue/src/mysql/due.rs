@@ -8,7 +8,7 @@ use sqlx::Row as _;
 use super::accounts::{Changes, Waiting};
 use super::choose::Ready;
 use super::failure::Failure;
-use super::mend::{mend, user_of};
+use super::mend::{Spot, mend, queue_of, user_of};
 use super::rows::{ids, json, lockable, places};
 use super::session::Session;
 
@@ -19,7 +19,7 @@ pub(super) const DUE: &str =
     "SELECT run_at, task FROM laelaps_scheduled WHERE run_at >= ? AND run_at <= ? ORDER BY run_at, task LIMIT ?";
 
 pub(super) const DUE_TASKS: &str = concat!(
-    "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority FROM ",
+    "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.queue FROM ",
     lockable!(ids!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE SKIP LOCKED"
 );
@@ -54,6 +54,7 @@ pub(super) async fn move_due(session: &mut Session<'_>, start: Ready) -> Result<
             task: row.try_get(0)?,
             run_at: row.try_get(2)?,
             priority: row.try_get(6)?,
+            queue: queue_of(&row, 7)?,
             user: user_of(&row, 3)?,
             max_running: row.try_get(4)?,
             alone: row.try_get(5)?,
@@ -75,6 +76,7 @@ pub(super) async fn move_due(session: &mut Session<'_>, start: Ready) -> Result<
     let waiting: Vec<Waiting> = right.iter().filter_map(|(_, task)| found.remove(task)).map(|(_, waiting)| waiting).collect();
     let mut changes = Changes::default();
     changes.enqueue(session, &waiting).await?;
+    let wrong: Vec<Spot> = wrong.into_iter().map(|(run_at, task)| Spot::anywhere(run_at, task)).collect();
     mend(session, &wrong, &mut changes).await?;
     changes.write(session).await?;
     Ok((took, Some(last)))

@@ -7,7 +7,7 @@ use sqlx::Row as _;
 use super::MySql;
 use super::accounts::Changes;
 use super::failure::Failure;
-use super::mend::place_anew;
+use super::mend::{Spot, place_anew};
 use super::rows::{ids, json, lockable, priority_in_range};
 use super::session::Session;
 use super::settle::leases;
@@ -110,7 +110,7 @@ async fn excuse(session: &mut Session<'_>, host: HostId, leases: &[(i64, i64)]) 
         // What runs has its losses with it, and its host writes them.
         let in_company_again = waits && alone && lost < Policy::LOST_MAX;
         let run_at_now = if in_company_again {
-            moved.extend([(run_at, task), (row.try_get(7)?, task)]);
+            moved.extend([Spot::anywhere(run_at, task), Spot::anywhere(row.try_get(7)?, task)]);
             run_at.min(now)
         } else {
             run_at

@@ -242,8 +242,13 @@ impl MySql {
 
     /// Fold users' changes in, for when nobody chooses between users.
     pub(super) async fn fold_changes(&self) -> Result<()> {
+        self.fold_some_changes(FOLDS_MAX).await
+    }
+
+    /// The same, at most so many batches of them.
+    pub(super) async fn fold_some_changes(&self, batches: usize) -> Result<()> {
         const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
-        for _ in 0..FOLDS_MAX {
+        for _ in 0..batches {
             let start = locked(&self.marks).changes_start();
             let (took, last) = self
                 .run("folding users' changes", move |session| {

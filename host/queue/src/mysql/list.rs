@@ -11,15 +11,16 @@ use super::read::{PAGE_MAX, beside, successor, task, task_columns, with_data};
 use super::rows::{count, ids, json};
 use super::session::Session;
 use crate::listing::{self, Found, Look, PLACE_MAX, Places};
+use crate::task::stored_queue;
 use crate::{Filter, Page, Result, State, Task, TaskId};
 
 /// The most data and output of a page, unless one task alone has more.
 const PAGE_BYTES_MAX: i64 = 64 << 20;
 
-/// Whether a task is wanted: type, user, states, first and last key.
+/// Whether a task is wanted: queue, type, user, states, first and last key.
 macro_rules! is_wanted {
     () => {
-        "(? IS NULL OR t.type = ?) AND (? IS NULL OR t.user = ?) AND (? IS NULL OR FIND_IN_SET(t.state, ?))
+        "(? IS NULL OR t.queue = ?) AND (? IS NULL OR t.type = ?) AND (? IS NULL OR t.user = ?) AND (? IS NULL OR FIND_IN_SET(t.state, ?))
             AND (? IS NULL OR (t.`key` >= ? AND t.`key` < ?))"
     };
 }
@@ -73,8 +74,9 @@ impl<'l, 's> Lister<'l, 's> {
 
     /// Bind what [`is_wanted`] asks for.
     fn bind<'q>(&self, mut query: Query<'q, sqlx::MySql, MySqlArguments>) -> Query<'q, sqlx::MySql, MySqlArguments> {
-        for name in [&self.filter.task_type, &self.filter.user] {
-            let name = name.as_ref().map(|name| name.as_bytes().to_vec());
+        let queue = self.filter.queue.as_deref().map(|queue| stored_queue(Some(queue)));
+        for name in [queue, self.filter.task_type.as_deref(), self.filter.user.as_deref()] {
+            let name = name.map(|name| name.as_bytes().to_vec());
             query = query.bind(name.clone()).bind(name);
         }
         let (first, end) = self.keys.clone().unzip();

@@ -7,10 +7,10 @@ use std::time::Duration;
 use sqlx::Row as _;
 
 use super::MySql;
-use super::accounts::{Changes, Waiting};
+use super::accounts::{Changes, Owner, Waiting};
 use super::connect::text;
 use super::failure::{self, Failure};
-use super::mend::{numbers, tasks_retained_until, user_of};
+use super::mend::{numbers, queue_of, tasks_retained_until, user_of};
 use super::rows::{count, ids, json, lockable, priority_in_range};
 use super::session::{Session, now};
 use super::settle::{Record, record_attempts, retain, set_aside};
@@ -74,6 +74,7 @@ struct Found {
     key: String,
     task_type: String,
     state: State,
+    queue: String,
     user: String,
     max_running: Option<u32>,
     run_at: i64,
@@ -90,6 +91,10 @@ struct Found {
 }
 
 impl Found {
+    fn owner(&self) -> Owner {
+        Owner::of_task(&self.queue, &self.user)
+    }
+
     fn is_held(&self) -> bool {
         self.state == State::Waiting && self.run_at == NewTask::HELD_AT.0
     }
@@ -99,7 +104,7 @@ macro_rules! find_by {
     ($condition:literal) => {
         concat!(
             "SELECT id, `key`, type, CAST(state AS CHAR), user, max_running, run_at, lease, host, attempts, alone,
-                CAST(event AS CHAR), root, priority, turn FROM laelaps_task WHERE ",
+                CAST(event AS CHAR), root, priority, turn, queue FROM laelaps_task WHERE ",
             $condition,
             " FOR UPDATE"
         )
@@ -129,23 +134,29 @@ async fn look_up(session: &mut Session<'_>, name: &Name) -> Result<Option<Found>
         root: row.try_get(12)?,
         priority: row.try_get(13)?,
         turn: row.try_get(14)?,
+        queue: queue_of(&row, 15)?,
     }))
 }
 
 /// Take a waiting task from where it waits.
 async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
-    const OF_USER: &str = "DELETE FROM laelaps_ready_of_user WHERE user = ? AND turn = ? AND task = ?";
-    const READY: &str = "DELETE FROM laelaps_ready WHERE turn = ? AND task = ?";
+    const OF_USER: &str = "DELETE FROM laelaps_ready_of_user WHERE queue = ? AND user = ? AND turn = ? AND task = ?";
+    const READY: &str = "DELETE FROM laelaps_ready WHERE queue = ? AND turn = ? AND task = ?";
     const SCHEDULED: &str = "DELETE FROM laelaps_scheduled WHERE run_at = ? AND task = ?";
     const SUSPECT: &str = "DELETE FROM laelaps_suspect WHERE turn = ? AND task = ?";
+    let queue = found.queue.as_bytes().to_vec();
     if !found.user.is_empty() {
-        let query = sqlx::query(OF_USER).bind(found.user.as_bytes().to_vec()).bind(found.turn).bind(found.task);
-        if query.execute(session.db()).await?.rows_affected() == 1 {
-            changes.unready(&found.user);
+        let query = sqlx::query(OF_USER).bind(queue.clone()).bind(found.user.as_bytes().to_vec());
+        if query.bind(found.turn).bind(found.task).execute(session.db()).await?.rows_affected() == 1 {
+            changes.unready(&found.owner());
             return Ok(());
         }
     }
-    for (sql, at) in [(READY, found.turn), (SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
+    let query = sqlx::query(READY).bind(queue).bind(found.turn).bind(found.task);
+    if query.execute(session.db()).await?.rows_affected() == 1 {
+        return Ok(());
+    }
+    for (sql, at) in [(SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
         let query = sqlx::query(sql).bind(at).bind(found.task);
         if query.execute(session.db()).await?.rows_affected() == 1 {
             break;
@@ -176,7 +187,7 @@ async fn end(
     match found.state {
         State::Waiting => unqueue(session, &found, &mut changes).await?,
         State::Running => {
-            changes.stopped(&found.user, found.max_running);
+            changes.stopped(&found.owner(), found.max_running);
             let record = Record {
                 task: found.task,
                 lease: found.lease,
@@ -205,7 +216,7 @@ async fn end(
     let until = now.saturating_add(ms(retention));
     let query = sqlx::query(END).bind(by.state().as_str()).bind(by.event()).bind(now).bind(until).bind(found.task);
     query.execute(session.db()).await?;
-    changes.ended(&found.task_type, by.state());
+    changes.ended(&found.queue, &found.task_type, by.state());
     if found.root.is_some() {
         end_descent(session, &[found.task]).await?;
     }
@@ -263,7 +274,7 @@ async fn retry(session: &mut Session<'_>, name: &Name, earlier: &Earlier<(i64, S
             for sql in FORGET {
                 sqlx::query(sql).bind(found.task).execute(session.db()).await?;
             }
-            changes.revived(&found.task_type, found.state);
+            changes.revived(&found.queue, &found.task_type, found.state);
             if let Some(root) = found.root {
                 descend(session, &[(found.task, root)]).await?;
             }
@@ -272,8 +283,8 @@ async fn retry(session: &mut Session<'_>, name: &Name, earlier: &Earlier<(i64, S
         State::Running => return Err(refused(found, "it has an attempt under way")),
         State::Finished => return Err(refused(found, "finished work is not done again; submit it under another key")),
     };
-    let Found { task, priority, user, max_running, .. } = found;
-    let waiting = Waiting { task, run_at, priority, user, max_running, alone };
+    let Found { task, queue, priority, user, max_running, .. } = found;
+    let waiting = Waiting { task, queue, run_at, priority, user, max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await?;
     earlier.note(was);
@@ -290,8 +301,8 @@ async fn release_held(session: &mut Session<'_>, name: &Name, seen: &AtomicBool)
     let now = session.now;
     unqueue(session, &found, &mut changes).await?;
     sqlx::query(DUE).bind(now).bind(found.task).execute(session.db()).await?;
-    let Found { task, priority, user, max_running, .. } = found;
-    let waiting = Waiting { task, run_at: now, priority, user, max_running, alone: false };
+    let Found { task, queue, priority, user, max_running, .. } = found;
+    let waiting = Waiting { task, queue, run_at: now, priority, user, max_running, alone: false };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await?;
     Ok(true)
@@ -306,7 +317,7 @@ async fn drop_held(session: &mut Session<'_>, name: &Name, seen: &AtomicBool) ->
     let mut changes = Changes::default();
     unqueue(session, &found, &mut changes).await?;
     remove(session, &[found.task]).await?;
-    changes.dropped(&found.task_type);
+    changes.dropped(&found.queue, &found.task_type);
     changes.write(session).await?;
     Ok(true)
 }

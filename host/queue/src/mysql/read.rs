@@ -8,10 +8,12 @@ use sqlx::mysql::MySqlRow;
 use super::MySql;
 use super::connect::text;
 use super::failure::{self, Failure};
-use super::mend::unreadable_names;
+use super::fronts::{OF_USERS, QUEUES_MAX, READY, hex, names, names_of_suspects, queues};
+use super::mend::{queue_of, unreadable_names};
 use super::operate::Name;
 use super::rows::{Joined, ids, json};
 use super::session::Session;
+use crate::task::queue_name;
 use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, Result, State, Stats, Task, TaskId, Timestamp, data, fair};
 
 /// The most tasks of a page.
@@ -20,7 +22,8 @@ pub(super) const PAGE_MAX: u32 = 10_000;
 macro_rules! task_columns {
     () => {
         "t.id, t.`key`, t.type, CAST(t.state AS CHAR), t.user, t.max_running, t.attempts, t.max_attempts, t.lost, t.created_at, t.run_at,
-        t.until, t.host, t.finished_at, t.retained_until, v.digest, f.code, f.message, p.done, p.total, p.note, t.priority"
+        t.until, t.host, t.finished_at, t.retained_until, v.digest, f.code, f.message, p.done, p.total, p.note, t.priority,
+        t.queue"
     };
 }
 pub(super) use task_columns;
@@ -39,7 +42,7 @@ pub(super) fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
     let user = text(row, 4)?;
     let word = text(row, 3)?;
     let state = failure::state_or_failed(&word);
-    let names = unreadable_names(row, [("key", 1), ("type", 2), ("user", 4)])?;
+    let names = unreadable_names(row, [("key", 1), ("type", 2), ("user", 4)], 22)?;
     let unreadable = if state.as_str() == word { names } else { Some(format!("the state {word:?} is none")) };
     let (priority, out_of_range) = priority(row.try_get(21)?);
     let moment =
@@ -53,6 +56,7 @@ pub(super) fn task(row: &MySqlRow) -> Result<Task, sqlx::Error> {
         key: text(row, 1)?,
         task_type: text(row, 2)?,
         state,
+        queue: queue_name(text(row, 22)?),
         user: Some(user).filter(|user| !user.is_empty()),
         priority,
         max_running: row.try_get(5)?,
@@ -171,59 +175,137 @@ async fn attempts(session: &mut Session<'_>, key: Vec<u8>) -> Result<Vec<Attempt
     Ok(records)
 }
 
-/// The first turn from one on, and before another.
+/// The first turn of a queue from one on, and before another.
 pub(super) const NEXT_TURN: [&str; 3] = [
-    "SELECT turn FROM laelaps_ready FORCE INDEX (PRIMARY) WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
-    "SELECT turn FROM laelaps_ready_of_user FORCE INDEX (in_turn) WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
-    "SELECT turn FROM laelaps_suspect FORCE INDEX (PRIMARY) WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
+    "SELECT turn FROM laelaps_ready FORCE INDEX (PRIMARY) WHERE queue = ? AND turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
+    "SELECT turn FROM laelaps_ready_of_user FORCE INDEX (in_turn) WHERE queue = ? AND turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
+    "SELECT turn FROM laelaps_suspect FORCE INDEX (in_queue) WHERE queue = ? AND turn >= ? AND turn < ? ORDER BY turn LIMIT 1",
 ];
 
-/// When the task became ready that has waited longest, whatever its priority: of each priority that is there, the first one is looked at.
-async fn oldest_of(session: &mut Session<'_>, next: &'static str) -> Result<Option<i64>, Failure> {
+/// The first and the last queue that have something, and of each queue its first and last turn.
+const QUEUES: [[&str; 2]; 3] = [
+    [
+        "SELECT MIN(queue), MAX(queue) FROM laelaps_ready",
+        concat!(
+            "SELECT s.place, (SELECT r.turn FROM laelaps_ready AS r FORCE INDEX (PRIMARY)
+                    WHERE r.queue = UNHEX(s.queue) ORDER BY r.turn LIMIT 1),
+                (SELECT r.turn FROM laelaps_ready AS r FORCE INDEX (PRIMARY)
+                    WHERE r.queue = UNHEX(s.queue) ORDER BY r.turn DESC LIMIT 1) FROM ",
+            queues!()
+        ),
+    ],
+    [
+        "SELECT MIN(queue), MAX(queue) FROM laelaps_ready_of_user",
+        concat!(
+            "SELECT s.place, (SELECT r.turn FROM laelaps_ready_of_user AS r FORCE INDEX (in_turn)
+                    WHERE r.queue = UNHEX(s.queue) ORDER BY r.turn LIMIT 1),
+                (SELECT r.turn FROM laelaps_ready_of_user AS r FORCE INDEX (in_turn)
+                    WHERE r.queue = UNHEX(s.queue) ORDER BY r.turn DESC LIMIT 1) FROM ",
+            queues!()
+        ),
+    ],
+    [
+        "SELECT MIN(queue), MAX(queue) FROM laelaps_suspect",
+        concat!(
+            "SELECT s.place, (SELECT r.turn FROM laelaps_suspect AS r FORCE INDEX (in_queue)
+                    WHERE r.queue = UNHEX(s.queue) ORDER BY r.turn LIMIT 1),
+                (SELECT r.turn FROM laelaps_suspect AS r FORCE INDEX (in_queue)
+                    WHERE r.queue = UNHEX(s.queue) ORDER BY r.turn DESC LIMIT 1) FROM ",
+            queues!()
+        ),
+    ],
+];
+
+/// When the task became ready that has waited longest, whatever its queue and its priority.
+async fn oldest_of(session: &mut Session<'_>, table: usize) -> Result<Option<i64>, Failure> {
+    let [ends, turns] = QUEUES[table];
+    let ends: (Option<Vec<u8>>, Option<Vec<u8>>) = sqlx::query_as(ends).fetch_one(session.db()).await?;
+    let (Some(mut from), Some(end)) = ends else { return Ok(None) };
+    let mut oldest: Option<i64> = None;
+    loop {
+        let queues = match table {
+            _ if from == end => vec![end.clone()],
+            0 => names(session, &READY, &from, QUEUES_MAX).await?,
+            1 => names(session, &OF_USERS, &from, QUEUES_MAX).await?,
+            _ => names_of_suspects(session, &from, QUEUES_MAX).await?,
+        };
+        let rows = json(queues.iter().map(|queue| hex(queue)));
+        let turns: Vec<(i64, Option<i64>, Option<i64>)> = sqlx::query_as(turns).bind(rows).fetch_all(session.db()).await?;
+        for (place, first, last) in turns {
+            let (Some(first), Some(last)) = (first, last) else { continue };
+            let found = if fair::is_usual(first) && fair::is_usual(last) {
+                Some(first)
+            } else {
+                let queue = usize::try_from(place - 1).ok().and_then(|place| queues.get(place)).cloned().unwrap_or_default();
+                oldest_in(session, NEXT_TURN[table], queue).await?
+            };
+            oldest = oldest.into_iter().chain(found).min();
+        }
+        match queues.last() {
+            Some(last) if queues.len() == QUEUES_MAX => from.clone_from(last),
+            _ => return Ok(oldest),
+        }
+    }
+}
+
+/// The same in one queue: of each priority that is there, the first one is looked at.
+async fn oldest_in(session: &mut Session<'_>, next: &'static str, queue: Vec<u8>) -> Result<Option<i64>, Failure> {
     let step = fair::PRIORITY_STEP;
     // Turns that no task can have are left out, so that there are as many looks as priorities at most.
     let end = (i64::from(*NewTask::PRIORITIES.end()) + 1) * step;
     let mut from = i64::from(*NewTask::PRIORITIES.start()) * step;
     let mut oldest: Option<i64> = None;
-    while let Some(turn) = sqlx::query_scalar::<_, i64>(next).bind(from).bind(end).fetch_optional(session.db()).await? {
+    loop {
+        let query = sqlx::query_scalar::<_, i64>(next).bind(queue.clone()).bind(from).bind(end);
+        let Some(turn) = query.fetch_optional(session.db()).await? else { return Ok(oldest) };
         let run_at = turn.rem_euclid(step);
         oldest = Some(oldest.map_or(run_at, |oldest| oldest.min(run_at)));
         from = turn - run_at + step;
     }
-    Ok(oldest)
+}
+
+/// Counts by name, of what there is something: most first, then by name.
+fn most_first(sums: HashMap<String, i64>) -> Vec<(String, u64)> {
+    let counts = sums.into_iter().filter_map(|(name, tasks)| Some((name, u64::try_from(tasks).ok().filter(|tasks| *tasks > 0)?)));
+    let mut counts: Vec<(String, u64)> = counts.collect();
+    counts.sort_unstable_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
+    counts
 }
 
 async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
-    const TALLY: &str = "SELECT CAST(what AS CHAR), name, CAST(SUM(tasks) AS SIGNED) FROM laelaps_tally GROUP BY what, name";
+    const TALLY: &str =
+        "SELECT CAST(what AS CHAR), name, CAST(SUM(tasks) AS SIGNED), queue FROM laelaps_tally GROUP BY what, queue, name";
     const SCHEDULED: &str = "SELECT COUNT(*) FROM laelaps_scheduled WHERE run_at > ?";
     const DUE: &str = "SELECT MIN(run_at) FROM laelaps_scheduled";
     let now = session.now;
     let (mut running, mut ended) = (0, HashMap::new());
     // By their names as they are shown: those that cannot be read may be written in several ways.
-    let mut sums: HashMap<String, i64> = HashMap::new();
+    let (mut types, mut queues) = (HashMap::new(), HashMap::new());
     for row in sqlx::query(TALLY).fetch_all(session.db()).await? {
         let (name, tasks): (String, i64) = (text(&row, 1)?, row.try_get(2)?);
         let counted = u64::try_from(tasks).unwrap_or(0);
         match text(&row, 0)?.as_str() {
             "running" => running = counted,
             "ended" => drop(ended.insert(name, counted)),
-            _ => *sums.entry(name).or_default() += tasks,
+            _ => {
+                *types.entry(name).or_default() += tasks;
+                *queues.entry(queue_name(queue_of(&row, 3)?)).or_default() += tasks;
+            }
         }
     }
-    let types = sums.into_iter().filter_map(|(name, tasks)| Some((name, u64::try_from(tasks).ok().filter(|tasks| *tasks > 0)?)));
-    let mut types: Vec<(String, u64)> = types.collect();
-    types.sort_unstable_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
+    let (mut types, mut queues) = (most_first(types), most_first(queues));
     let scheduled: i64 = sqlx::query_scalar(SCHEDULED).bind(now).fetch_one(session.db()).await?;
     let scheduled = scheduled.unsigned_abs();
     // What has become due and was not moved over yet may be claimed just the same.
     let mut oldest: Option<i64> = sqlx::query_scalar(DUE).fetch_one(session.db()).await?;
-    for next in NEXT_TURN {
-        oldest = oldest.into_iter().chain(oldest_of(session, next).await?).min();
+    for table in 0..QUEUES.len() {
+        oldest = oldest.into_iter().chain(oldest_of(session, table).await?).min();
     }
     let oldest = oldest.map(Timestamp).filter(|moment| *moment <= Timestamp(now));
     // Every task that waits or runs is of a type.
     let open: u64 = types.iter().map(|(_, tasks)| tasks).sum();
     types.truncate(100);
+    queues.truncate(100);
     let of = |state: State| ended.get(state.as_str()).copied().unwrap_or(0);
     Ok(Stats {
         ready: open.saturating_sub(running + scheduled),
@@ -234,6 +316,7 @@ async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
         cancelled: of(State::Cancelled),
         oldest_ready_ms: oldest.map(|moment| u64::try_from(Timestamp(now).since(moment).as_millis()).unwrap_or(u64::MAX)),
         types,
+        queues,
     })
 }
 

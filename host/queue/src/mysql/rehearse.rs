@@ -20,7 +20,7 @@ const PACKET_BYTES: i64 = 9 << 20;
 /// A life of the task of this key, as far as it needs more than a submit: claimed, and failed.
 const LIFE: [&str; 5] = [
     "UPDATE laelaps_task SET state = 'running', lease = 1, until = 1 WHERE `key` = ?",
-    "DELETE r FROM laelaps_task AS t STRAIGHT_JOIN laelaps_ready AS r ON r.turn = t.turn AND r.task = t.id WHERE t.`key` = ?",
+    "DELETE r FROM laelaps_task AS t STRAIGHT_JOIN laelaps_ready AS r ON r.queue = t.queue AND r.turn = t.turn AND r.task = t.id WHERE t.`key` = ?",
     "INSERT INTO laelaps_failure (task, code, message) SELECT id, 'rehearsal', '' FROM laelaps_task WHERE `key` = ?",
     "UPDATE laelaps_task SET state = 'failed', until = 0, finished_at = 1, retained_until = 1 WHERE `key` = ?",
     "DELETE FROM laelaps_task WHERE `key` = ?",

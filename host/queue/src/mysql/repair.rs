@@ -7,7 +7,7 @@ use sqlx::Row as _;
 
 use super::accounts::Changes;
 use super::failure::Failure;
-use super::mend::mend;
+use super::mend::{Spot, is_no_queue, mend};
 use super::session::{Session, Waiting};
 use super::{MySql, locked};
 use crate::Result;
@@ -18,29 +18,37 @@ const INTERVAL: Duration = Duration::from_secs(60);
 const USERS_MAX: i64 = 1_000;
 
 /// What accounts and their changes count, less what runs under the leases of claims.
-const DRIFT: &str = "SELECT user, CAST(SUM(running) AS SIGNED) FROM (
-        SELECT user, running FROM laelaps_account WHERE running <> 0
-        UNION ALL SELECT user, running FROM laelaps_account_change WHERE running <> 0
-        UNION ALL SELECT t.user, -1 FROM laelaps_claim AS c
+const DRIFT: &str = concat!(
+    "SELECT queue, user, CAST(SUM(running) AS SIGNED) FROM (
+        SELECT queue, user, running FROM laelaps_account WHERE running <> 0
+        UNION ALL SELECT queue, user, running FROM laelaps_account_change WHERE running <> 0
+        UNION ALL SELECT IF(",
+    is_no_queue!(),
+    ", '', t.queue), t.user, -1 FROM laelaps_claim AS c
             STRAIGHT_JOIN JSON_TABLE(IF(JSON_VALID(c.tasks), c.tasks, '[]'), '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
             STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
             WHERE t.state = 'running' AND t.lease DIV 1048576 = c.id AND t.user <> '') AS parts
-    GROUP BY user HAVING SUM(running) <> 0 LIMIT ?";
+    GROUP BY queue, user HAVING SUM(running) <> 0 LIMIT ?"
+);
 
 /// Users with ready tasks whose accounts do not say so, and are not about to.
-const UNKNOWN: &str = "SELECT r.user, 0 FROM (SELECT DISTINCT user FROM laelaps_ready_of_user) AS r
-    LEFT JOIN laelaps_account AS a ON a.user = r.user WHERE a.head_task IS NULL
-    AND NOT EXISTS (SELECT 1 FROM laelaps_account_change AS c WHERE c.user = r.user) LIMIT ?";
+const UNKNOWN: &str = "SELECT r.queue, r.user, 0 FROM (SELECT DISTINCT queue, user FROM laelaps_ready_of_user) AS r
+    LEFT JOIN laelaps_account AS a ON a.queue = r.queue AND a.user = r.user WHERE a.head_task IS NULL
+    AND NOT EXISTS (SELECT 1 FROM laelaps_account_change AS c WHERE c.queue = r.queue AND c.user = r.user) LIMIT ?";
 
 /// Places of tasks that have to run alone, which only a host that runs nothing else looks at, and not if there is no such task.
-const NO_SUSPECTS: &str = "SELECT r.turn, r.task FROM laelaps_suspect AS r LEFT JOIN laelaps_task AS t
-    ON t.id = r.task AND t.state = 'waiting' AND t.turn = r.turn AND t.alone WHERE t.id IS NULL LIMIT ?";
+const NO_SUSPECTS: &str = concat!(
+    "SELECT r.turn, r.task FROM laelaps_suspect AS r LEFT JOIN laelaps_task AS t
+    ON t.id = r.task AND t.state = 'waiting' AND t.turn = r.turn AND t.alone AND r.queue = IF(",
+    is_no_queue!(),
+    ", '', t.queue) WHERE t.id IS NULL LIMIT ?"
+);
 
-/// Users, each with how much its account counts too much, and places.
+/// Queues and users, each with how much its account counts too much, and places.
 #[derive(Default)]
 struct Wrong {
-    users: Vec<(Vec<u8>, i64)>,
-    places: Vec<(i64, i64)>,
+    users: Vec<(Vec<u8>, Vec<u8>, i64)>,
+    places: Vec<Spot>,
 }
 
 impl MySql {
@@ -67,25 +75,27 @@ async fn wrong(session: &mut Session<'_>) -> Result<Wrong, Failure> {
     let mut wrong = Wrong::default();
     for sql in [DRIFT, UNKNOWN] {
         for row in sqlx::query(sql).bind(USERS_MAX).fetch_all(session.db()).await? {
-            wrong.users.push((row.try_get(0)?, row.try_get(1)?));
+            wrong.users.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
         }
     }
-    wrong.places = sqlx::query_as(NO_SUSPECTS).bind(USERS_MAX).fetch_all(session.db()).await?;
+    let places: Vec<(i64, i64)> = sqlx::query_as(NO_SUSPECTS).bind(USERS_MAX).fetch_all(session.db()).await?;
+    wrong.places = places.into_iter().map(|(at, task)| Spot::anywhere(at, task)).collect();
     Ok(wrong)
 }
 
 /// One after the other: the next one sees what the last one has corrected.
 async fn correct(session: &mut Session<'_>) -> Result<(), Failure> {
     const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
-    const CHANGE: &str = "INSERT INTO laelaps_account_change (user, running) VALUES (?, ?)";
+    const CHANGE: &str = "INSERT INTO laelaps_account_change (queue, user, running) VALUES (?, ?, ?)";
     sqlx::query(HOLD).fetch_one(session.db()).await?;
     let Wrong { users, places } = wrong(session).await?;
     let mut changes = Changes::default();
     mend(session, &places, &mut changes).await?;
     changes.write(session).await?;
-    for (user, drift) in users {
-        tracing::error!(user = %String::from_utf8_lossy(&user), drift, "a user's account counted wrongly; it is corrected");
-        sqlx::query(CHANGE).bind(user).bind(-drift).execute(session.db()).await?;
+    for (queue, user, drift) in users {
+        let (in_queue, of_user) = (String::from_utf8_lossy(&queue), String::from_utf8_lossy(&user));
+        tracing::error!(queue = %in_queue, user = %of_user, drift, "a user's account counted wrongly; it is corrected");
+        sqlx::query(CHANGE).bind(queue).bind(user).bind(-drift).execute(session.db()).await?;
     }
     session.wake = true;
     Ok(())

@@ -357,7 +357,7 @@ mod tests {
         assert_eq!(expected.columns["laelaps_task.max_running"], "int unsigned");
         assert_eq!(expected.columns["laelaps_set_aside.state"], "enum('failed','cancelled')");
         assert_eq!(expected.columns["laelaps_account.open"], "tinyint");
-        assert_eq!(expected.indexes["laelaps_ready_of_user.in_turn"], "turn,task");
+        assert_eq!(expected.indexes["laelaps_ready_of_user.in_turn"], "queue,turn,task");
         assert_eq!(expected.procedures.keys().collect::<Vec<_>>(), ["laelaps_submit"]);
     }
 }

@@ -106,6 +106,15 @@ impl Brackets {
 /// The future of an operation.
 pub(super) type Work<'s, T> = Pin<Box<dyn Future<Output = Result<T, Failure>> + Send + 's>>;
 
+/// A task became ready, or several of which this is the first one's turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Entered {
+    pub(super) queue: String,
+    /// It is of a user.
+    pub(super) of_user: bool,
+    pub(super) turn: i64,
+}
+
 /// The open transaction, as an operation sees it.
 pub(super) struct Session<'c> {
     connection: &'c mut MySqlConnection,
@@ -113,6 +122,8 @@ pub(super) struct Session<'c> {
     pub(super) now: i64,
     /// Set by an operation after which a claim may find something.
     pub(super) wake: bool,
+    /// Where tasks became ready.
+    pub(super) entered: Vec<Entered>,
     /// An earlier try of this operation may have been committed.
     pub(super) repeated: bool,
     /// So many earlier tries ran into other transactions.
@@ -127,7 +138,7 @@ impl<'c> Session<'c> {
         const NOW: &str = concat!("SELECT ", now!(), ", CAST(@@max_allowed_packet AS UNSIGNED)");
         let (now, packet_bytes): (i64, u64) = sqlx::query_as(NOW).fetch_one(&mut *connection).await?;
         let bytes_max = parameter_bytes(usize::try_from(packet_bytes).unwrap_or(usize::MAX));
-        Ok(Self { connection, now, wake: false, repeated: false, conflicts: 0, bytes_max })
+        Ok(Self { connection, now, wake: false, entered: Vec::new(), repeated: false, conflicts: 0, bytes_max })
     }
 
     /// A set as parameters that the server takes.
@@ -162,7 +173,8 @@ impl Begun {
     }
 
     fn session(&mut self, repeated: bool, conflicts: u32, bytes_max: usize) -> Session<'_> {
-        Session { connection: &mut self.connection, now: self.now, wake: false, repeated, conflicts, bytes_max }
+        let (connection, now) = (&mut *self.connection, self.now);
+        Session { connection, now, wake: false, entered: Vec::new(), repeated, conflicts, bytes_max }
     }
 
     async fn commit(mut self, commit: String) -> Result<(), Trouble> {
@@ -308,13 +320,14 @@ impl Runner {
         };
         let mut session = begun.session(repeated, conflicts, self.bytes_max);
         let done = tokio::time::timeout(self.limit, operation(&mut session)).await;
-        let wake = session.wake;
+        let (wake, entered) = (session.wake, session.entered);
         match done.unwrap_or_else(|_| Err(silence(self.limit))) {
             Ok(done) => {
                 let committed = tokio::time::timeout(self.limit, begun.commit(self.brackets.end("COMMIT", waiting))).await;
-                if wake {
-                    // It may stand behind the marks, also where nobody heard of the commit; and before whoever is woken looks.
-                    locked(&self.marks).hint();
+                if !entered.is_empty() || (wake && repeated) {
+                    // It may stand behind the marks, also where nobody heard of the commit; and before whoever is woken looks. What an earlier try
+                    // has committed may stand anywhere.
+                    locked(&self.marks).hint(&entered);
                 }
                 match committed {
                     Ok(committed) => committed?,

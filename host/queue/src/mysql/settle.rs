@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use sqlx::Row as _;
 
-use super::accounts::{Changes, Waiting};
+use super::accounts::{Changes, Owner, Waiting};
 use super::connect::text;
 use super::failure::Failure;
-use super::mend::user_of;
+use super::mend::{queue_of, user_of};
 use super::rows::{Parts, json, lockable, names, parts, priority_in_range};
 use super::session::{Session, Waiting as LockWait, moment};
 use super::submit::{end_descent, new_mark, store_rows, wait_for_keys};
@@ -37,6 +37,7 @@ pub(super) struct Group {
 /// What is needed of a task's row before it is settled.
 struct Settled {
     task_type: String,
+    queue: String,
     user: String,
     max_running: Option<u32>,
     run_at: i64,
@@ -259,7 +260,7 @@ pub(super) use leases;
 /// The fence: the rows are held until the transaction ends.
 pub(super) const HELD: &str = concat!(
     "SELECT t.id, t.lease, t.type, t.user, t.max_running, t.run_at, t.attempts, t.host, t.root IS NOT NULL,
-        t.alone, t.priority FROM ",
+        t.alone, t.priority, t.queue FROM ",
     lockable!(leases!()),
     " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task
     WHERE t.lease = s.lease AND t.state = 'running' AND (t.until > ",
@@ -277,6 +278,7 @@ async fn held(session: &mut Session<'_>, entries: &[Entry], ended_too: bool) -> 
         let lease_ref = LeaseRef { task: TaskId(row.try_get(0)?), lease: Lease(row.try_get(1)?) };
         let found = Settled {
             task_type: text(&row, 2)?,
+            queue: queue_of(&row, 11)?,
             user: user_of(&row, 3)?,
             max_running: row.try_get(4)?,
             run_at: row.try_get(5)?,
@@ -373,15 +375,16 @@ async fn place(
     for entry in kept {
         let Some(found) = settled.get(&entry.lease_ref) else { continue };
         let task = entry.lease_ref.task.0;
-        changes.stopped(&found.user, found.max_running);
+        changes.stopped(&Owner::of_task(&found.queue, &found.user), found.max_running);
         // As the statement has written it: run_at of what waits, retained_until of what has ended.
         let moment = entry.row.after_ms.map_or(found.run_at, |after_ms| now + after_ms);
         if entry.row.state == State::Waiting {
             let alone = entry.row.counters.alone.unwrap_or_default();
             let Settled { priority, max_running, .. } = *found;
-            waiting.push(Waiting { task, run_at: moment, priority, user: found.user.clone(), max_running, alone });
+            let (queue, user) = (found.queue.clone(), found.user.clone());
+            waiting.push(Waiting { task, queue, run_at: moment, priority, user, max_running, alone });
         } else {
-            changes.ended(&found.task_type, entry.row.state);
+            changes.ended(&found.queue, &found.task_type, entry.row.state);
             ended.push((moment, task));
             if found.is_follow_up {
                 descendants.push(task);

@@ -23,8 +23,8 @@ use crate::{Error, NewTask, Result, Submitted};
 
 /// Tasks of one statement.
 const CHUNK_ROWS: usize = 1_000;
-/// The most bytes of one of them in a statement, but for its data: three names with each byte escaped, and numbers.
-const ROW_BYTES: usize = 2 * 3 * 255 + 200;
+/// The most bytes of one of them in a statement, but for its data: three names with each byte escaped, the queue, and numbers.
+const ROW_BYTES: usize = 2 * 3 * 255 + 64 + 200;
 /// Before another look whether a key is free.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -46,10 +46,10 @@ pub(super) async fn store_rows(
             created.push(task.is_some());
             let Some(task) = task else { continue };
             stored.push(task, row.bytes, &row.stored);
-            changes.entered(&row.task_type);
+            changes.entered(&row.queue, &row.task_type);
             descendants.extend(row.descent.map(|descent| (task, descent.root.0)));
-            let (priority, user) = (i64::from(row.priority), row.user.clone());
-            waiting.push(Waiting { task, run_at, priority, user, max_running: row.max_running, alone: false });
+            let (priority, queue, user) = (i64::from(row.priority), row.queue.clone(), row.user.clone());
+            waiting.push(Waiting { task, queue, run_at, priority, user, max_running: row.max_running, alone: false });
         }
     }
     store_data(session, stored).await?;
@@ -64,11 +64,12 @@ pub(super) fn new_mark() -> i64 {
 }
 
 pub(super) const INSERT: &str = "INSERT IGNORE INTO laelaps_task
-        (`key`, type, user, max_running, max_attempts, created_at, run_at, root, depth, priority, lease)
-    SELECT s.name, s.type, s.user, s.max_running, s.max_attempts, ?, s.run_at, s.root, s.depth, s.priority, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        (`key`, type, queue, user, max_running, max_attempts, created_at, run_at, root, depth, priority, lease)
+    SELECT s.name, s.type, s.queue, s.user, s.max_running, s.max_attempts, ?, s.run_at, s.root, s.depth, s.priority, ? FROM JSON_TABLE(?, '$[*]' COLUMNS (
         place FOR ORDINALITY, name VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[0]', type VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[1]',
         user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[2]', max_running BIGINT PATH '$[3]', max_attempts BIGINT PATH '$[4]',
-        run_at BIGINT PATH '$[5]', root BIGINT PATH '$[6]', depth BIGINT PATH '$[7]', priority INT PATH '$[8]')) AS s ORDER BY s.place";
+        run_at BIGINT PATH '$[5]', root BIGINT PATH '$[6]', depth BIGINT PATH '$[7]', priority INT PATH '$[8]',
+        queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[9]')) AS s ORDER BY s.place";
 
 /// Rows of one submit stand together or nearly so, whatever others insert meanwhile.
 pub(super) const INSERTED: &str = "SELECT id, `key` FROM laelaps_task WHERE id >= ? AND lease = ? ORDER BY id LIMIT ?";
@@ -156,7 +157,8 @@ async fn insert<'r>(
     }
     let rows = json(chunk.into_iter().map(|row| {
         let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
-        (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row, now), root, depth, row.priority)
+        let (max_running, max_attempts, run_at) = (row.max_running, row.max_attempts, run_at(row, now));
+        (&row.key, &row.task_type, &row.user, max_running, max_attempts, run_at, root, depth, row.priority, &row.queue)
     }));
     let inserted = sqlx::query(INSERT).bind(now).bind(mark).bind(rows).execute(session.db()).await?;
     let mut ids = HashMap::new();

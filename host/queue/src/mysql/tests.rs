@@ -5,7 +5,7 @@ use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 
 use super::settle::Group;
 use super::*;
-use crate::{Attempt, ClaimedTask, Event, State, fair};
+use crate::{Attempt, ClaimedTask, Event, State};
 
 async fn opened() -> MySql {
     let runtime = tokio::runtime::Handle::current();
@@ -24,6 +24,7 @@ async fn claimed(mysql: &MySql, host: HostId) -> ClaimedTask {
         ignore_users: false,
         accepts: None,
         limited: None,
+        queues: None,
     };
     mysql.claim(&claim).await.unwrap().tasks.remove(0)
 }
@@ -81,17 +82,18 @@ async fn what_enters_behind_the_mark_is_claimed_next() {
         mysql.submit(&[of("a", user, 0), of("b", user, 0), of("c", user, 0)]).await.unwrap();
         let first = claimed(&mysql, host).await;
         assert_eq!(first.key, "a");
-        let slow = Some((choose::HEAD, Duration::from_secs(1), Some((fair::turn(0, 1), 0))));
-        let looks = |entered| mark::Looks { ready: slow, of_users: slow, changes: None, entered };
-        let entered = locked(&mysql.marks).starts().entered;
+        let slow = fronts::Looked::of(true, Duration::from_secs(1), vec![(Vec::new(), Some((fair::turn(0, 1), 0)))]);
+        let looks =
+            |entered| mark::Looks { ready: Some(slow.clone()), of_users: Some(slow.clone()), entered, ..mark::Looks::default() };
+        let entered = locked(&mysql.marks).starts(&None).entered;
         locked(&mysql.marks).looked(&looks(entered));
         // What ends makes nothing wait.
         mysql.settle(&[settled(&first, Event::Finish { output: None, retention: Some(Duration::ZERO) })]).await.unwrap();
-        assert_eq!(locked(&mysql.marks).starts().entered, entered);
+        assert_eq!(locked(&mysql.marks).starts(&None).entered, entered);
         mysql.submit(&[of("urgent", user, -1)]).await.unwrap();
         assert_eq!(claimed(&mysql, host).await.key, "urgent");
         // Also where it entered while a look was under way.
-        let entered = locked(&mysql.marks).starts().entered;
+        let entered = locked(&mysql.marks).starts(&None).entered;
         mysql.submit(&[of("more urgent", user, -2)]).await.unwrap();
         locked(&mysql.marks).looked(&looks(entered));
         assert_eq!(claimed(&mysql, host).await.key, "more urgent");
@@ -122,15 +124,31 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else.
-const LOOKED_UP: [(&str, &str); 23] = [
-    ("first", choose::FIRST),
-    ("first of users", choose::FIRST_OF_USERS),
-    ("open accounts", choose::OPEN_ACCOUNTS),
-    ("open accounts without limit", choose::OPEN_WITHOUT_LIMIT),
-    ("candidates of one", choose::CANDIDATES_OF_ONE),
-    ("candidates of several", choose::CANDIDATES_OF_SEVERAL),
+const LOOKED_UP: [(&str, &str); 39] = [
+    ("look", claim::LOOK),
+    ("look at some", claim::LOOK_AT_SOME),
+    ("first", fronts::FIRST),
+    ("first of users", fronts::FIRST_OF_USERS),
+    ("first of queues", fronts::FIRST_OF_QUEUES),
+    ("first of users of queues", fronts::FIRST_OF_USERS_OF_QUEUES),
+    ("seen", fronts::SEEN),
+    ("seen of users", fronts::SEEN_OF_USERS),
+    ("heads", fronts::HEADS),
+    ("heads of users", fronts::HEADS_OF_USERS),
+    ("open accounts", between::OPEN_ACCOUNTS),
+    ("open accounts of others", between::OPEN_OTHERS),
+    ("open accounts without limit", between::OPEN_WITHOUT_LIMIT),
+    ("open accounts of others without limit", between::OTHERS_WITHOUT_LIMIT),
+    ("open queues", between::OPEN_QUEUES),
+    ("open accounts of queues", between::OPEN_OF_QUEUES),
+    ("aged accounts of queues", between::AGED_OF_QUEUES),
+    ("open accounts of queues without limit", between::WITHOUT_LIMIT_OF_QUEUES),
+    ("candidates of one", between::CANDIDATES_OF_ONE),
+    ("candidates of several", between::CANDIDATES_OF_SEVERAL),
     ("suspect", suspects::SUSPECT),
+    ("suspect of queues", suspects::SUSPECT_OF_QUEUES),
     ("free suspect", suspects::FREE),
+    ("free suspect of queues", suspects::FREE_OF_QUEUES),
     ("wanted of a list", list::WANTED),
     ("set aside", list::ASIDE),
     ("of keys", list::OF_KEYS),
@@ -239,11 +257,13 @@ fn every_join_says_by_which_index_it_finds_its_rows() {
     let sources = [
         include_str!("accounts.rs"),
         include_str!("before.rs"),
+        include_str!("between.rs"),
         include_str!("choose.rs"),
         include_str!("claim.rs"),
         include_str!("deaths.rs"),
         include_str!("due.rs"),
         include_str!("excuse.rs"),
+        include_str!("fronts.rs"),
         include_str!("hosts.rs"),
         include_str!("keep.rs"),
         include_str!("list.rs"),
@@ -442,19 +462,99 @@ async fn a_page_of_a_list_costs_what_a_page_costs_whatever_else_there_is() {
 async fn users_without_limit_are_found_behind_any_crowd_of_limited_ones() {
     let mysql = opened().await;
     let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
-    let crowd = "INSERT INTO laelaps_account (user, head_turn, head_task, head_max) SELECT CONCAT('limited', seq), 1, seq, 5 FROM seq_1_to_10000;
-        INSERT INTO laelaps_account (user, running, head_turn, head_task) SELECT CONCAT('free', seq), seq, 2, 20000 + seq FROM seq_1_to_3;
-        INSERT INTO laelaps_account (user, running) SELECT CONCAT('idle', seq), 1 FROM seq_1_to_1000";
-    sqlx::raw_sql(crowd).execute(&mut connection).await.unwrap();
+    let crowd = |queue: &str| {
+        format!(
+            "INSERT INTO laelaps_account (queue, user, head_turn, head_task, head_max)
+                SELECT '{queue}', CONCAT('limited', seq), 1, seq, 5 FROM seq_1_to_10000;
+            INSERT INTO laelaps_account (queue, user, running, head_turn, head_task)
+                SELECT '{queue}', CONCAT('free', seq), seq, 2, 20000 + seq FROM seq_1_to_3;
+            INSERT INTO laelaps_account (queue, user, running) SELECT '{queue}', CONCAT('idle', seq), 1 FROM seq_1_to_1000"
+        )
+    };
+    sqlx::raw_sql(AssertSqlSafe(crowd(""))).execute(&mut connection).await.unwrap();
+    let nulls = "SELECT COUNT(*) FROM laelaps_account WHERE COALESCE(other_weight, other_turn, other_picked, other_free_weight, other_free_turn) IS NULL";
+    assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(&mut connection).await.unwrap(), 11_004);
+    sqlx::raw_sql(AssertSqlSafe(crowd("mail"))).execute(&mut connection).await.unwrap();
     let before = rows_read(&mut connection).await;
-    let found = sqlx::query(choose::OPEN_WITHOUT_LIMIT).bind(10).fetch_all(&mut connection).await.unwrap();
-    let users: Vec<Vec<u8>> = found.iter().map(|row| row.get(0)).collect();
+    let others = sqlx::query(between::OTHERS_WITHOUT_LIMIT).bind(10).fetch_all(&mut connection).await.unwrap();
+    let users: Vec<Vec<u8>> = others.iter().map(|row| row.get(1)).collect();
+    assert_eq!(users, [b"free1", b"free2", b"free3"]);
+    let found = sqlx::query(between::OPEN_WITHOUT_LIMIT).bind("").bind(10).fetch_all(&mut connection).await.unwrap();
+    let users: Vec<Vec<u8>> = found.iter().map(|row| row.get(1)).collect();
     assert_eq!(users, [b"free1", b"free2", b"free3"], "the one with the least running comes first");
     let read = rows_read(&mut connection).await - before;
-    assert!(read < 50, "{read} rows");
+    assert!(read < 100, "{read} rows");
     // What a claim changes of a limited user's account writes nothing into their index.
     let changed = "UPDATE laelaps_account SET running = running + 1, head_turn = 3 WHERE user = 'limited5'";
     sqlx::raw_sql(changed).execute(&mut connection).await.unwrap();
     let nulls = "SELECT COUNT(*) FROM laelaps_account WHERE free_weight IS NULL AND free_turn IS NULL";
-    assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(&mut connection).await.unwrap(), 11_001);
+    assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(&mut connection).await.unwrap(), 22_001);
+}
+
+/// So many queues have something waiting, besides the large one.
+const QUEUES: usize = 1_000;
+
+/// Rows that a choice of ten tasks reads, and which tasks those are, in their order. The host would lease them next; here they are left where they are.
+async fn chosen(connection: &mut MySqlConnection, way: choose::Way, starts: &choose::Starts) -> (u64, Vec<(String, i64)>) {
+    sqlx::raw_sql("START TRANSACTION").execute(&mut *connection).await.unwrap();
+    let before = rows_read(connection).await;
+    let mut session = Session::joining(connection).await.unwrap();
+    let limits = choose::Limits { tasks: 10, limited: 10 };
+    let choice = choose::choose(&mut session, way, limits, starts).await.unwrap();
+    let read = rows_read(connection).await - before;
+    sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await.unwrap();
+    (read, choice.chosen.into_iter().map(|chosen| (chosen.queue, chosen.turn)).collect())
+}
+
+#[tokio::test]
+async fn a_claim_costs_what_it_takes_whatever_waits_in_other_queues() {
+    let mysql = opened().await;
+    let mut connection = MySqlConnection::connect_with(&mysql.access.options).await.unwrap();
+    let fill = format!(
+        "INSERT INTO laelaps_ready (queue, turn, task) SELECT 'bulk', seq, seq FROM seq_1_to_{MANY};
+        INSERT INTO laelaps_ready_of_user (queue, user, turn, task) SELECT 'bulk', CONCAT('u', seq), seq, 200000 + seq FROM seq_1_to_{MANY};
+        INSERT INTO laelaps_account (queue, user, head_turn, head_task) SELECT 'bulk', CONCAT('u', seq), seq, 200000 + seq FROM seq_1_to_{MANY};
+        INSERT INTO laelaps_ready (queue, turn, task) SELECT CONCAT('q', seq), 1000000 + seq, 100000 + seq FROM seq_1_to_{QUEUES};
+        INSERT INTO laelaps_ready_of_user (queue, user, turn, task) SELECT CONCAT('q', seq), 'u', 1000000 + seq, 300000 + seq FROM seq_1_to_{QUEUES};
+        INSERT INTO laelaps_account (queue, user, head_turn, head_task) SELECT CONCAT('q', seq), 'u', 1000000 + seq, 300000 + seq FROM seq_1_to_{QUEUES}"
+    );
+    sqlx::raw_sql(AssertSqlSafe(fill)).execute(&mut connection).await.unwrap();
+    let ways = [choose::Way::WithoutUser, choose::Way::First, choose::Way::BetweenUsers];
+    let some =
+        |queues: &[&str]| -> mark::Asked { Some(Arc::from(queues.iter().map(|queue| (*queue).to_owned()).collect::<Vec<_>>())) };
+    let mut names: Vec<String> = (1..=QUEUES).map(|number| format!("q{number}")).collect();
+    names.sort_unstable();
+    let all: mark::Asked = Some(Arc::from(names));
+    // Each claim by its queues, how many rows it may read, and the queues that its tasks are of, of one table.
+    let mut first: Vec<String> = (1..=10).map(|number| format!("q{number}")).collect();
+    let bulk = vec!["bulk".to_owned()];
+    for (asked, most, expected) in [
+        (some(&["q500"]), 500, vec!["q500".to_owned()]),
+        (some(&["q500", "q600"]), 800, vec!["q500".to_owned(), "q600".to_owned()]),
+        (some(&["nothing", "q7"]), 800, vec!["q7".to_owned()]),
+        (some(&["bulk"]), 500, bulk.clone()),
+        (all, 20_000, std::mem::take(&mut first)),
+        (None, 20_000, bulk),
+    ] {
+        for way in ways {
+            let starts = choose::Starts { others: true, ..mark::Marks::default().starts(&asked) };
+            let (read, chosen) = chosen(&mut connection, way, &starts).await;
+            assert!(read <= most, "{read} rows for {way:?} of {:?} queues", starts.asked.map(|asked| asked.len()));
+            let mut queues: Vec<String> = chosen.into_iter().map(|(queue, _)| queue).collect();
+            queues.sort_unstable();
+            queues.dedup();
+            assert!(queues.iter().all(|queue| expected.contains(queue)), "{way:?}: {queues:?}");
+        }
+    }
+    // Once it is known where the queues begin, ten of a thousand cost what ten cost.
+    let fronts = (1..=QUEUES as i64).map(|number| (format!("q{number}").into_bytes(), (1_000_000 + number - 1, 0))).collect();
+    let known = fronts::Start { is_head: false, fronts, learn: None };
+    let starts = choose::Starts { ready: known.clone(), of_users: known, ..mark::Marks::default().starts(&None) };
+    for way in [choose::Way::WithoutUser, choose::Way::First] {
+        let (read, chosen) = chosen(&mut connection, way, &starts).await;
+        assert!(read <= 600, "{read} rows for {way:?}");
+        let turns: Vec<i64> = chosen.iter().map(|(_, turn)| *turn).collect();
+        let of_one = if way == choose::Way::First { 5 } else { 10 };
+        assert_eq!(turns.last(), Some(&(1_000_000 + of_one)), "{turns:?}");
+    }
 }

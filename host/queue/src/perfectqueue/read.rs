@@ -138,6 +138,7 @@ impl Found {
             key: self.key,
             task_type,
             state,
+            queue: NewTask::DEFAULT_QUEUE.to_owned(),
             user: self.user.or(side.user).filter(|user| !user.is_empty()),
             priority: 0,
             max_running: self.max_running,
@@ -459,6 +460,7 @@ impl Operation for Count {
             cancelled: of(State::Cancelled),
             oldest_ready_ms: oldest
                 .map(|oldest| u64::try_from(now.since(Timestamp(oldest.saturating_mul(1_000))).as_millis()).unwrap_or(u64::MAX)),
+            queues: Vec::new(),
             types: types(names, connection).await?,
         })
     }

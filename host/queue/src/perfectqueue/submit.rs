@@ -58,6 +58,10 @@ pub(super) fn check(task: &NewTask, has_side: bool) -> Result<()> {
         let why = "the workers that share PerfectQueue's table go by time alone".to_owned();
         return Err(Error::NotSupported { what: "a priority", why });
     }
+    if !crate::task::stored_queue(task.queue.as_deref()).is_empty() {
+        let why = "a table of PerfectQueue's is one queue".to_owned();
+        return Err(Error::NotSupported { what: "a queue", why });
+    }
     if task.max_attempts.is_some() && !has_side {
         let why = "PerfectQueue's table cannot count attempts; turn `side_table` on".to_owned();
         return Err(Error::NotSupported { what: "max_attempts", why });

@@ -87,6 +87,7 @@ fn claimed(ready: Ready, side: &Side, token: u64, now_ms: i64, timeout: i64) -> 
         lease_ref: lease_ref(ready.number, token),
         key: ready.place.1,
         task_type: ready.read.task_type,
+        queue: crate::NewTask::DEFAULT_QUEUE.to_owned(),
         data: ready.read.data,
         user: ready.user.filter(|user| !user.is_empty()),
         max_running,

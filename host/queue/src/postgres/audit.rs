@@ -42,35 +42,38 @@ const RULES: [(&str, &str); 23] = [
     ),
     (
         "a place names a task as it is",
-        "SELECT 'ready ' || ready.task FROM laelaps.ready LEFT JOIN laelaps.task ON task.id = ready.task WHERE (task.user_name = ready.user_name
+        "SELECT 'ready ' || ready.task FROM laelaps.ready LEFT JOIN laelaps.task ON task.id = ready.task WHERE (task.queue = ready.queue AND task.user_name = ready.user_name
                 AND task.turn = ready.turn AND task.max_running IS NOT DISTINCT FROM ready.max_running AND task.bytes = ready.bytes
                 AND NOT task.alone) IS NOT TRUE
             UNION ALL SELECT 'scheduled ' || scheduled.task FROM laelaps.scheduled LEFT JOIN laelaps.task ON task.id = scheduled.task
                 WHERE (task.run_at = scheduled.run_at) IS NOT TRUE
             UNION ALL SELECT 'suspect ' || suspect.task FROM laelaps.suspect LEFT JOIN laelaps.task ON task.id = suspect.task
-                WHERE (task.turn = suspect.turn AND task.alone) IS NOT TRUE LIMIT $1",
+                WHERE (task.turn = suspect.turn AND task.queue = suspect.queue AND task.alone) IS NOT TRUE LIMIT $1",
     ),
     (
         "an account and its changes count what runs",
-        "SELECT 'user ' || user_name FROM (SELECT user_name, running AS more FROM laelaps.account
-                UNION ALL SELECT user_name, -stopped FROM laelaps.account_change
-                UNION ALL SELECT user_name, -1 FROM laelaps.task WHERE state = 'running' AND user_name <> '') AS counted
-            GROUP BY user_name HAVING sum(more) <> 0 LIMIT $1",
+        "SELECT 'user ' || user_name || ' in queue ' || queue FROM (SELECT queue, user_name, running AS more FROM laelaps.account
+                UNION ALL SELECT queue, user_name, -stopped FROM laelaps.account_change
+                UNION ALL SELECT queue, user_name, -1 FROM laelaps.task WHERE state = 'running' AND user_name <> '') AS counted
+            GROUP BY queue, user_name HAVING sum(more) <> 0 LIMIT $1",
     ),
     (
         "an account knows its first ready task, unless a change has still to be entered",
-        "SELECT 'user ' || user_name FROM (SELECT user_name FROM laelaps.account
-                UNION SELECT user_name FROM laelaps.ready WHERE user_name <> '') AS users
-            LEFT JOIN laelaps.account USING (user_name) LEFT JOIN (SELECT DISTINCT ON (user_name) user_name, turn, task, max_running
-                FROM laelaps.ready WHERE user_name <> '' ORDER BY user_name, turn, task) AS first USING (user_name)
+        "SELECT 'user ' || user_name || ' in queue ' || queue FROM (SELECT queue, user_name FROM laelaps.account
+                UNION SELECT queue, user_name FROM laelaps.ready WHERE user_name <> '') AS users
+            LEFT JOIN laelaps.account USING (queue, user_name)
+            LEFT JOIN (SELECT DISTINCT ON (queue, user_name) queue, user_name, turn, task, max_running
+                FROM laelaps.ready WHERE user_name <> '' ORDER BY queue, user_name, turn, task) AS first USING (queue, user_name)
             WHERE (head_turn, head_task, head_max) IS DISTINCT FROM (first.turn, first.task, first.max_running)
-                AND NOT EXISTS (SELECT FROM laelaps.account_change AS change WHERE change.user_name = users.user_name AND task IS NOT NULL)
+                AND NOT EXISTS (SELECT FROM laelaps.account_change AS change WHERE change.queue = users.queue
+                    AND change.user_name = users.user_name AND task IS NOT NULL)
             LIMIT $1",
     ),
     (
         "an idle user has no account",
-        "SELECT 'user ' || user_name FROM laelaps.account WHERE running = 0 AND head_task IS NULL
-            AND NOT EXISTS (SELECT FROM laelaps.account_change AS change WHERE change.user_name = account.user_name) LIMIT $1",
+        "SELECT 'user ' || user_name || ' in queue ' || queue FROM laelaps.account WHERE running = 0 AND head_task IS NULL
+            AND NOT EXISTS (SELECT FROM laelaps.account_change AS change WHERE change.queue = account.queue
+                AND change.user_name = account.user_name) LIMIT $1",
     ),
     (
         "nobody has no account",
@@ -78,12 +81,12 @@ const RULES: [(&str, &str); 23] = [
             UNION ALL SELECT 'account_change ' || id FROM laelaps.account_change WHERE user_name = '' LIMIT $1",
     ),
     (
-        "tasks are counted by type",
-        "SELECT 'type ' || type FROM (SELECT type, live, scheduled, finished, failed, cancelled FROM laelaps.tally
-                UNION ALL SELECT type, -(finished_at IS NULL)::int, 0, -(state = 'finished')::int, -(state = 'failed')::int,
+        "tasks are counted by type and queue",
+        "SELECT 'type ' || type || ' in queue ' || queue FROM (SELECT type, queue, live, scheduled, finished, failed, cancelled FROM laelaps.tally
+                UNION ALL SELECT type, queue, -(finished_at IS NULL)::int, 0, -(state = 'finished')::int, -(state = 'failed')::int,
                     -(state = 'cancelled')::int FROM laelaps.task
-                UNION ALL SELECT type, 0, -1, 0, 0, 0 FROM laelaps.scheduled JOIN laelaps.task ON task.id = scheduled.task) AS both_sides
-            GROUP BY type HAVING sum(live) <> 0 OR sum(scheduled) <> 0 OR sum(finished) <> 0 OR sum(failed) <> 0 OR sum(cancelled) <> 0 LIMIT $1",
+                UNION ALL SELECT type, task.queue, 0, -1, 0, 0, 0 FROM laelaps.scheduled JOIN laelaps.task ON task.id = scheduled.task) AS both_sides
+            GROUP BY type, queue HAVING sum(live) <> 0 OR sum(scheduled) <> 0 OR sum(finished) <> 0 OR sum(failed) <> 0 OR sum(cancelled) <> 0 LIMIT $1",
     ),
     (
         "every ended task will be removed",
@@ -163,7 +166,8 @@ const RULES: [(&str, &str); 23] = [
         "numbers are within their ranges",
         "SELECT 'task ' || id FROM laelaps.task WHERE attempts < 0 OR bytes NOT BETWEEN 0 AND 16777216 OR lost < 0 OR lost_alone < 0
             OR releases < 0 OR depth < 0 OR max_running NOT BETWEEN 0 AND 4294967295 OR max_attempts NOT BETWEEN 1 AND 4294967295
-            OR octet_length(key) NOT BETWEEN 1 AND 255 OR octet_length(type) NOT BETWEEN 1 AND 255 OR octet_length(user_name) > 255 LIMIT $1",
+            OR octet_length(key) NOT BETWEEN 1 AND 255 OR octet_length(type) NOT BETWEEN 1 AND 255 OR octet_length(user_name) > 255
+            OR queue = 'default' OR queue !~ '^[A-Za-z0-9_.:/-]{0,64}$' LIMIT $1",
     ),
 ];
 

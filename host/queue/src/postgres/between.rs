@@ -2,7 +2,8 @@
 //!
 //! The accounts of the users in question are locked first, in the order of users, so that neither a batch nor two hosts at once overshoot;
 //! then their first tasks are read, picked by `fair.rs`, taken, and the accounts are brought up to date. Tasks without user stand in the
-//! same order as one more user, but have no account: hosts that take only those do not wait for each other.
+//! same order as one more user, whatever their queues, but have no account: hosts that take only those do not wait for each other. A user has an
+//! account in each queue; these are in the order as if each were a user of its own.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -10,12 +11,13 @@ use std::sync::atomic::Ordering;
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
-use super::accounts;
-use super::claim::{Asked, Got, count, flush_later, hold_host, in_order, next_lease, taken_columns};
+use super::accounts::{self, Owner};
+use super::claim::{Asked, Got, count, flush_later, hold_host, in_order, last_places, next_lease, taken_columns};
 use super::failure::Failure;
-use super::mark::{From, Place};
-use super::mend;
+use super::heads::{Heads, Place, Sort, TOGETHER};
+use super::mark::From;
 use super::session::Session;
+use super::{mend, several};
 use crate::ClaimedTask;
 use crate::fair::{self, Account, Candidate, Rest};
 
@@ -31,7 +33,7 @@ struct Chosen {
     task: i64,
     place: String,
     bytes: i64,
-    user: String,
+    owner: Owner,
     /// The number of its pick between users, if it was picked between users.
     pick: Option<i64>,
 }
@@ -40,20 +42,34 @@ struct Chosen {
 struct Ready {
     place: String,
     bytes: i64,
+    queue: String,
 }
 
+/// What was chosen.
+#[derive(Default)]
+struct Selection {
+    chosen: Vec<Chosen>,
+    /// There were open users that turned out not to be.
+    others: bool,
+    /// Where the queues go on, if they are several, and what was read of them.
+    several: Option<(Heads, HashMap<i64, Stood>)>,
+}
+
+/// Where a task stood: in which queue and where in it.
+type Stood = (String, Sort, Place);
+
 /// Take tasks as the claim wants them: in the order between users, or by their turns alone.
-pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> Result<Got, Failure> {
+pub(super) async fn claim(session: &mut Session, asked: &Asked, from: &From) -> Result<Got, Failure> {
     for _ in 0..TRIES_MAX {
         session.begin().await?;
-        let (chosen, others) = if asked.claim.ignore_users {
-            (first(session, asked.limit, from).await?, false)
+        let mut selection = if asked.claim.ignore_users {
+            first(session, asked.limit, from).await?
         } else {
             fairly(session, asked, from).await?
         };
-        let chosen = fitting(chosen);
-        let met = chosen.len();
-        let got = take(session, asked, chosen, from).await?;
+        selection.chosen = fitting(selection.chosen);
+        let (met, others) = (selection.chosen.len(), selection.others);
+        let got = take(session, asked, selection, from).await?;
         session.commit().await?;
         // Of what was met nothing waited in truth, or others took it: there may be more.
         if !got.is_empty() || !(others || met > 0) {
@@ -63,41 +79,180 @@ pub(super) async fn claim(session: &mut Session, asked: &Asked, from: From) -> R
     Ok(Got::default())
 }
 
-/// Those of the greatest weight, and those passed over for long. They may all have a limit: where only so many tasks of such users are wanted, also
-/// those of the greatest weight that have none. In one statement, so that all are locked in one order.
-///
-/// The second look at `open` is worded so that no partial index is taken for it: that would hold all open users.
-pub(super) const OPEN_ACCOUNTS: &str = "SELECT user_name, running, picked, head_turn, head_task, head_max FROM laelaps.account
-    WHERE CASE WHEN open THEN true END AND user_name = ANY(ARRAY(
-        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open ORDER BY weight DESC, head_turn, head_task LIMIT $1) AS heaviest
-        UNION
-        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND picked < $2 ORDER BY picked LIMIT $3) AS oldest
-        UNION
-        SELECT user_name FROM (SELECT user_name FROM laelaps.account WHERE open AND head_max IS NULL
-            ORDER BY weight DESC, head_turn, head_task LIMIT $4) AS without_limit))
-    ORDER BY user_name FOR UPDATE";
+/// An open account's name, and what it is ordered by.
+macro_rules! open_columns {
+    () => {
+        "SELECT queue, user_name, weight, head_turn, head_task, picked FROM laelaps.account WHERE open"
+    };
+}
 
-pub(super) const CANDIDATES: &str = "SELECT asked.user_name, ready.turn, ready.task, ready.max_running, ready.place, ready.bytes
-    FROM unnest($1::text[], $2::int8[], $3::int8[], $4::int8[]) AS asked (user_name, turn, task, wanted)
+/// The order of the heaviest.
+macro_rules! by_weight {
+    ($limit:literal) => {
+        concat!(" ORDER BY weight DESC, head_turn, head_task LIMIT (SELECT ", $limit, "::int8)")
+    };
+}
+
+/// The accounts of a sort, of all queues: $1 to $4 as in [`OPEN_ACCOUNTS`].
+macro_rules! of_all {
+    ($and:literal, $order:expr) => {
+        concat!(
+            "SELECT queue, user_name FROM ((",
+            open_columns!(),
+            " AND queue = ''",
+            $and,
+            $order,
+            ") UNION ALL (",
+            open_columns!(),
+            " AND octet_length(queue) > 0",
+            $and,
+            $order,
+            ")) AS either",
+            $order
+        )
+    };
+}
+
+/// The accounts of a sort, of the queues $5.
+macro_rules! of_some {
+    ($and:literal, $order:expr) => {
+        concat!(
+            "SELECT queue, user_name FROM ((",
+            open_columns!(),
+            " AND queue = '' AND '' = ANY((SELECT $5::text[])::text[])",
+            $and,
+            $order,
+            ") UNION ALL (SELECT first.* FROM unnest((SELECT $5::text[])) AS asked (name) CROSS JOIN LATERAL (",
+            open_columns!(),
+            " AND queue <> '' AND queue = asked.name",
+            $and,
+            $order,
+            ") AS first)) AS either",
+            $order
+        )
+    };
+}
+
+/// The accounts that are found so, locked in one order.
+macro_rules! locked {
+    ($heaviest:expr, $oldest:expr, $without_limit:expr) => {
+        concat!(
+            "SELECT account.* FROM (SELECT queue, user_name FROM (",
+            $heaviest,
+            ") AS heaviest UNION SELECT queue, user_name FROM (",
+            $oldest,
+            ") AS oldest UNION SELECT queue, user_name FROM (",
+            $without_limit,
+            ") AS without_limit ORDER BY queue, user_name) AS chosen
+        CROSS JOIN LATERAL (
+            SELECT queue, user_name, running, picked, head_turn, head_task, head_max FROM laelaps.account
+            WHERE account.queue = chosen.queue AND account.user_name = chosen.user_name AND CASE WHEN open THEN true END
+            FOR UPDATE) AS account"
+        )
+    };
+}
+
+/// Those of the greatest weight, $1, and those passed over for long, before $2 and at most $3. They may all have a limit: where only so many tasks of such
+/// users are wanted, also those of the greatest weight that have none, $4. In one statement, so that all are locked in one order.
+///
+/// The second look at `open` is worded so that no partial index is taken for it: that would hold all open users. What is given is asked for, so that
+/// the planner cannot think a plan for just that the better one, and make it anew each time.
+pub(super) const OPEN_ACCOUNTS: &str = locked!(
+    of_all!("", by_weight!("$1")),
+    of_all!(" AND picked < (SELECT $2::int8)", " ORDER BY picked LIMIT (SELECT $3::int8)"),
+    of_all!(" AND head_max IS NULL", by_weight!("$4"))
+);
+
+/// As [`OPEN_ACCOUNTS`], in the queues $5.
+pub(super) const OPEN_ACCOUNTS_OF: &str = locked!(
+    of_some!("", by_weight!("$1")),
+    of_some!(" AND picked < (SELECT $2::int8)", " ORDER BY picked LIMIT (SELECT $3::int8)"),
+    of_some!(" AND head_max IS NULL", by_weight!("$4"))
+);
+
+/// The queues of the first $3 accounts of each sort, the default queue aside; $1 and $2 as $2 and $4 of [`OPEN_ACCOUNTS`].
+pub(super) const NEAR: &str = concat!(
+    "SELECT ARRAY(SELECT queue FROM (",
+    open_columns!(),
+    " AND octet_length(queue) > 0",
+    by_weight!("$3"),
+    ") AS heaviest), ARRAY(SELECT queue FROM (",
+    open_columns!(),
+    " AND octet_length(queue) > 0 AND picked < (SELECT $1::int8) ORDER BY picked LIMIT (SELECT $3::int8)",
+    ") AS oldest), ARRAY(SELECT queue FROM (",
+    open_columns!(),
+    " AND octet_length(queue) > 0 AND head_max IS NULL",
+    by_weight!("CASE WHEN $2::int8 > 0 THEN $3::int8 ELSE 0 END"),
+    ") AS without_limit)"
+);
+
+/// How many accounts of each sort are wanted, and before which pick those were picked that were passed over for long.
+struct Wanted {
+    heaviest: i64,
+    picked_before: i64,
+    oldest: i64,
+    without_limit: i64,
+}
+
+/// Of many queues those that have the wanted accounts, so that not each has to be looked at. None: that cannot be told without.
+async fn near(session: &mut Session, queues: &[String], wanted: &Wanted) -> Result<Option<Vec<String>>, Failure> {
+    let most = 2 * wanted.heaviest + 32;
+    let query = sqlx::query_as(NEAR).bind(wanted.picked_before).bind(wanted.without_limit).bind(most);
+    let (heaviest, oldest, without_limit): (Vec<String>, Vec<String>, Vec<String>) = query.fetch_one(session.db()?).await?;
+    let ours: HashSet<&str> = queues.iter().map(String::as_str).collect();
+    let mut near: HashSet<String> = HashSet::new();
+    for (found, wanted) in [(heaviest, wanted.heaviest), (oldest, wanted.oldest), (without_limit, wanted.without_limit)] {
+        let is_all = count(found.len()) < most;
+        let first: Vec<String> =
+            found.into_iter().filter(|queue| ours.contains(queue.as_str())).take(usize::try_from(wanted).unwrap_or(0)).collect();
+        if !is_all && count(first.len()) < wanted {
+            return Ok(None);
+        }
+        near.extend(first);
+    }
+    near.extend(ours.contains("").then(String::new));
+    Ok(Some(near.into_iter().collect()))
+}
+
+pub(super) const CANDIDATES: &str = "SELECT asked.number, ready.turn, ready.task, ready.max_running, ready.place, ready.bytes
+    FROM unnest($1::text[], $2::text[], $3::int8[], $4::int8[], $5::int8[]) WITH ORDINALITY AS asked (queue, user_name, turn, task, wanted, number)
     CROSS JOIN LATERAL (SELECT turn, task, max_running, ctid::text AS place, bytes::int8 AS bytes FROM laelaps.ready
-        WHERE ready.user_name = asked.user_name AND (ready.turn, ready.task) >= (asked.turn, asked.task)
+        WHERE ready.queue = asked.queue AND ready.user_name = asked.user_name AND (ready.turn, ready.task) >= (asked.turn, asked.task)
         ORDER BY turn, task LIMIT asked.wanted FOR UPDATE SKIP LOCKED) AS ready";
 
-/// Tasks picked between users. Also answers whether there were open users that turned out not to be.
-async fn fairly(session: &mut Session, asked: &Asked, from: From) -> Result<(Vec<Chosen>, bool), Failure> {
-    const FIRST: &str = "SELECT last_value + 1, EXISTS (SELECT FROM laelaps.account WHERE open) FROM laelaps.pick_number";
-    let (first_pick, any): (i64, bool) = sqlx::query_as(FIRST).fetch_one(session.db()?).await?;
+/// The number of the next pick, and whether there are open accounts in the queues $1, or NULL for all.
+pub(super) const PICKS: &str = "SELECT last_value + 1,
+        CASE WHEN $1::text[] IS NULL OR '' = ANY($1)
+            THEN coalesce((SELECT true FROM laelaps.account WHERE open AND queue = '' ORDER BY picked LIMIT 1), false) ELSE false END
+        OR CASE WHEN $1 IS NULL
+            THEN coalesce((SELECT true FROM laelaps.account WHERE open AND octet_length(queue) > 0 ORDER BY picked LIMIT 1), false)
+            ELSE EXISTS (SELECT FROM unnest($1) AS asked (queue) CROSS JOIN LATERAL (SELECT FROM laelaps.account
+                WHERE open AND account.queue <> '' AND account.queue = asked.queue ORDER BY picked LIMIT 1) AS first) END
+    FROM laelaps.pick_number";
+
+/// Tasks picked between users.
+async fn fairly(session: &mut Session, asked: &Asked, from: &From) -> Result<Selection, Failure> {
+    let queues = asked.queues().as_deref();
+    let (first_pick, any): (i64, bool) = sqlx::query_as(PICKS).bind(queues).fetch_one(session.db()?).await?;
     let limit = asked.limit;
     let aged = count(limit) / fair::AGED_EVERY + 1;
     let last_pick = first_pick + count(limit) - 1;
-    let rows = sqlx::query(OPEN_ACCOUNTS)
-        .bind(count(limit))
-        .bind(last_pick - fair::AGED_AFTER)
-        .bind(aged)
-        .bind(if asked.limited < limit { count(limit) } else { 0 })
-        .fetch_all(session.db()?)
-        .await?;
-    let mut table = Table { accounts: rows.iter().map(account).collect::<Result<_, _>>()?, ..Table::default() };
+    let without_limit = if asked.limited < limit { count(limit) } else { 0 };
+    let wanted = Wanted { heaviest: count(limit), picked_before: last_pick - fair::AGED_AFTER, oldest: aged, without_limit };
+    let near = match queues {
+        Some(queues) if queues.len() > TOGETHER => near(session, queues, &wanted).await?,
+        _ => None,
+    };
+    let query = sqlx::query(if queues.is_some() { OPEN_ACCOUNTS_OF } else { OPEN_ACCOUNTS });
+    let query = query.bind(wanted.heaviest).bind(wanted.picked_before).bind(wanted.oldest).bind(wanted.without_limit);
+    let query = if queues.is_some() { query.bind(near.as_deref().or(queues)) } else { query };
+    let rows = query.fetch_all(session.db()?).await?;
+    let mut table = Table::default();
+    for row in &rows {
+        let (owner, account) = account(row)?;
+        table.owners.push(owner);
+        table.accounts.push(account);
+    }
     let found = !table.accounts.is_empty();
     table.add_nobody(session, first_pick, from).await?;
     let mut chosen: Vec<Chosen> = Vec::with_capacity(limit);
@@ -113,13 +268,13 @@ async fn fairly(session: &mut Session, asked: &Asked, from: From) -> Result<(Vec
         let picks = fair::pick(&mut table.accounts, wanted, number);
         let (picked, before) = (picks.len(), chosen.len());
         for (place, pick) in picks.into_iter().enumerate() {
-            let Some(Ready { place: row, bytes }) = table.ready.remove(&pick.candidate.task) else { continue };
-            let user = table.accounts[pick.account].user.clone();
-            if !user.is_empty() && pick.candidate.max_running.is_some() {
+            let Some(Ready { place: row, bytes, queue }) = table.ready.remove(&pick.candidate.task) else { continue };
+            let owner = Owner { queue, user: table.accounts[pick.account].user.clone() };
+            if !owner.is_nobody() && pick.candidate.max_running.is_some() {
                 let Some(rest) = limited.checked_sub(1) else { continue };
                 limited = rest;
             }
-            chosen.push(Chosen { task: pick.candidate.task, place: row, bytes, user, pick: Some(number + count(place)) });
+            chosen.push(Chosen { task: pick.candidate.task, place: row, bytes, owner, pick: Some(number + count(place)) });
         }
         // What cannot begin yet makes room for others.
         let skipped = chosen.len() - before < picked;
@@ -131,56 +286,74 @@ async fn fairly(session: &mut Session, asked: &Asked, from: From) -> Result<(Vec
         }
     }
     // What is said to be open and has nothing would stand in the way of others for ever.
-    let empty: Vec<String> = table.without_tasks().map(str::to_owned).collect();
+    let empty: Vec<Owner> = table.without_tasks().cloned().collect();
     accounts::look_again(session, &empty).await?;
-    Ok((chosen, any && !found))
+    let several = table.several.map(|heads| (heads, table.stood));
+    Ok(Selection { chosen, others: any && !found, several })
 }
 
 /// The users that could be picked, and what is known of their tasks.
 #[derive(Default)]
 struct Table {
     accounts: Vec<Account>,
+    /// Whose they are.
+    owners: Vec<Owner>,
     /// Ready tasks that were read, and are locked.
     ready: HashMap<i64, Ready>,
     /// How far each user's tasks were read.
-    read: HashMap<String, Place>,
+    read: HashMap<Owner, Place>,
+    /// Where tasks without user are read, if that is in several queues, and where those that were read stood.
+    several: Option<Heads>,
+    stood: HashMap<i64, Stood>,
 }
 
 /// An open account; of its tasks only the place of the first is known.
-fn account(row: &PgRow) -> Result<Account, sqlx::Error> {
-    Ok(Account {
-        user: row.try_get(0)?,
-        running: row.try_get(1)?,
-        picked: row.try_get(2)?,
-        candidates: [Candidate { turn: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? }].into(),
+fn account(row: &PgRow) -> Result<(Owner, Account), sqlx::Error> {
+    let owner = Owner { queue: row.try_get(0)?, user: row.try_get(1)? };
+    let account = Account {
+        user: owner.user.clone(),
+        running: row.try_get(2)?,
+        picked: row.try_get(3)?,
+        candidates: [Candidate { turn: row.try_get(4)?, task: row.try_get(5)?, max_running: row.try_get(6)? }].into(),
         rest: Rest::Unknown,
-    })
+    };
+    Ok((owner, account))
 }
 
 impl Table {
     /// Leave out the users whose next task is one under a limit.
     fn leave_limited(&mut self) {
         let next = |account: &Account| account.candidates.front().is_some_and(|next| next.max_running.is_some());
-        self.accounts.retain(|account| account.user.is_empty() || !next(account));
+        let stays = |account: &Account| account.user.is_empty() || !next(account);
+        let mut staying = self.accounts.iter().map(stays).collect::<Vec<bool>>().into_iter();
+        self.owners.retain(|_| staying.next().unwrap_or(true));
+        self.accounts.retain(stays);
     }
 
     /// The users of whom tasks were asked for, and none was there.
-    fn without_tasks(&self) -> impl Iterator<Item = &str> {
-        let without =
-            |account: &&Account| !account.user.is_empty() && account.rest == Rest::Nothing && account.candidates.is_empty();
-        let users = self.accounts.iter().filter(without).map(|account| account.user.as_str());
-        users.filter(|user| !self.read.contains_key(*user))
+    fn without_tasks(&self) -> impl Iterator<Item = &Owner> {
+        let without = |(_, account): &(&Owner, &Account)| account.rest == Rest::Nothing && account.candidates.is_empty();
+        let owners = self.owners.iter().zip(&self.accounts).filter(without).map(|(owner, _)| owner);
+        owners.filter(|owner| !owner.is_nobody() && !self.read.contains_key(*owner))
     }
 
     /// Add the tasks without user, if there are any.
-    async fn add_nobody(&mut self, session: &mut Session, first_pick: i64, from: From) -> Result<(), Failure> {
-        let found = self.read(session, vec![(String::new(), from.ready, 1)]).await?;
-        let Some((_, candidate)) = found.into_iter().next() else { return Ok(()) };
+    async fn add_nobody(&mut self, session: &mut Session, first_pick: i64, from: &From) -> Result<(), Failure> {
+        let (owner, place) = match from.only() {
+            Some(head) => (Owner { queue: head.queue.to_string(), user: String::new() }, head.nobodys.at),
+            None => {
+                self.several = Some(from.heads.clone());
+                (Owner::default(), (0, 0))
+            }
+        };
+        let found = self.read(session, vec![(owner, place, 1)]).await?;
+        let Some((owner, candidate)) = found.into_iter().next() else { return Ok(()) };
         let picked = &session.shared.nobody_picked;
         // Until it was picked once, it counts as having come in now.
         let picked = picked.compare_exchange(0, first_pick, Ordering::Relaxed, Ordering::Relaxed).unwrap_or_else(|picked| picked);
         let picked = if picked == 0 { first_pick } else { picked };
         let candidates = [candidate].into();
+        self.owners.push(owner);
         self.accounts.push(Account { user: String::new(), running: 0, picked, candidates, rest: Rest::Unknown });
         Ok(())
     }
@@ -188,20 +361,20 @@ impl Table {
     /// Know as many of each user's first tasks as are needed, and the first of each.
     async fn read_candidates(&mut self, session: &mut Session, needed: &[usize]) -> Result<(), Failure> {
         let mut wanted = Vec::new();
-        for (account, needed) in self.accounts.iter_mut().zip(needed) {
+        for ((account, owner), needed) in self.accounts.iter_mut().zip(&self.owners).zip(needed) {
             let Some(first) = account.candidates.front() else { continue };
             if account.rest != Rest::Unknown {
                 continue;
             }
-            match self.read.get(&account.user) {
+            match self.read.get(owner) {
                 // Only the place of its first is known.
                 None => {
                     let from = (first.turn, first.task);
                     account.candidates.clear();
-                    wanted.push((account.user.clone(), from, (*needed).max(1)));
+                    wanted.push((owner.clone(), from, (*needed).max(1)));
                 }
                 Some(&(turn, task)) if *needed > account.candidates.len() => {
-                    wanted.push((account.user.clone(), (turn, task + 1), needed - account.candidates.len()));
+                    wanted.push((owner.clone(), (turn, task + 1), needed - account.candidates.len()));
                 }
                 Some(_) => {}
             }
@@ -211,10 +384,10 @@ impl Table {
 
     /// Read the next task of each user of whom all known ones were picked. Answers whether there is one.
     async fn refill(&mut self, session: &mut Session) -> Result<bool, Failure> {
-        let empty = self.accounts.iter().filter(|account| account.candidates.is_empty() && account.rest == Rest::Unknown);
-        let place =
-            |account: &Account| self.read.get(&account.user).map(|(turn, task)| (account.user.clone(), (*turn, task + 1), 1));
-        let wanted: Vec<_> = empty.filter_map(place).collect();
+        let all = self.accounts.iter().zip(&self.owners);
+        let empty = all.filter(|(account, _)| account.candidates.is_empty() && account.rest == Rest::Unknown);
+        let place = |owner: &Owner| self.read.get(owner).map(|(turn, task)| (owner.clone(), (*turn, task + 1), 1));
+        let wanted: Vec<_> = empty.filter_map(|(_, owner)| place(owner)).collect();
         if wanted.is_empty() {
             return Ok(false);
         }
@@ -223,18 +396,18 @@ impl Table {
     }
 
     /// Read of each user so many tasks from a place on, behind those that are known.
-    async fn extend(&mut self, session: &mut Session, wanted: Vec<(String, Place, usize)>) -> Result<(), Failure> {
+    async fn extend(&mut self, session: &mut Session, wanted: Vec<(Owner, Place, usize)>) -> Result<(), Failure> {
         if wanted.is_empty() {
             return Ok(());
         }
-        let asked: HashMap<String, usize> = wanted.iter().map(|(user, _, more)| (user.clone(), *more)).collect();
-        let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
-        for (user, candidate) in self.read(session, wanted).await? {
-            found.entry(user).or_default().push(candidate);
+        let asked: HashMap<Owner, usize> = wanted.iter().map(|(owner, _, more)| (owner.clone(), *more)).collect();
+        let mut found: HashMap<Owner, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
+        for (owner, candidate) in self.read(session, wanted).await? {
+            found.entry(owner).or_default().push(candidate);
         }
-        for account in &mut self.accounts {
-            let Some(asked) = asked.get(&account.user) else { continue };
-            let mut more = found.remove(&account.user).unwrap_or_default();
+        for (account, owner) in self.accounts.iter_mut().zip(&self.owners) {
+            let Some(asked) = asked.get(owner) else { continue };
+            let mut more = found.remove(owner).unwrap_or_default();
             more.sort_unstable_by_key(|candidate| (candidate.turn, candidate.task));
             account.rest = if more.len() < *asked { Rest::Nothing } else { Rest::Unknown };
             account.candidates.extend(more);
@@ -246,54 +419,88 @@ impl Table {
     async fn read(
         &mut self,
         session: &mut Session,
-        wanted: Vec<(String, Place, usize)>,
-    ) -> Result<Vec<(String, Candidate)>, Failure> {
-        let rows = sqlx::query(CANDIDATES)
-            .bind(wanted.iter().map(|(user, ..)| user.as_str()).collect::<Vec<&str>>())
-            .bind(wanted.iter().map(|(_, (turn, _), _)| *turn).collect::<Vec<i64>>())
-            .bind(wanted.iter().map(|(_, (_, task), _)| *task).collect::<Vec<i64>>())
-            .bind(wanted.iter().map(|(.., more)| count(*more)).collect::<Vec<i64>>())
-            .fetch_all(session.db()?)
-            .await?;
-        let mut found = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let user: String = row.try_get(0)?;
-            let candidate = Candidate { turn: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? };
-            self.ready.insert(candidate.task, Ready { place: row.try_get(4)?, bytes: row.try_get(5)? });
-            let place = (candidate.turn, candidate.task);
-            let read = self.read.entry(user.clone()).or_insert(place);
-            *read = place.max(*read);
-            found.push((user, candidate));
+        wanted: Vec<(Owner, Place, usize)>,
+    ) -> Result<Vec<(Owner, Candidate)>, Failure> {
+        let mut found = Vec::with_capacity(wanted.len());
+        let (nobodys, wanted): (Vec<_>, Vec<_>) =
+            wanted.into_iter().partition(|(owner, ..)| owner.is_nobody() && self.several.is_some());
+        if let (Some(heads), Some((owner, _, more))) = (&mut self.several, nobodys.into_iter().next()) {
+            // They are read on where they were read last.
+            for read in several::read(session, heads, &[Sort::Nobodys], more).await? {
+                let (turn, task) = read.place;
+                self.stood.insert(task, (read.queue.clone(), read.sort, read.place));
+                let ready = Ready { place: read.row, bytes: read.bytes, queue: read.queue };
+                found.push((owner.clone(), Candidate { turn, task, max_running: read.max_running }, ready));
+            }
         }
-        Ok(found)
+        if !wanted.is_empty() {
+            let owners: Vec<Owner> = wanted.iter().map(|(owner, ..)| owner.clone()).collect();
+            let (queues, users) = accounts::columns(&owners);
+            let rows = sqlx::query(CANDIDATES)
+                .bind(queues)
+                .bind(users)
+                .bind(wanted.iter().map(|(_, (turn, _), _)| *turn).collect::<Vec<i64>>())
+                .bind(wanted.iter().map(|(_, (_, task), _)| *task).collect::<Vec<i64>>())
+                .bind(wanted.iter().map(|(.., more)| count(*more)).collect::<Vec<i64>>())
+                .fetch_all(session.db()?)
+                .await?;
+            for row in &rows {
+                let number: i64 = row.try_get(0)?;
+                let owner = usize::try_from(number - 1).ok().and_then(|number| owners.get(number)).cloned().unwrap_or_default();
+                let candidate = Candidate { turn: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? };
+                let ready = Ready { place: row.try_get(4)?, bytes: row.try_get(5)?, queue: owner.queue.clone() };
+                found.push((owner, candidate, ready));
+            }
+        }
+        let noted = found.into_iter().map(|(owner, candidate, ready)| {
+            self.ready.insert(candidate.task, ready);
+            let place = (candidate.turn, candidate.task);
+            let read = self.read.entry(owner.clone()).or_insert(place);
+            *read = place.max(*read);
+            (owner, candidate)
+        });
+        Ok(noted.collect())
     }
 }
 
+/// $1 queue, $2 and $3 where tasks without user begin, $4 and $5 where those of users do, $6 how many.
 pub(super) const FIRST: &str = "WITH nobodys AS MATERIALIZED (
         SELECT turn, task, ctid::text AS place, bytes::int8 AS bytes, user_name FROM laelaps.ready
-        WHERE user_name = '' AND (turn, task) >= ($1, $2) ORDER BY turn, task LIMIT $5 FOR UPDATE SKIP LOCKED),
+        WHERE queue = $1 AND user_name = '' AND (turn, task) >= ($2, $3) ORDER BY turn, task LIMIT $6 FOR UPDATE SKIP LOCKED),
     users AS MATERIALIZED (
         SELECT turn, task, ctid::text AS place, bytes::int8 AS bytes, user_name FROM laelaps.ready
-        WHERE user_name <> '' AND (turn, task) >= ($3, $4) ORDER BY turn, task LIMIT $5 FOR UPDATE SKIP LOCKED)
-    SELECT * FROM nobodys UNION ALL SELECT * FROM users ORDER BY turn, task LIMIT $5";
+        WHERE queue = $1 AND user_name <> '' AND (turn, task) >= ($4, $5) ORDER BY turn, task LIMIT $6 FOR UPDATE SKIP LOCKED)
+    SELECT * FROM nobodys UNION ALL SELECT * FROM users ORDER BY turn, task LIMIT $6";
 
 /// The first ready tasks, whosever they are.
-async fn first(session: &mut Session, limit: usize, from: From) -> Result<Vec<Chosen>, Failure> {
-    let rows = sqlx::query(FIRST)
-        .bind(from.ready.0)
-        .bind(from.ready.1)
-        .bind(from.in_time.0)
-        .bind(from.in_time.1)
-        .bind(count(limit))
-        .fetch_all(session.db()?)
-        .await?;
-    let mut chosen = Vec::with_capacity(rows.len());
-    for row in &rows {
-        let user = row.try_get(4)?;
-        chosen.push(Chosen { task: row.try_get(1)?, place: row.try_get(2)?, bytes: row.try_get(3)?, user, pick: None });
+async fn first(session: &mut Session, limit: usize, from: &From) -> Result<Selection, Failure> {
+    let mut selection = Selection::default();
+    if let Some(head) = from.only() {
+        let rows = sqlx::query(FIRST)
+            .bind(&*head.queue)
+            .bind(head.nobodys.at.0)
+            .bind(head.nobodys.at.1)
+            .bind(head.users.at.0)
+            .bind(head.users.at.1)
+            .bind(count(limit))
+            .fetch_all(session.db()?)
+            .await?;
+        for row in &rows {
+            let owner = Owner { queue: head.queue.to_string(), user: row.try_get(4)? };
+            let (task, place, bytes) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+            selection.chosen.push(Chosen { task, place, bytes, owner, pick: None });
+        }
+    } else {
+        let (mut heads, mut stood) = (from.heads.clone(), HashMap::with_capacity(limit));
+        for read in several::read(session, &mut heads, &[Sort::Nobodys, Sort::Users], limit).await? {
+            stood.insert(read.place.1, (read.queue.clone(), read.sort, read.place));
+            let owner = Owner { queue: read.queue, user: read.user };
+            selection.chosen.push(Chosen { task: read.place.1, place: read.row, bytes: read.bytes, owner, pick: None });
+        }
+        selection.several = Some((heads, stood));
     }
-    accounts::lock(session, chosen.iter().map(|chosen| chosen.user.clone()).collect()).await?;
-    Ok(chosen)
+    accounts::lock(session, selection.chosen.iter().map(|chosen| chosen.owner.clone()).collect()).await?;
+    Ok(selection)
 }
 
 /// The first of the chosen whose data together keeps the bound.
@@ -307,8 +514,8 @@ fn fitting(mut chosen: Vec<Chosen>) -> Vec<Chosen> {
     chosen
 }
 
-/// $1 host, $2 alive time, $3 number of the claim, $4 the tasks in ascending order, $5 their places in ready, $6 in suspect; $7 users, $8 their
-/// last picks, $9 picks in all; $10 the users of the tasks, $11 whether they run alone. What is counted is what was taken.
+/// $1 host, $2 alive time, $3 number of the claim, $4 the tasks in ascending order, $5 their places in ready, $6 in suspect; $7 the tasks' queues,
+/// $8 the numbers of their picks, $9 picks in all; $10 the users of the tasks, $11 whether they run alone. What is counted is what was taken.
 pub(super) const TAKE: &str = concat!(
     "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now, ",
     flush_later!(),
@@ -320,14 +527,16 @@ pub(super) const TAKE: &str = concat!(
     next_lease!(),
     ", host = $1, until = (SELECT now FROM clock) + $2
         WHERE id = ANY($4::int8[]) AND state = 'waiting' AND alone = $11
+            AND queue = ($7::text[])[width_bucket(id, $4::int8[])]
             AND user_name = ($10::text[])[width_bucket(id, $4::int8[])] RETURNING ",
     taken_columns!(),
     "),
-    took AS MATERIALIZED (SELECT user_name, count(*) AS tasks FROM taken WHERE user_name <> '' GROUP BY user_name),
+    took AS MATERIALIZED (
+        SELECT queue, user_name, count(*) AS tasks, max(($8::int8[])[width_bucket(id, $4::int8[])]) AS pick
+        FROM taken WHERE user_name <> '' GROUP BY queue, user_name),
     counted AS (
-        UPDATE laelaps.account SET running = running + took.tasks,
-            picked = coalesce(($8::int8[])[array_position($7::text[], account.user_name)], picked)
-        FROM took WHERE account.user_name = took.user_name),
+        UPDATE laelaps.account SET running = running + took.tasks, picked = coalesce(took.pick, picked)
+        FROM took WHERE account.queue = took.queue AND account.user_name = took.user_name),
     together AS (
         INSERT INTO laelaps.claim (id, host, check_at, tasks)
         SELECT $3, $1, (SELECT now FROM clock) + $2, array_agg(id) FROM taken HAVING count(*) > 0),
@@ -336,55 +545,58 @@ pub(super) const TAKE: &str = concat!(
 );
 
 /// Put the chosen under new leases, and bring their users' accounts up to date.
-async fn take(session: &mut Session, asked: &Asked, chosen: Vec<Chosen>, from: From) -> Result<Got, Failure> {
+async fn take(session: &mut Session, asked: &Asked, selection: Selection, from: &From) -> Result<Got, Failure> {
+    let Selection { chosen, several, .. } = selection;
     if chosen.is_empty() {
         return Ok(Got::default());
     }
-    let mut picked: HashMap<&str, i64> = HashMap::new();
-    for chosen in &chosen {
-        if let Some(pick) = chosen.pick {
-            picked.insert(&chosen.user, pick);
-        }
-    }
-    if let Some(pick) = picked.remove("") {
+    if let Some(pick) = chosen.iter().filter(|chosen| chosen.owner.is_nobody()).filter_map(|chosen| chosen.pick).max() {
         session.shared.nobody_picked.store(pick, Ordering::Relaxed);
     }
-    let users: BTreeSet<&str> = chosen.iter().map(|chosen| chosen.user.as_str()).filter(|user| !user.is_empty()).collect();
-    let users: Vec<String> = users.into_iter().map(str::to_owned).collect();
+    let owners: BTreeSet<&Owner> = chosen.iter().map(|chosen| &chosen.owner).filter(|owner| !owner.is_nobody()).collect();
+    let owners: Vec<Owner> = owners.into_iter().cloned().collect();
     let places: Vec<&str> = chosen.iter().map(|chosen| chosen.place.as_str()).collect();
     let picks = chosen.iter().filter(|chosen| chosen.pick.is_some()).count();
     let order: HashMap<i64, usize> = chosen.iter().enumerate().map(|(place, chosen)| (chosen.task, place)).collect();
-    let taking = Taking { ready: &places, suspect: &[], users: &users, picked: &picked, picks, alone: false };
-    let named = chosen.iter().map(|chosen| (chosen.task, chosen.user.as_str())).collect();
+    let taking = Taking { ready: &places, suspect: &[], picks, alone: false };
+    let named = chosen.iter().map(|chosen| Named { task: chosen.task, owner: &chosen.owner, pick: chosen.pick }).collect();
     let mut got = take_tasks(session, asked, named, &taking).await?;
-    accounts::look_again(session, &users).await?;
-    note_places(session, asked, &chosen, &got, from);
+    accounts::look_again(session, &owners).await?;
+    match several {
+        None => note_places(session, asked, &chosen, &got, from),
+        Some((heads, stood)) => note_heads(session, from, heads, stood, &got),
+    }
     got.placed.sort_unstable_by_key(|(_, task)| order.get(&task.lease_ref.task.0).copied());
     Ok(got)
 }
 
-/// What goes with the tasks that are taken.
+/// A task that is taken, as its place names it.
+pub(super) struct Named<'t> {
+    pub(super) task: i64,
+    pub(super) owner: &'t Owner,
+    /// The number of its pick between users.
+    pub(super) pick: Option<i64>,
+}
+
+/// What goes with the tasks that are taken, whose users' accounts are locked.
 pub(super) struct Taking<'t> {
     pub(super) ready: &'t [&'t str],
     pub(super) suspect: &'t [&'t str],
-    /// Users whose accounts are locked, and those of them that were picked.
-    pub(super) users: &'t [String],
-    pub(super) picked: &'t HashMap<&'t str, i64>,
     pub(super) picks: usize,
     pub(super) alone: bool,
 }
 
-/// Take tasks that wait, each as its place says of which user. A place that says something else is mended.
+/// Take tasks that wait, each as its place says of which queue and user. A place that says something else is mended.
 pub(super) async fn take_tasks(
     session: &mut Session,
     asked: &Asked,
-    mut named: Vec<(i64, &str)>,
+    mut named: Vec<Named<'_>>,
     taking: &Taking<'_>,
 ) -> Result<Got, Failure> {
     hold_host(session, asked.claim.host).await?;
-    named.sort_unstable();
-    named.dedup_by_key(|(task, _)| *task);
-    let tasks: Vec<i64> = named.iter().map(|(task, _)| *task).collect();
+    named.sort_unstable_by_key(|named| (named.task, named.owner));
+    named.dedup_by_key(|named| named.task);
+    let tasks: Vec<i64> = named.iter().map(|named| named.task).collect();
     let rows = sqlx::query(TAKE)
         .bind(asked.claim.host.0)
         .bind(asked.alive_ms)
@@ -392,10 +604,10 @@ pub(super) async fn take_tasks(
         .bind(&tasks)
         .bind(taking.ready)
         .bind(taking.suspect)
-        .bind(taking.users)
-        .bind(taking.users.iter().map(|user| taking.picked.get(user.as_str()).copied()).collect::<Vec<Option<i64>>>())
+        .bind(named.iter().map(|named| named.owner.queue.as_str()).collect::<Vec<&str>>())
+        .bind(named.iter().map(|named| named.pick).collect::<Vec<Option<i64>>>())
         .bind(count(taking.picks))
-        .bind(named.iter().map(|(_, user)| *user).collect::<Vec<&str>>())
+        .bind(named.iter().map(|named| named.owner.user.as_str()).collect::<Vec<&str>>())
         .bind(taking.alone)
         .fetch_all(session.db()?)
         .await?;
@@ -411,17 +623,34 @@ pub(super) async fn take_tasks(
     Ok(got)
 }
 
-/// Note how far the claim came among the tasks without user, or among all.
-fn note_places(session: &Session, asked: &Asked, chosen: &[Chosen], got: &Got, from: From) {
+/// Note how far the claim came among the tasks without user, or among all, of its only queue.
+fn note_places(session: &Session, asked: &Asked, chosen: &[Chosen], got: &Got, from: &From) {
+    let Some(head) = from.only() else { return };
     let marks = &session.shared.marks;
     let last = |of: fn(&ClaimedTask) -> bool| got.placed.iter().filter(|(_, task)| of(task)).map(|(place, _)| *place).max();
     if let Some(place) = last(|task| task.user.is_none()) {
-        marks.took_ready(from, place);
+        marks.took(from, &head.queue, Sort::Nobodys, place);
     }
     if asked.claim.ignore_users
         && chosen.len() == got.placed.len()
         && let Some(place) = last(|task| task.user.is_some())
     {
-        marks.took_in_time(from, place);
+        marks.took(from, &head.queue, Sort::Users, place);
     }
+}
+
+/// Note how far the claim came in its queues: what was read and not taken is still there.
+fn note_heads(session: &Session, from: &From, mut heads: Heads, mut stood: HashMap<i64, Stood>, got: &Got) {
+    for (_, task) in &got.placed {
+        stood.remove(&task.lease_ref.task.0);
+    }
+    let mut left: HashMap<(&str, Sort), Place> = HashMap::new();
+    for (queue, sort, place) in stood.values() {
+        let first = left.entry((queue.as_str(), *sort)).or_insert(*place);
+        *first = (*first).min(*place);
+    }
+    heads.put_back(&left);
+    let sorts = from.way.sorts();
+    let took = last_places(got).into_iter().filter(|((_, sort), _)| sorts.contains(sort)).collect();
+    session.shared.marks.learnt(from, &heads, &took);
 }

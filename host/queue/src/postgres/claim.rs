@@ -1,11 +1,13 @@
 //! Claims: a constant number of statements, whatever the size of the batch and of the backlog.
 //!
 //! Where no user has work there is one statement ([`CLAIM`]), which is its own transaction. It looks first: if something has become due, has
-//! to run alone or belongs to users, it takes nothing and says so, and that is seen to.
+//! to run alone or belongs to users, it takes nothing and says so, and that is seen to. Where several queues may have something it is another
+//! statement ([`CLAIM_SEVERAL`]), and more of them if the queues are many.
 //!
 //! Whatever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims under way, and
 //! claims that come later find it. What a host may have is then seen by whoever takes it back.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,15 +15,17 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::failure::{self, Failure};
-use super::mark::{From, Place};
+use super::heads::{END, Ended, HEAD, Met, Place, Scope, Sort};
+use super::mark::{From, Way};
 use super::session::{Session, Shared};
 use super::settle::Group;
+use super::several::{branch, branches, most, rounds_max};
 use super::unreadable::{self, Broken};
-use super::{accounts, between, mend, suspects};
+use super::{accounts, around, between, mend, suspects};
 use crate::outcome::ms;
 use crate::{
     Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
-    Timestamp, data,
+    Timestamp, data, task,
 };
 
 /// The most tasks of one claim.
@@ -30,6 +34,10 @@ const CLAIMED_MAX: u32 = 1_000;
 const DUE_MAX: i64 = 1_000;
 /// How often one claim looks again because all that it met were places of tasks that do not wait there.
 const MENDED_MAX: usize = 20;
+/// How often one claim of some queues enters changes of accounts: those of other queues may stand before its own.
+const ENTERED_MAX: usize = 10;
+/// Data of a claim beyond which it takes from no further queues.
+const ENOUGH_BYTES: usize = 16 << 20;
 
 /// A claimed task's columns, after those of the look. Data far larger than its row says is left where it is: claims are bounded by what rows say.
 macro_rules! taken_columns {
@@ -38,7 +46,7 @@ macro_rules! taken_columns {
             coalesce(releases, 0) AS releases, created_at, run_at, until, max_running, coalesce(root, id) AS root,
             coalesce(depth, 0) AS depth, bytes, turn, (SELECT stored FROM (
                 SELECT coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS stored) AS either
-                WHERE octet_length(stored) <= 2 * greatest(bytes, 0)::int8 + 1048576) AS data"
+                WHERE octet_length(stored) <= 2 * greatest(bytes, 0)::int8 + 1048576) AS data, queue"
     };
 }
 pub(super) use taken_columns;
@@ -62,27 +70,46 @@ macro_rules! flush_later {
 }
 pub(super) use flush_later;
 
-/// Look, and take the first tasks without user if nothing else is to be done before. 67108864: the most data of one claim, unless one task
-/// alone has more. The host is noted as seen after its row is held (hence the count), and not if another claim of it holds the row as well.
-/// A place whose task does not wait there is left alone, and told as a stranger.
-pub(super) const CLAIM: &str = concat!(
-    "WITH look AS MATERIALIZED (
+/// What has to be known before anything is taken, up to what depends on how many queues there are. Of account changes, a claim of some queues looks
+/// at the first 100: if those are all of other queues, it enters what there is.
+macro_rules! look {
+    () => {
+        "WITH look AS MATERIALIZED (
         SELECT clock.now, EXISTS (SELECT FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL) AS here,
             (SELECT run_at FROM laelaps.scheduled WHERE run_at >= $6 ORDER BY run_at, task LIMIT 1) AS next_due,
-            (SELECT count(*) FROM (SELECT FROM laelaps.suspect LIMIT 2) AS first) AS suspects,
-            CASE WHEN $8 THEN EXISTS (SELECT FROM laelaps.ready WHERE user_name <> '' AND (turn, task) >= ($9, $10))
-                ELSE EXISTS (SELECT FROM laelaps.account_change WHERE id >= $7) END AS changed,
-            NOT $8 AND EXISTS (SELECT FROM laelaps.account WHERE open) AS open
-        FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now, ",
-    flush_later!(),
-    ") AS clock),
-    locked AS MATERIALIZED (
-        SELECT ctid AS place, turn, task, bytes FROM laelaps.ready
-        WHERE user_name = '' AND (turn, task) >= ($3, $4) ORDER BY turn, task
-        LIMIT (SELECT CASE WHEN here AND NOT changed AND NOT open AND NOT ($11 AND coalesce(next_due <= now, false))
-            AND NOT ($12 AND suspects > 0) THEN $2 ELSE 0 END FROM look)
-        FOR UPDATE SKIP LOCKED),
-    staying AS MATERIALIZED (
+            CASE WHEN $15::text[] IS NULL THEN (SELECT count(*) FROM (SELECT FROM laelaps.suspect LIMIT 2) AS first)
+                ELSE (SELECT count(*) FROM (SELECT FROM laelaps.suspect WHERE queue = ANY($15) LIMIT 2) AS first) END AS suspects,
+            NOT $8 AND CASE WHEN $15 IS NULL OR '' = ANY($15)
+                THEN coalesce((SELECT true FROM laelaps.account WHERE open AND queue = '' ORDER BY picked LIMIT 1), false) ELSE false END
+            OR NOT $8 AND CASE
+                WHEN coalesce((SELECT true FROM laelaps.account WHERE open AND octet_length(queue) > 0 ORDER BY picked LIMIT 1), false)
+                THEN $15 IS NULL OR EXISTS (SELECT FROM unnest($15) AS asked (queue) CROSS JOIN LATERAL (SELECT FROM laelaps.account
+                    WHERE open AND account.queue <> '' AND account.queue = asked.queue ORDER BY picked LIMIT 1) AS first)
+                ELSE false END AS open,
+            CASE WHEN $8 THEN false WHEN $15 IS NULL THEN EXISTS (SELECT FROM laelaps.account_change WHERE id >= $7)
+                ELSE (SELECT count(*) >= 100 OR coalesce(bool_or(queue = ANY($15)), false)
+                    FROM (SELECT queue FROM laelaps.account_change WHERE id >= $7 ORDER BY id LIMIT 100) AS first) END"
+    };
+}
+
+/// The moment, for [`look`].
+macro_rules! clock {
+    () => {
+        concat!(" FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now, ", flush_later!(), ") AS clock),")
+    };
+}
+
+/// Whether nothing else is to be done before tasks without user are taken.
+macro_rules! is_free {
+    () => {
+        "here AND NOT changed AND NOT open AND NOT others AND NOT ($11 AND coalesce(next_due <= now, false)) AND NOT ($12 AND suspects > 0)"
+    };
+}
+
+/// Hold the host, and choose of what is locked.
+macro_rules! choose {
+    () => {
+        "staying AS MATERIALIZED (
         SELECT id FROM laelaps.host WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL
         LIMIT (SELECT CASE WHEN EXISTS (SELECT FROM locked) THEN 1 ELSE 0 END) FOR SHARE),
     seen AS (
@@ -90,15 +117,31 @@ pub(super) const CLAIM: &str = concat!(
             SELECT id FROM laelaps.host WHERE id = $1 AND seen_at < (SELECT now FROM look) - 10000
             LIMIT (SELECT 1 + 0 * count(*) FROM staying) FOR NO KEY UPDATE SKIP LOCKED))),
     chosen AS MATERIALIZED (
-        SELECT place, task FROM (SELECT place, task, bytes, sum(bytes) OVER (ORDER BY turn, task) AS sum FROM locked) AS summed
-        WHERE (sum <= 67108864 OR sum = bytes) AND EXISTS (SELECT FROM staying)),
-    taken AS (
+        SELECT * FROM (SELECT *, sum(bytes) OVER (ORDER BY turn, task) AS sum FROM locked) AS summed
+        WHERE (sum <= 67108864 OR sum = bytes) AND EXISTS (SELECT FROM staying)),"
+    };
+}
+
+/// Take what is chosen.
+macro_rules! lease {
+    () => {
+        concat!(
+            "taken AS (
         UPDATE laelaps.task SET state = 'running', lease = ",
-    next_lease!(),
-    ", host = $1, until = (SELECT now FROM look) + $5
-        WHERE id = ANY(ARRAY(SELECT task FROM chosen)) AND state = 'waiting' AND user_name = '' AND NOT alone RETURNING ",
-    taken_columns!(),
-    "),
+            next_lease!(),
+            ", host = $1, until = (SELECT now FROM look) + $5
+        WHERE id = ANY(ARRAY(SELECT task FROM chosen)) AND state = 'waiting' AND user_name = '' AND NOT alone AND queue = "
+        )
+    };
+}
+
+/// What was taken leaves its places, and is entered as claimed together.
+macro_rules! leave {
+    () => {
+        concat!(
+            " RETURNING ",
+            taken_columns!(),
+            "),
     all_taken AS MATERIALIZED (SELECT (SELECT count(*) FROM taken) = (SELECT count(*) FROM chosen) AS yes),
     gone AS (DELETE FROM laelaps.ready WHERE ctid = ANY(CASE WHEN (SELECT yes FROM all_taken) THEN ARRAY(SELECT place FROM chosen)
         ELSE ARRAY(SELECT place FROM chosen WHERE task IN (SELECT id FROM taken)) END)),
@@ -106,18 +149,75 @@ pub(super) const CLAIM: &str = concat!(
         INSERT INTO laelaps.claim (id, host, check_at, tasks)
         SELECT $13, $1, (SELECT now FROM look) + $5, array_agg(id) FROM taken HAVING count(*) > 0)
     SELECT look.now, look.here AND (EXISTS (SELECT FROM staying) OR NOT EXISTS (SELECT FROM locked)) AS here,
-        look.next_due, look.suspects, look.changed, look.open,
+        look.next_due, look.suspects, look.changed, look.open, look.others,
         CASE WHEN NOT (SELECT yes FROM all_taken) THEN ARRAY(SELECT task FROM chosen WHERE task NOT IN (SELECT id FROM taken) ORDER BY place) END,
         CASE WHEN NOT (SELECT yes FROM all_taken)
             THEN ARRAY(SELECT place::text FROM chosen WHERE task NOT IN (SELECT id FROM taken) ORDER BY place) END,
-        taken.*
-    FROM look LEFT JOIN taken ON true"
+        taken.*"
+        )
+    };
+}
+
+/// Look, and take the first tasks without user of one queue, $14, if nothing else is to be done before. $15 are the queues that are asked for, NULL for
+/// all; $16: whether others than $14 have something is looked at too, and is to be seen to first. 67108864: the most data of one claim, unless one task
+/// alone has more. The host is noted as seen after its row is held (hence the count), and not if another claim of it holds the row as well.
+/// A place whose task does not wait there is left alone, and told as a stranger.
+pub(super) const CLAIM: &str = concat!(
+    look!(),
+    " OR $8 AND coalesce((SELECT true FROM laelaps.ready WHERE queue = $14 AND user_name <> '' AND (turn, task) >= ($9, $10)
+                ORDER BY turn, task LIMIT 1), false) AS changed,
+            CASE WHEN $16 AND $15 IS NULL THEN CASE WHEN $14 <> '' THEN coalesce(
+                    (SELECT queue FROM laelaps.ready ORDER BY queue, user_name, turn, task LIMIT 1) <> $14, false) ELSE false END
+                OR (SELECT queue FROM laelaps.ready WHERE queue > $14 ORDER BY queue, user_name, turn, task LIMIT 1) IS NOT NULL
+                ELSE false END AS others",
+    clock!(),
+    "locked AS MATERIALIZED (
+        SELECT ctid AS place, turn, task, bytes FROM laelaps.ready
+        WHERE queue = $14 AND user_name = '' AND (turn, task) >= ($3, $4) ORDER BY turn, task
+        LIMIT (SELECT CASE WHEN ",
+    is_free!(),
+    " THEN $2 ELSE 0 END FROM look)
+        FOR UPDATE SKIP LOCKED),",
+    choose!(),
+    lease!(),
+    "$14",
+    leave!(),
+    " FROM look LEFT JOIN taken ON true"
+);
+
+/// As [`CLAIM`], of several queues, $14, from where each begins, $3 and $4 (of users $9 and $10), and from where on nothing is taken, $16 and $17. $18: how many to look at.
+/// Also answers how many were locked, and what was looked at.
+pub(super) const CLAIM_SEVERAL: &str = concat!(
+    look!(),
+    " OR $8 AND EXISTS (SELECT FROM unnest($14::text[], $9::int8[], $10::int8[]) AS asked (queue, turn, task)
+                CROSS JOIN LATERAL (SELECT FROM laelaps.ready WHERE ready.queue = asked.queue AND ready.user_name <> ''
+                    AND (ready.turn, ready.task) >= (asked.turn, asked.task) ORDER BY ready.turn, ready.task LIMIT 1) AS first) AS changed,
+            false AS others",
+    clock!(),
+    "met AS MATERIALIZED (
+        SELECT * FROM (",
+    branches!("false", "=", ("$14", "$3", "$4", "$18")),
+    ") AS each ORDER BY turn, task LIMIT (SELECT CASE WHEN ",
+    is_free!(),
+    " THEN $18 ELSE 0 END FROM look)),
+    locked AS MATERIALIZED (
+        SELECT ctid AS place, turn, task, bytes, queue FROM laelaps.ready
+        WHERE ctid = ANY(ARRAY(SELECT place FROM met WHERE (turn, task) < ($16::int8, $17::int8)))
+        ORDER BY turn, task LIMIT $2 FOR UPDATE SKIP LOCKED),",
+    choose!(),
+    "sorted AS MATERIALIZED (SELECT array_agg(task ORDER BY task) AS tasks, array_agg(queue ORDER BY task) AS queues FROM chosen),",
+    lease!(),
+    "((SELECT queues FROM sorted))[width_bucket(id, (SELECT tasks FROM sorted))]",
+    leave!(),
+    ", (SELECT count(*) FROM locked) AS locked, looked.heads, looked.turns, looked.tasks
+    FROM look CROSS JOIN (SELECT array_agg(head ORDER BY turn, task) AS heads, array_agg(turn ORDER BY turn, task) AS turns,
+        array_agg(task ORDER BY turn, task) AS tasks FROM met) AS looked LEFT JOIN taken ON true"
 );
 
 /// The columns of a claimed task.
-const TAKEN_COLUMNS: usize = 20;
+const TAKEN_COLUMNS: usize = 21;
 /// The columns of the look.
-const LOOK_COLUMNS: usize = 8;
+const LOOK_COLUMNS: usize = 9;
 
 /// What a claim took out of the database, data as it is stored.
 #[derive(Default)]
@@ -158,13 +258,6 @@ impl Taken {
         self.tasks.is_empty() && self.broken.is_empty()
     }
 
-    /// Remember what was claimed together.
-    fn note(&self, shared: &Shared, claim: i64) {
-        let broken = self.broken.iter().map(|broken| broken.lease_ref.lease);
-        let leases: Vec<Lease> = self.tasks.iter().map(|task| task.lease_ref.lease).chain(broken).collect();
-        shared.held.claimed(claim, leases.into_iter());
-    }
-
     /// Decompress. Tasks whose data is damaged are taken out and answered.
     pub(super) fn open(&mut self) -> Vec<Broken> {
         let mut broken = std::mem::take(&mut self.broken);
@@ -192,6 +285,7 @@ pub(super) struct Asked {
     /// Of these, the most of users with a limit.
     pub(super) limited: usize,
     pub(super) alive_ms: i64,
+    pub(super) way: Way,
     /// Drawn by this program for each try, so that what was taken can be found if the answer is lost.
     pub(super) number: i64,
     numbers: Arc<Mutex<Vec<i64>>>,
@@ -201,7 +295,14 @@ impl Asked {
     pub(super) fn new(claim: Claim) -> Self {
         let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
         let limited = claim.limited.map_or(limit, |limited| usize::try_from(limited).unwrap_or(limit));
-        Self { limit, limited, alive_ms: ms(claim.alive_time), number: 0, numbers: Arc::default(), claim }
+        let stored = |queues: &Arc<[String]>| queues.iter().map(|queue| task::stored_queue(Some(queue)).to_owned()).collect();
+        let way = Way { queues: claim.queues.as_ref().map(stored), ignore_users: claim.ignore_users };
+        Self { limit, limited, alive_ms: ms(claim.alive_time), way, number: 0, numbers: Arc::default(), claim }
+    }
+
+    /// The queues that it asks for, as the tables name them.
+    pub(super) fn queues(&self) -> &Scope {
+        &self.way.queues
     }
 
     /// The numbers of earlier tries.
@@ -215,6 +316,11 @@ impl Asked {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner).push(number);
         Self { number, ..self.clone() }
     }
+
+    /// For the rest of it, after so many were taken.
+    fn for_rest(&self, taken: usize) -> Self {
+        Self { limit: self.limit.saturating_sub(taken), ..self.with_number() }
+    }
 }
 
 /// The state of what a claim may have to see to.
@@ -224,8 +330,19 @@ pub(super) struct Look {
     suspects: i64,
     changed: bool,
     open: bool,
+    /// Other queues have something too.
+    others: bool,
     /// Some places were of tasks that do not wait there, and were mended.
     strangers: bool,
+}
+
+impl Look {
+    /// Whether tasks without user could be taken: nothing else had to be done before.
+    fn is_free(&self, rounds: Rounds) -> bool {
+        let is_due = rounds.due && self.next_due.is_some_and(|due| due <= self.now);
+        let is_suspect = rounds.suspects && self.suspects > 0;
+        !(self.changed || self.open || self.others || is_due || is_suspect)
+    }
 }
 
 /// What has been seen to, and need not be looked at again.
@@ -238,54 +355,72 @@ struct Rounds {
 /// Take waiting tasks under new leases.
 pub(super) async fn claim(session: &mut Session, asked: &Asked) -> Result<Taken, Failure> {
     if session.again {
+        let mut again = Got::default();
         for number in asked.earlier() {
-            if let Some(taken) = found_again(session, asked, number).await? {
-                return Ok(taken);
-            }
+            again.add(found_again(session, asked, number).await?);
+        }
+        if !again.is_empty() {
+            let (tasks, broken) = again.into_tasks();
+            return Ok(Taken { tasks, broken, alone_waiting: false, next_due_in: None });
         }
     }
     let asked = &asked.with_number();
     let shared = Arc::clone(&session.shared);
-    let from = shared.marks.begin();
+    let mut from = shared.marks.begin(&asked.way, asked.limit);
     let started = Instant::now();
-    let mut taken = claim_from(session, asked, from).await?;
-    shared.marks.looked(from, started.elapsed());
+    let mut taken = claim_from(session, asked, &mut from).await?;
+    shared.marks.looked(&from, started.elapsed());
     if taken.is_empty()
-        && let Some(from) = shared.marks.begin_again(from)
+        && let Some(mut from) = shared.marks.begin_again(&from)
     {
         let started = Instant::now();
-        taken = claim_from(session, asked, from).await?;
-        shared.marks.looked(from, started.elapsed());
+        taken = claim_from(session, asked, &mut from).await?;
+        shared.marks.looked(&from, started.elapsed());
     }
-    taken.note(&shared, asked.number);
     Ok(taken)
 }
 
-async fn claim_from(session: &mut Session, asked: &Asked, mut from: From) -> Result<Taken, Failure> {
+async fn claim_from(session: &mut Session, asked: &Asked, from: &mut From) -> Result<Taken, Failure> {
     let mut rounds = Rounds { due: true, suspects: asked.claim.alone };
-    let (mut entered, mut waited, mut mended) = (false, false, 0);
+    let (mut entered, mut waited, mut mended) = (0, false, 0);
+    let entered_max = if asked.queues().is_some() && !asked.claim.ignore_users { ENTERED_MAX } else { 1 };
+    let mut searched = 0;
+    if from.has_to_look_around() {
+        around::look(session, from).await?;
+    }
     loop {
         let (look, got) = look_and_take(session, asked, from, rounds).await?;
         if !got.is_empty() {
+            got.note(&session.shared, asked.number);
+            let (look, got) = take_more(session, asked, from, rounds, (look, got)).await?;
             return answer(session, asked, &look, got).await;
+        }
+        if look.others {
+            around::look(session, from).await?;
+            continue;
         }
         if look.strangers && mended < MENDED_MAX {
             mended += 1;
             continue;
         }
+        if look.is_free(rounds) && searched < rounds_max(asked.limit) && goes_on(session, from) {
+            searched += 1;
+            continue;
+        }
         if rounds.due && look.next_due.is_some_and(|due| due <= look.now) {
-            from = move_due(session, from).await?;
+            move_due(session, from).await?;
             rounds.due = false;
             continue;
         }
-        if !entered && look.changed {
-            accounts::enter_changes(session, asked.limit, from, accounts::ENTER).await?;
-            entered = true;
+        if entered < entered_max && look.changed {
+            let any = accounts::enter_changes(session, asked.limit, from, accounts::ENTER).await?;
+            entered = if any { entered + 1 } else { entered_max };
             continue;
         }
         if rounds.suspects && look.suspects > 0 {
             let got = suspects::take(session, asked).await?;
             if !got.is_empty() {
+                got.note(&session.shared, asked.number);
                 return answer(session, asked, &look, got).await;
             }
             rounds.suspects = false;
@@ -298,8 +433,54 @@ async fn claim_from(session: &mut Session, asked: &Asked, mut from: From) -> Res
             waited = true;
             continue;
         }
+        got.note(&session.shared, asked.number);
         return answer(session, asked, &look, got).await;
     }
+}
+
+/// Whether there are more queues that may have something.
+fn goes_on(session: &Session, from: &mut From) -> bool {
+    if from.only().is_some() {
+        return false;
+    }
+    if !from.heads.has_more(from.way.sorts()) && from.heads.rest.is_some() {
+        session.shared.marks.begin_anew(from);
+    }
+    from.heads.has_more(from.way.sorts())
+}
+
+/// Where a claim has many queues, each statement takes from a few of them.
+async fn take_more(
+    session: &mut Session,
+    asked: &Asked,
+    from: &mut From,
+    rounds: Rounds,
+    (mut look, mut all): (Look, Got),
+) -> Result<(Look, Got), Failure> {
+    for _ in 0..rounds_max(asked.limit) {
+        if all.len() >= asked.limit || all.bytes() >= ENOUGH_BYTES || !goes_on(session, from) {
+            break;
+        }
+        let rest = asked.for_rest(all.len());
+        match look_and_take(session, &rest, from, rounds).await {
+            Ok((looked, got)) => {
+                look = looked;
+                got.note(&session.shared, rest.number);
+                // Something else is to be done first; the next claim does it.
+                if got.is_empty() && !look.is_free(rounds) {
+                    break;
+                }
+                all.add(got);
+            }
+            // What was taken is this claim's in any case.
+            Err(failure) if !failure.is_lost() => {
+                tracing::debug!(?failure, "more is taken by the next claim");
+                break;
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    Ok((look, all))
 }
 
 async fn answer(session: &mut Session, asked: &Asked, look: &Look, got: Got) -> Result<Taken, Failure> {
@@ -310,7 +491,7 @@ async fn answer(session: &mut Session, asked: &Asked, look: &Look, got: Got) -> 
     if !others {
         return Ok(taken);
     }
-    match suspects::reserve(session, asked.claim.host).await {
+    match suspects::reserve(session, asked).await {
         Ok(alone_waiting) => Ok(Taken { alone_waiting, ..taken }),
         // What was taken is this claim's in any case.
         Err(failure) if !taken.is_empty() && !failure.is_lost() => {
@@ -321,46 +502,57 @@ async fn answer(session: &mut Session, asked: &Asked, look: &Look, got: Got) -> 
     }
 }
 
-async fn look_and_take(session: &mut Session, asked: &Asked, from: From, rounds: Rounds) -> Result<(Look, Got), Failure> {
-    let rows = sqlx::query(CLAIM)
-        .bind(asked.claim.host.0)
-        .bind(count(asked.limit))
-        .bind(from.ready.0)
-        .bind(from.ready.1)
-        .bind(asked.alive_ms)
-        .bind(from.due)
-        .bind(from.change)
-        .bind(asked.claim.ignore_users)
-        .bind(from.in_time.0)
-        .bind(from.in_time.1)
-        .bind(rounds.due)
-        .bind(rounds.suspects)
-        .bind(asked.number)
-        .fetch_all(session.db()?)
-        .await?;
+async fn look_and_take(session: &mut Session, asked: &Asked, from: &mut From, rounds: Rounds) -> Result<(Look, Got), Failure> {
+    let only = from.only().cloned();
+    let group = from.heads.group(from.way.sorts());
+    let query = sqlx::query(if only.is_some() { CLAIM } else { CLAIM_SEVERAL });
+    let query = query.bind(asked.claim.host.0).bind(count(asked.limit));
+    let query = if let Some(head) = &only {
+        let query = query.bind(head.nobodys.at.0).bind(head.nobodys.at.1).bind(asked.alive_ms).bind(from.due).bind(from.change);
+        let query = query.bind(asked.claim.ignore_users).bind(head.users.at.0).bind(head.users.at.1).bind(rounds.due);
+        let query = query.bind(rounds.suspects).bind(asked.number).bind(&*head.queue);
+        query.bind(asked.queues().as_deref()).bind(from.head && from.looked_around.is_none())
+    } else {
+        let (nobodys, users) = (from.heads.columns(group, Sort::Nobodys), from.heads.columns(group, Sort::Users));
+        let query = query.bind(nobodys.turns).bind(nobodys.tasks).bind(asked.alive_ms).bind(from.due).bind(from.change);
+        let query = query.bind(asked.claim.ignore_users).bind(users.turns).bind(users.tasks).bind(rounds.due);
+        let query = query.bind(rounds.suspects).bind(asked.number).bind(nobodys.queues).bind(asked.queues().as_deref());
+        let (turn, task) = group.bound.unwrap_or(END);
+        query.bind(turn).bind(task).bind(count(most(asked.limit)))
+    };
+    let rows = query.fetch_all(session.db()?).await?;
     let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     if !first.try_get::<bool, _>(1)? {
         return Err(failure::unknown_host(asked.claim.host));
     }
-    let strangers: Option<Vec<i64>> = first.try_get(6)?;
-    let places: Option<Vec<String>> = first.try_get(7)?;
+    let strangers: Option<Vec<i64>> = first.try_get(7)?;
+    let places: Option<Vec<String>> = first.try_get(8)?;
     let look = Look {
         now: first.try_get(0)?,
         next_due: first.try_get(2)?,
         suspects: first.try_get(3)?,
         changed: first.try_get(4)?,
         open: first.try_get(5)?,
+        others: first.try_get(6)?,
         strangers: strangers.as_ref().is_some_and(|strangers| !strangers.is_empty()),
     };
-    let got = if first.try_get::<Option<i64>, _>(LOOK_COLUMNS)?.is_none() {
-        Got::default()
-    } else {
-        let got = in_order(&rows, LOOK_COLUMNS, look.now)?;
-        if let Some((last, _)) = got.placed.last() {
-            session.shared.marks.took_ready(from, *last);
+    let is_none = first.try_get::<Option<i64>, _>(LOOK_COLUMNS)?.is_none();
+    let got = if is_none { Got::default() } else { in_order(&rows, LOOK_COLUMNS, look.now)? };
+    let last = got.placed.last().map(|(place, _)| *place);
+    if let Some(head) = &only {
+        if let Some(place) = last {
+            session.shared.marks.took(from, &head.queue, Sort::Nobodys, place);
         }
-        got
-    };
+    } else if look.is_free(rounds) {
+        let met = met(first)?;
+        let locked: i64 = first.try_get("locked")?;
+        // Where less was taken than was locked, it was too much, or stood there wrongly.
+        let is_whole = count(got.len()) == locked && locked < count(asked.limit);
+        let upto = if is_whole { group.last_of(&met) } else { last };
+        let is_full = met.len() == most(asked.limit);
+        from.heads.learn(group, from.way.sorts(), &met, Ended { upto, is_full });
+        session.shared.marks.learnt(from, &from.heads, &last_places(&got));
+    }
     if look.strangers {
         // What was taken is this claim's, whatever becomes of the others.
         let mended = mend::strangers_in_ready(session, &strangers.unwrap_or_default(), &places.unwrap_or_default()).await;
@@ -370,6 +562,29 @@ async fn look_and_take(session: &mut Session, asked: &Asked, from: From, rounds:
         }
     }
     Ok((look, got))
+}
+
+/// What [`CLAIM_SEVERAL`] looked at.
+fn met(row: &PgRow) -> Result<Vec<Met>, sqlx::Error> {
+    let heads: Option<Vec<i32>> = row.try_get("heads")?;
+    let (turns, tasks): (Option<Vec<i64>>, Option<Vec<i64>>) = (row.try_get("turns")?, row.try_get("tasks")?);
+    let places = turns.into_iter().flatten().zip(tasks.into_iter().flatten());
+    let met = heads.into_iter().flatten().zip(places).map(|(number, place)| {
+        let head = usize::try_from(number - 1).unwrap_or_default();
+        Met { head, sort: Sort::Nobodys, place }
+    });
+    Ok(met.collect())
+}
+
+/// The last place of each queue and sort of which something was taken.
+pub(super) fn last_places(got: &Got) -> HashMap<(&str, Sort), Place> {
+    let mut last: HashMap<(&str, Sort), Place> = HashMap::new();
+    for (place, task) in &got.placed {
+        let sort = if task.user.is_none() { Sort::Nobodys } else { Sort::Users };
+        let place_of = last.entry((task::stored_queue(Some(&task.queue)), sort)).or_insert(HEAD);
+        *place_of = (*place_of).max(*place);
+    }
+    last
 }
 
 /// What a claim took.
@@ -384,6 +599,27 @@ pub(super) struct Got {
 impl Got {
     pub(super) fn is_empty(&self) -> bool {
         self.placed.is_empty() && self.broken.is_empty()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.placed.len() + self.broken.len()
+    }
+
+    /// So much data.
+    fn bytes(&self) -> usize {
+        self.placed.iter().map(|(_, task)| task.data.len()).sum()
+    }
+
+    fn add(&mut self, other: Self) {
+        self.placed.extend(other.placed);
+        self.broken.extend(other.broken);
+    }
+
+    /// Remember what was claimed together.
+    fn note(&self, shared: &Shared, claim: i64) {
+        let broken = self.broken.iter().map(|broken| broken.lease_ref.lease);
+        let leases: Vec<Lease> = self.placed.iter().map(|(_, task)| task.lease_ref.lease).chain(broken).collect();
+        shared.held.claimed(claim, leases.into_iter());
     }
 
     fn into_tasks(self) -> (Vec<ClaimedTask>, Vec<Broken>) {
@@ -415,6 +651,7 @@ fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Resu
     let number = |place: usize| row.try_get::<i32, _>(first + place).map(i64::from);
     let (key, task_type, user): (String, String, String) =
         (row.try_get(first + 2)?, row.try_get(first + 3)?, row.try_get(first + 4)?);
+    let queue: String = row.try_get(first + 20)?;
     let [attempts, lost, lost_alone, releases, depth] = [number(5)?, number(7)?, number(8)?, number(10)?, number(16)?];
     let (max_attempts, max_running): (Option<i64>, Option<i64>) = (row.try_get(first + 6)?, row.try_get(first + 14)?);
     let (created_at, run_at): (i64, i64) = (row.try_get(first + 11)?, row.try_get(first + 12)?);
@@ -430,7 +667,7 @@ fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Resu
         ("created_at", Some(created_at), unreadable::MOMENT),
         ("run_at", Some(run_at), unreadable::MOMENT),
     ];
-    if let Some(problem) = unreadable::problem([("key", &key), ("type", &task_type), ("user", &user)], numbers) {
+    if let Some(problem) = unreadable::problem([("key", &key), ("type", &task_type), ("user", &user)], &queue, numbers) {
         return Ok(Err(problem));
     }
     let whole = |number: i64| u32::try_from(number).unwrap_or(u32::MAX);
@@ -438,6 +675,7 @@ fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Resu
         lease_ref,
         key,
         task_type,
+        queue: task::queue_name(queue),
         data: row.try_get::<Option<Vec<u8>>, _>(first + 19)?.unwrap_or_default(),
         user: Some(user).filter(|user| !user.is_empty()),
         max_running: max_running.map(whole),
@@ -465,32 +703,38 @@ pub(super) const MOVE_DUE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(e
             ORDER BY run_at, task LIMIT $2 FOR UPDATE SKIP LOCKED))
         RETURNING task),
     found AS MATERIALIZED (
-        SELECT id, run_at, turn, bytes, max_running, user_name, type, alone, run_at <= (SELECT now FROM clock) AS is_due
+        SELECT id, run_at, turn, bytes, max_running, user_name, queue, type, alone, run_at <= (SELECT now FROM clock) AS is_due
         FROM laelaps.task WHERE id = ANY(ARRAY(SELECT task FROM due)) AND state = 'waiting'),
     moved AS MATERIALIZED (SELECT * FROM found WHERE is_due),
     back AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM found WHERE NOT is_due ON CONFLICT DO NOTHING),
     ready AS (
-        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
-        SELECT turn, id, bytes, max_running, user_name FROM moved WHERE NOT alone ON CONFLICT DO NOTHING),
-    suspect AS (INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM moved WHERE alone ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
+        SELECT turn, id, bytes, max_running, user_name, queue FROM moved WHERE NOT alone ON CONFLICT DO NOTHING),
+    suspect AS (INSERT INTO laelaps.suspect (turn, task, queue) SELECT turn, id, queue FROM moved WHERE alone ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
-        SELECT DISTINCT ON (user_name) user_name, turn, id, max_running FROM moved WHERE user_name <> '' AND NOT alone
-        ORDER BY user_name, turn, id),
-    counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -count(*) FROM moved GROUP BY type)
-    SELECT min(run_at), min(turn), (array_agg(id ORDER BY turn, id))[1], CASE WHEN (SELECT count(*) FROM due) <> (SELECT count(*) FROM found)
-        THEN ARRAY(SELECT task FROM due WHERE task NOT IN (SELECT id FROM found)) END FROM moved";
+        INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running)
+        SELECT DISTINCT ON (queue, user_name) user_name, queue, turn, id, max_running FROM moved WHERE user_name <> '' AND NOT alone
+        ORDER BY queue, user_name, turn, id),
+    counted AS (INSERT INTO laelaps.tally (type, queue, scheduled) SELECT type, queue, -count(*) FROM moved GROUP BY type, queue),
+    firsts AS MATERIALIZED (SELECT DISTINCT ON (queue) queue, turn, id FROM moved ORDER BY queue, turn, id)
+    SELECT (SELECT min(run_at) FROM moved), ARRAY(SELECT queue FROM firsts ORDER BY queue), ARRAY(SELECT turn FROM firsts ORDER BY queue),
+        ARRAY(SELECT id FROM firsts ORDER BY queue), CASE WHEN (SELECT count(*) FROM due) <> (SELECT count(*) FROM found)
+        THEN ARRAY(SELECT task FROM due WHERE task NOT IN (SELECT id FROM found)) END";
 
-/// Move what is due; answers where the claim has to begin now.
-async fn move_due(session: &mut Session, from: From) -> Result<From, Failure> {
-    let moved: (Option<i64>, Option<i64>, Option<i64>, Option<Vec<i64>>) =
-        sqlx::query_as(MOVE_DUE).bind(from.due).bind(DUE_MAX).fetch_one(session.db()?).await?;
-    let shared = &session.shared;
-    mend::told(moved.3.as_deref().unwrap_or_default());
-    let (Some(run_at), Some(turn), Some(task), _) = moved else { return Ok(from) };
-    shared.marks.moved_due(from, run_at);
-    shared.marks.lower((turn, task));
-    Ok(from.lowered((turn, task)))
+/// Move what is due; the claim begins where it has to now.
+async fn move_due(session: &mut Session, from: &mut From) -> Result<(), Failure> {
+    type Moved = (Option<i64>, Vec<String>, Vec<i64>, Vec<i64>, Option<Vec<i64>>);
+    let moved: Moved = sqlx::query_as(MOVE_DUE).bind(from.due).bind(DUE_MAX).fetch_one(session.db()?).await?;
+    let (run_at, queues, turns, tasks, strangers) = moved;
+    mend::told(strangers.as_deref().unwrap_or_default());
+    let Some(run_at) = run_at else { return Ok(()) };
+    let marks = &session.shared.marks;
+    marks.moved_due(from, run_at);
+    for (queue, place) in queues.iter().zip(turns.into_iter().zip(tasks)) {
+        marks.lower(queue, place);
+    }
+    marks.begin_anew(from);
+    Ok(())
 }
 
 /// Hold the row of a host that is about to be given tasks.
@@ -504,7 +748,7 @@ pub(super) async fn hold_host(session: &mut Session, host: HostId) -> Result<(),
 }
 
 /// What an earlier try of this claim took, if it took anything. If it has not come to its end yet, it never will: its number is taken.
-async fn found_again(session: &mut Session, asked: &Asked, number: i64) -> Result<Option<Taken>, Failure> {
+async fn found_again(session: &mut Session, asked: &Asked, number: i64) -> Result<Got, Failure> {
     const FENCE: &str = "INSERT INTO laelaps.claim (id, host, check_at, tasks)
         VALUES ($1, $2, (extract(epoch FROM clock_timestamp()) * 1000)::int8, '{}') ON CONFLICT (id) DO NOTHING";
     const FOUND: &str = concat!(
@@ -515,15 +759,13 @@ async fn found_again(session: &mut Session, asked: &Asked, number: i64) -> Resul
     );
     let fenced = sqlx::query(FENCE).bind(number).bind(asked.claim.host.0).execute(session.db()?).await?;
     if fenced.rows_affected() == 1 {
-        return Ok(None);
+        return Ok(Got::default());
     }
     let rows = sqlx::query(FOUND).bind(number).bind(asked.claim.host.0).fetch_all(session.db()?).await?;
-    let Some(first) = rows.first() else { return Ok(None) };
-    let now = first.try_get(TAKEN_COLUMNS)?;
-    let (tasks, broken) = in_order(&rows, 0, now)?.into_tasks();
-    let taken = Taken { tasks, broken, alone_waiting: false, next_due_in: None };
-    taken.note(&session.shared, number);
-    Ok(Some(taken))
+    let Some(first) = rows.first() else { return Ok(Got::default()) };
+    let got = in_order(&rows, 0, first.try_get(TAKEN_COLUMNS)?)?;
+    got.note(&session.shared, number);
+    Ok(got)
 }
 
 /// A number of tasks as the database counts.

@@ -10,28 +10,29 @@ use super::failure::Failure;
 use super::read::{PAGE_MAX, beside, end_of, task, task_columns, task_with_data, with_data};
 use super::session::Session;
 use crate::listing::{self, Found, Look, PLACE_MAX, Places};
+use crate::task::stored_queue;
 use crate::{Filter, Page, State, Task, TaskId};
 
 /// The most data and output of a page, unless one task alone has more.
 const PAGE_BYTES_MAX: usize = 64 << 20;
 
-/// Whether a task is wanted: $1 type, $2 user, $3 states, $4 first key, $5 the first one behind.
+/// Whether a task is wanted: $1 type, $2 user, $3 states, $4 first key, $5 the first one behind, $6 queue.
 macro_rules! is_wanted {
     () => {
         "($1::text IS NULL OR task.type = $1) AND ($2::text IS NULL OR task.user_name = $2)
             AND ($3::text[] IS NULL OR task.state::text = ANY($3))
-            AND ($4::text IS NULL OR (task.key >= $4 AND task.key < $5))"
+            AND ($4::text IS NULL OR (task.key >= $4 AND task.key < $5)) AND ($6::text IS NULL OR task.queue = $6)"
     };
 }
 
 pub(super) const AHEAD: &str = concat!(
     "SELECT id, coalesce(",
     is_wanted!(),
-    ", false) FROM (SELECT id, type, user_name, state, key FROM laelaps.task WHERE id > $6 ORDER BY id LIMIT $7) AS task ORDER BY id"
+    ", false) FROM (SELECT id, type, user_name, queue, state, key FROM laelaps.task WHERE id > $7 ORDER BY id LIMIT $8) AS task ORDER BY id"
 );
 
 pub(super) const WANTED: &str =
-    concat!("SELECT id FROM laelaps.task WHERE id = ANY($6::int8[]) AND ", is_wanted!(), " ORDER BY id");
+    concat!("SELECT id FROM laelaps.task WHERE id = ANY($7::int8[]) AND ", is_wanted!(), " ORDER BY id");
 
 /// What waits or runs; the tables have it in the order of its turn.
 pub(super) const UNSORTED: &str = "(SELECT task FROM laelaps.ready WHERE $1 LIMIT $3)
@@ -64,7 +65,8 @@ impl<'l> Lister<'l> {
     fn bind<'q>(&self, sql: &'static str) -> Query<'q, sqlx::Postgres, PgArguments> {
         let (first, end) = self.keys.clone().unzip();
         let query = sqlx::query(sql).bind(self.filter.task_type.clone()).bind(self.filter.user.clone());
-        query.bind(self.states.clone()).bind(first).bind(end)
+        let queue = self.filter.queue.as_deref().map(|queue| stored_queue(Some(queue)).to_owned());
+        query.bind(self.states.clone()).bind(first).bind(end).bind(queue)
     }
 }
 
@@ -121,7 +123,7 @@ pub(super) async fn list(session: &mut Session, filter: &Filter) -> Result<Page,
         "SELECT greatest(bytes, coalesce(octet_length(data), (SELECT octet_length(data) FROM laelaps.task_data WHERE task_data.task = task.id), 0))::int8
             + coalesce((SELECT octet_length(output) FROM laelaps.output WHERE output.task = task.id), 0)
         FROM laelaps.task WHERE id = ANY($1) ORDER BY id";
-    let texts = [&filter.task_type, &filter.user, &filter.key_prefix];
+    let texts = [&filter.task_type, &filter.user, &filter.queue, &filter.key_prefix];
     if texts.into_iter().flatten().any(|text| text.contains('\0')) {
         return Ok(Page { tasks: Vec::new(), next: None });
     }

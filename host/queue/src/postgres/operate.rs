@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use sqlx::Row as _;
 
+use super::accounts::{self, Owner};
 use super::failure::{self, Failure};
 use super::pooled::Db;
 use super::session::Session;
-use super::{accounts, mend, tally, unreadable};
+use super::{mend, tally, unreadable};
 use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{Error, NewTask, State, TaskId, error};
@@ -52,7 +53,7 @@ struct Found {
     task: i64,
     key: String,
     state: State,
-    user: String,
+    owner: Owner,
     run_at: i64,
     /// Where it stands if it is ready or a suspect.
     turn: i64,
@@ -93,8 +94,8 @@ impl Name {
 }
 
 async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failure> {
-    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, turn, lease FROM laelaps.task WHERE key = $1
-        UNION ALL SELECT id, key, state::text, user_name, run_at, turn, lease FROM laelaps.task WHERE id = $2";
+    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, turn, lease, queue FROM laelaps.task WHERE key = $1
+        UNION ALL SELECT id, key, state::text, user_name, run_at, turn, lease, queue FROM laelaps.task WHERE id = $2";
     let (key, id) = name.parts();
     let row = sqlx::query(FIND).bind(key).bind(id).fetch_optional(session.db()?).await?;
     let Some(row) = row else { return Ok(None) };
@@ -102,7 +103,7 @@ async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failu
         task: row.try_get(0)?,
         key: row.try_get(1)?,
         state: failure::state(row.try_get(2)?)?,
-        user: row.try_get(3)?,
+        owner: Owner { queue: row.try_get(7)?, user: row.try_get(3)? },
         run_at: row.try_get(4)?,
         turn: row.try_get(5)?,
         lease: row.try_get(6)?,
@@ -111,21 +112,24 @@ async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failu
 
 /// Take a waiting task from where it waits; None if it is not there any more.
 async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>, Failure> {
-    const READY: &str = "DELETE FROM laelaps.ready WHERE user_name = $3 AND turn = $1 AND task = $2";
+    const READY: &str = "DELETE FROM laelaps.ready WHERE queue = $4 AND user_name = $3 AND turn = $1 AND task = $2";
     const SCHEDULED: &str = "DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2";
-    const SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE turn = $1 AND task = $2";
-    let ready = sqlx::query(READY).bind(found.turn).bind(found.task).bind(&found.user);
+    const SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE turn = $1 AND task = $2 AND queue = $3";
+    let ready = sqlx::query(READY).bind(found.turn).bind(found.task).bind(&found.owner.user).bind(&found.owner.queue);
     if ready.execute(session.db()?).await?.rows_affected() == 1 {
-        if !found.user.is_empty() {
-            accounts::lock(session, vec![found.user.clone()]).await?;
-            accounts::look_again(session, std::slice::from_ref(&found.user)).await?;
+        if !found.owner.is_nobody() {
+            accounts::lock(session, vec![found.owner.clone()]).await?;
+            accounts::look_again(session, std::slice::from_ref(&found.owner)).await?;
         }
         return Ok(Some(Waited::Ready));
     }
-    for (sql, at, waited) in [(SCHEDULED, found.run_at, Waited::Scheduled), (SUSPECT, found.turn, Waited::Suspect)] {
-        if sqlx::query(sql).bind(at).bind(found.task).execute(session.db()?).await?.rows_affected() == 1 {
-            return Ok(Some(waited));
-        }
+    let scheduled = sqlx::query(SCHEDULED).bind(found.run_at).bind(found.task);
+    if scheduled.execute(session.db()?).await?.rows_affected() == 1 {
+        return Ok(Some(Waited::Scheduled));
+    }
+    let suspect = sqlx::query(SUSPECT).bind(found.turn).bind(found.task).bind(&found.owner.queue);
+    if suspect.execute(session.db()?).await?.rows_affected() == 1 {
+        return Ok(Some(Waited::Suspect));
     }
     // It may stand somewhere else than its row says, or nowhere: somebody wrote into the tables.
     Ok(stray_place(session, found).await?.then_some(Waited::Ready))
@@ -134,10 +138,11 @@ async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>,
 /// Whether a waiting task is in none of the places that its row names, once nobody is moving it: its row, which is locked then, is enough to end it.
 /// Wrong places of it are cleared away when a claim meets them.
 async fn stray_place(session: &mut Session, found: &Found) -> Result<bool, Failure> {
-    const STRAY: &str = "SELECT run_at = $2 AND NOT EXISTS (SELECT FROM laelaps.ready WHERE ready.user_name = task.user_name
-                AND ready.turn = task.turn AND ready.task = task.id)
+    const STRAY: &str = "SELECT run_at = $2 AND NOT EXISTS (SELECT FROM laelaps.ready WHERE ready.queue = task.queue
+                AND ready.user_name = task.user_name AND ready.turn = task.turn AND ready.task = task.id)
             AND NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = task.run_at AND scheduled.task = task.id)
-            AND NOT EXISTS (SELECT FROM laelaps.suspect WHERE suspect.turn = task.turn AND suspect.task = task.id)
+            AND NOT EXISTS (SELECT FROM laelaps.suspect WHERE suspect.queue = task.queue AND suspect.turn = task.turn
+                AND suspect.task = task.id)
         FROM laelaps.task WHERE id = $1 AND state = 'waiting'";
     const LOCK: &str = "SELECT FROM laelaps.task WHERE id = $1 FOR UPDATE";
     sqlx::query(LOCK).bind(found.task).execute(session.db()?).await?;
@@ -193,16 +198,16 @@ pub(super) const END: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch 
         UPDATE laelaps.task SET state = $4::text::laelaps.state, until = NULL, event = $5, finished_at = (SELECT now FROM clock),
             retained_until = (SELECT now FROM clock) + $6
         WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
-        RETURNING id, type, user_name, lease, host, attempts, retained_until, root),
+        RETURNING id, type, queue, user_name, lease, host, attempts, retained_until, root),
     kept AS (INSERT INTO laelaps.retention (until, tasks) SELECT retained_until, ARRAY[id] FROM done),
     cancelled AS (INSERT INTO laelaps.cancelled (task) SELECT id FROM done WHERE $4 = 'cancelled' ON CONFLICT DO NOTHING),
     ended AS (DELETE FROM laelaps.descendant WHERE task = (SELECT id FROM done WHERE root IS NOT NULL)),
     counted AS (
-        INSERT INTO laelaps.tally (type, live, scheduled, finished, cancelled)
-        SELECT type, -1, -$7::int8, CASE $4 WHEN 'finished' THEN 1 ELSE 0 END, CASE $4 WHEN 'cancelled' THEN 1 ELSE 0 END FROM done),
+        INSERT INTO laelaps.tally (type, queue, live, scheduled, finished, cancelled)
+        SELECT type, queue, -1, -$7::int8, CASE $4 WHEN 'finished' THEN 1 ELSE 0 END, CASE $4 WHEN 'cancelled' THEN 1 ELSE 0 END FROM done),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, stopped) SELECT user_name, 1 FROM done WHERE user_name <> '' AND $2 = 'running'
-        RETURNING user_name),
+        INSERT INTO laelaps.account_change (user_name, queue, stopped)
+        SELECT user_name, queue, 1 FROM done WHERE user_name <> '' AND $2 = 'running' RETURNING queue, user_name),
     attempts AS (
         INSERT INTO laelaps.attempt (task, lease, attempt, host, ended_at, event)
         SELECT id, lease, least(attempts::int8 + 1, 2147483647), host, (SELECT now FROM clock), $5 FROM done WHERE $2 = 'running'
@@ -210,8 +215,8 @@ pub(super) const END: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch 
     trimmed AS (
         DELETE FROM laelaps.attempt WHERE $2 = 'running' AND task = $1 AND lease <= (SELECT newer.lease FROM laelaps.attempt AS newer
             WHERE newer.task = $1 ORDER BY newer.lease DESC OFFSET 19 LIMIT 1))
-    SELECT count(*), EXISTS (SELECT FROM laelaps.account WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed))
-        AND head_task IS NOT NULL AND NOT open) FROM done";
+    SELECT count(*), EXISTS (SELECT FROM changed CROSS JOIN LATERAL (SELECT FROM laelaps.account WHERE account.queue = changed.queue
+        AND account.user_name = changed.user_name AND head_task IS NOT NULL AND NOT open OFFSET 0) AS closed) FROM done";
 
 async fn end_as(session: &mut Session, found: &Found, by: ByHand, retention: Duration, scheduled: i64) -> Result<bool, Failure> {
     let (ended, opens): (i64, bool) = sqlx::query_as(END)
@@ -291,14 +296,14 @@ pub(super) const RELEASE: &str = "WITH unscheduled AS (
         RETURNING task),
     due AS (
         UPDATE laelaps.task SET run_at = (extract(epoch FROM clock_timestamp()) * 1000)::int8
-        WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, turn, bytes, max_running, user_name, type),
+        WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, turn, bytes, max_running, user_name, queue, type),
     ready AS (
-        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
-        SELECT turn, id, bytes, max_running, user_name FROM due ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
+        SELECT turn, id, bytes, max_running, user_name, queue FROM due ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
-        SELECT user_name, turn, id, max_running FROM due WHERE user_name <> ''),
-    counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
+        INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running)
+        SELECT user_name, queue, turn, id, max_running FROM due WHERE user_name <> ''),
+    counted AS (INSERT INTO laelaps.tally (type, queue, scheduled) SELECT type, queue, -1 FROM due)
     SELECT count(*) FROM due";
 
 /// Make a held task due now. Answers whether there was one.
@@ -327,10 +332,10 @@ pub(super) const DROP: &str = "WITH unscheduled AS (
         DELETE FROM laelaps.scheduled WHERE run_at = $2
             AND task = (SELECT id FROM laelaps.task WHERE key = $1 AND state = 'waiting' AND run_at = $2)
         RETURNING task),
-    gone AS (DELETE FROM laelaps.task WHERE id = (SELECT task FROM unscheduled) RETURNING id, type),
+    gone AS (DELETE FROM laelaps.task WHERE id = (SELECT task FROM unscheduled) RETURNING id, type, queue),
     data AS (DELETE FROM laelaps.task_data WHERE task = (SELECT id FROM gone)),
     descendant AS (DELETE FROM laelaps.descendant WHERE task = (SELECT id FROM gone)),
-    counted AS (INSERT INTO laelaps.tally (type, live, scheduled) SELECT type, -1, -1 FROM gone)
+    counted AS (INSERT INTO laelaps.tally (type, queue, live, scheduled) SELECT type, queue, -1, -1 FROM gone)
     SELECT count(*) FROM gone";
 
 /// Remove a held task. Answers as [`release_held`]: what is gone when it is tried again was dropped by the earlier try, if that one had met it.
@@ -356,26 +361,27 @@ fn refused(found: Found, problem: &'static str) -> Failure {
 
 /// What is due already keeps its place in the order.
 async fn make_due(session: &mut Session, found: &Found) -> Result<bool, Failure> {
-    const WAITS: &str = "SELECT EXISTS (SELECT FROM laelaps.ready WHERE user_name = $3 AND turn = $1 AND task = $2)
-        OR EXISTS (SELECT FROM laelaps.suspect WHERE turn = $1 AND task = $2)";
+    const WAITS: &str =
+        "SELECT EXISTS (SELECT FROM laelaps.ready WHERE queue = $4 AND user_name = $3 AND turn = $1 AND task = $2)
+        OR EXISTS (SELECT FROM laelaps.suspect WHERE queue = $4 AND turn = $1 AND task = $2)";
     const DUE: &str = "WITH unscheduled AS (DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2 RETURNING task),
         due AS (
             UPDATE laelaps.task SET run_at = least(run_at, (extract(epoch FROM clock_timestamp()) * 1000)::int8)
-            WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, turn, bytes, max_running, user_name, type, alone),
+            WHERE id = (SELECT task FROM unscheduled) RETURNING id, run_at, turn, bytes, max_running, user_name, queue, type, alone),
         ready AS (
-            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
-            SELECT turn, id, bytes, max_running, user_name FROM due WHERE NOT alone ON CONFLICT DO NOTHING),
-        suspect AS (INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM due WHERE alone ON CONFLICT DO NOTHING),
+            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
+            SELECT turn, id, bytes, max_running, user_name, queue FROM due WHERE NOT alone ON CONFLICT DO NOTHING),
+        suspect AS (INSERT INTO laelaps.suspect (turn, task, queue) SELECT turn, id, queue FROM due WHERE alone ON CONFLICT DO NOTHING),
         changed AS (
-            INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
-            SELECT user_name, turn, id, max_running FROM due WHERE user_name <> '' AND NOT alone),
-        counted AS (INSERT INTO laelaps.tally (type, scheduled) SELECT type, -1 FROM due)
+            INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running)
+            SELECT user_name, queue, turn, id, max_running FROM due WHERE user_name <> '' AND NOT alone),
+        counted AS (INSERT INTO laelaps.tally (type, queue, scheduled) SELECT type, queue, -1 FROM due)
         SELECT count(*) FROM due";
     let due: i64 = sqlx::query_scalar(DUE).bind(found.run_at).bind(found.task).fetch_one(session.db()?).await?;
     if due == 1 {
         return Ok(true);
     }
-    let waits = sqlx::query_scalar(WAITS).bind(found.turn).bind(found.task).bind(&found.user);
+    let waits = sqlx::query_scalar(WAITS).bind(found.turn).bind(found.task).bind(&found.owner.user).bind(&found.owner.queue);
     Ok(waits.fetch_one(session.db()?).await?)
 }
 
@@ -385,20 +391,20 @@ async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {
             UPDATE laelaps.task SET state = 'waiting', run_at = (SELECT now FROM clock), attempts = 0, releases = NULL, lost = NULL,
                 lost_alone = NULL, lost_at = NULL, alone = false, finished_at = NULL, retained_until = NULL
             WHERE id = $1 AND state = $2::text::laelaps.state AND lease = $3
-            RETURNING id, run_at, turn, bytes, max_running, user_name, type, root),
+            RETURNING id, run_at, turn, bytes, max_running, user_name, queue, type, root),
         descended AS (
             INSERT INTO laelaps.descendant (task, root) SELECT id, root FROM revived WHERE root IS NOT NULL ON CONFLICT DO NOTHING),
         failure AS (DELETE FROM laelaps.failure WHERE task = (SELECT id FROM revived)),
         cancelled AS (DELETE FROM laelaps.cancelled WHERE task = (SELECT id FROM revived)),
         ready AS (
-            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
-            SELECT turn, id, bytes, max_running, user_name FROM revived ON CONFLICT DO NOTHING),
+            INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
+            SELECT turn, id, bytes, max_running, user_name, queue FROM revived ON CONFLICT DO NOTHING),
         changed AS (
-            INSERT INTO laelaps.account_change (user_name, turn, task, max_running)
-            SELECT user_name, turn, id, max_running FROM revived WHERE user_name <> ''),
+            INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running)
+            SELECT user_name, queue, turn, id, max_running FROM revived WHERE user_name <> ''),
         counted AS (
-            INSERT INTO laelaps.tally (type, live, failed, cancelled)
-            SELECT type, 1, CASE $2 WHEN 'failed' THEN -1 ELSE 0 END, CASE $2 WHEN 'cancelled' THEN -1 ELSE 0 END FROM revived)
+            INSERT INTO laelaps.tally (type, queue, live, failed, cancelled)
+            SELECT type, queue, 1, CASE $2 WHEN 'failed' THEN -1 ELSE 0 END, CASE $2 WHEN 'cancelled' THEN -1 ELSE 0 END FROM revived)
         SELECT count(*) FROM revived";
     let query = sqlx::query_scalar(REVIVE).bind(found.task).bind(found.state.as_str()).bind(found.lease);
     let revived: i64 = query.fetch_one(session.db()?).await?;
@@ -415,7 +421,7 @@ pub(super) const OVER: &str = "WITH over AS MATERIALIZED (
 pub(super) const REMOVE: &str = "WITH gone AS (
         DELETE FROM laelaps.task WHERE id = ANY($1) AND state IN ('finished', 'failed', 'cancelled')
             AND retained_until <= $2
-        RETURNING id, state, type),
+        RETURNING id, state, type, queue),
     data AS (DELETE FROM laelaps.task_data WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     outputs AS (DELETE FROM laelaps.output WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     failures AS (DELETE FROM laelaps.failure WHERE task = ANY(ARRAY(SELECT id FROM gone))),
@@ -424,10 +430,10 @@ pub(super) const REMOVE: &str = "WITH gone AS (
     attempts AS (DELETE FROM laelaps.attempt WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     descendants AS (DELETE FROM laelaps.descendant WHERE task = ANY(ARRAY(SELECT id FROM gone))),
     counted AS (
-        INSERT INTO laelaps.tally (type, finished, failed, cancelled)
-        SELECT type, -count(*) FILTER (WHERE state = 'finished'), -count(*) FILTER (WHERE state = 'failed'),
+        INSERT INTO laelaps.tally (type, queue, finished, failed, cancelled)
+        SELECT type, queue, -count(*) FILTER (WHERE state = 'finished'), -count(*) FILTER (WHERE state = 'failed'),
             -count(*) FILTER (WHERE state = 'cancelled')
-        FROM gone GROUP BY type)
+        FROM gone GROUP BY type, queue)
     SELECT count(*) FROM gone";
 
 /// Remove those of the tasks whose retention has ended at a moment; answers how many.

@@ -7,6 +7,7 @@ use super::failure::{self, Failure};
 use super::operate::Name;
 use super::session::Session;
 use super::unreadable;
+use crate::task::queue_name;
 use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
@@ -18,7 +19,7 @@ macro_rules! task_columns {
         coalesce(task.lost, 0), task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
         (SELECT digest FROM laelaps.plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
         progress.done, progress.total, progress.note, task.bytes, coalesce(task.releases, 0), coalesce(task.lost_alone, 0),
-        coalesce(task.depth, 0), task.priority"
+        coalesce(task.depth, 0), task.priority, task.queue"
     };
 }
 pub(super) use task_columns;
@@ -58,7 +59,7 @@ pub(super) fn task(row: &PgRow) -> Result<Task, sqlx::Error> {
         ("run_at", row.try_get(10)?, unreadable::MOMENT),
     ];
     let names = [("key", task.key.as_str()), ("type", &task.task_type), ("user", task.user.as_deref().unwrap_or_default())];
-    let problem = unreadable::problem(names, numbers);
+    let problem = unreadable::problem(names, &row.try_get::<String, _>(26)?, numbers);
     // What was set aside stays so, even if it can be read since.
     let aside = || task.error_message.clone().filter(|_| unreadable::is_aside(task.error_code.as_deref()));
     task.unreadable = problem.or_else(aside);
@@ -80,6 +81,7 @@ fn known(row: &PgRow) -> Result<Task, sqlx::Error> {
         key: row.try_get(1)?,
         task_type: row.try_get(2)?,
         state,
+        queue: queue_name(row.try_get(26)?),
         user: Some(user).filter(|user| !user.is_empty()),
         priority: i32::from(row.try_get::<i16, _>(25)?),
         max_running: limit(5)?,
@@ -108,10 +110,10 @@ fn known(row: &PgRow) -> Result<Task, sqlx::Error> {
 
 /// The task with data and output. Data that cannot be decompressed is shown as it is stored.
 pub(super) fn task_with_data(row: &PgRow) -> Result<Task, sqlx::Error> {
-    let stored: Option<Vec<u8>> = row.try_get(26)?;
+    let stored: Option<Vec<u8>> = row.try_get(27)?;
     let stored = stored.unwrap_or_default();
     let plain = data::readable(stored);
-    Ok(Task { data: Some(plain), output: row.try_get(27)?, ..task(row)? })
+    Ok(Task { data: Some(plain), output: row.try_get(28)?, ..task(row)? })
 }
 
 pub(super) async fn get(session: &mut Session, name: &Name) -> Result<Option<Task>, Failure> {
@@ -217,35 +219,51 @@ pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
             coalesce(sum(failed), 0)::float8, coalesce(sum(cancelled), 0)::float8,
             (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim)))
         FROM laelaps.tally";
-    // The first task of each priority: a turn and 100 steps, divided by a step, is the priority and 100, and the rest is a time.
+    // The first task of each queue and priority: a turn and 100 steps, divided by a step, is the priority and 100, and the rest is a time.
     const HEADS: &str = "WITH RECURSIVE nobodys AS (
-            (SELECT turn FROM laelaps.ready WHERE user_name = '' ORDER BY turn LIMIT 1)
+            (SELECT queue, user_name, turn FROM laelaps.ready ORDER BY queue, user_name, turn, task LIMIT 1)
             UNION ALL
-            SELECT (SELECT ready.turn FROM laelaps.ready WHERE user_name = ''
-                AND ready.turn >= ((nobodys.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000 ORDER BY ready.turn LIMIT 1)
-            FROM nobodys WHERE turn IS NOT NULL),
+            SELECT next.* FROM nobodys CROSS JOIN LATERAL (
+                (SELECT ready.queue, ready.user_name, ready.turn FROM laelaps.ready WHERE nobodys.user_name = '' AND ready.queue = nobodys.queue
+                    AND ready.user_name = '' AND ready.turn >= ((nobodys.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000
+                    ORDER BY ready.turn LIMIT 1)
+                UNION ALL
+                (SELECT ready.queue, ready.user_name, ready.turn FROM laelaps.ready WHERE ready.queue > nobodys.queue
+                    ORDER BY ready.queue, ready.user_name, ready.turn, ready.task LIMIT 1)
+                LIMIT 1) AS next),
         users AS (
-            (SELECT turn FROM laelaps.ready WHERE user_name <> '' ORDER BY turn, task LIMIT 1)
+            (SELECT queue, turn FROM laelaps.ready WHERE user_name <> '' ORDER BY queue, turn, task LIMIT 1)
             UNION ALL
-            SELECT (SELECT ready.turn FROM laelaps.ready WHERE user_name <> ''
-                AND ready.turn >= ((users.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000 ORDER BY ready.turn, task LIMIT 1)
-            FROM users WHERE turn IS NOT NULL)
+            SELECT next.* FROM users CROSS JOIN LATERAL (
+                (SELECT ready.queue, ready.turn FROM laelaps.ready WHERE ready.user_name <> '' AND ready.queue = users.queue
+                    AND ready.turn >= ((users.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000
+                    ORDER BY ready.turn, ready.task LIMIT 1)
+                UNION ALL
+                (SELECT ready.queue, ready.turn FROM laelaps.ready WHERE ready.user_name <> '' AND ready.queue > users.queue
+                    ORDER BY ready.queue, ready.turn, ready.task LIMIT 1)
+                LIMIT 1) AS next)
         SELECT now, (SELECT count(*) FROM laelaps.scheduled WHERE run_at <= now),
-            least((SELECT min((turn + 100000000000000000) % 1000000000000000) FROM nobodys),
-                (SELECT min((turn + 100000000000000000) % 1000000000000000) FROM users),
+            least((SELECT min((turn + 100000000000000000) % 1000000000000000) FROM (SELECT * FROM nobodys LIMIT 10000) AS first
+                    WHERE user_name = ''),
+                (SELECT min((turn + 100000000000000000) % 1000000000000000) FROM (SELECT * FROM users LIMIT 10000) AS first),
                 (SELECT min(task.run_at) FROM laelaps.suspect JOIN laelaps.task ON task.id = suspect.task),
                 (SELECT run_at FROM laelaps.scheduled ORDER BY run_at, task LIMIT 1))
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock";
     const TYPES: &str = "SELECT type, sum(live)::float8 AS live FROM laelaps.tally GROUP BY type HAVING sum(live) > 0
         ORDER BY live DESC, type LIMIT 100";
+    const QUEUES: &str =
+        "SELECT coalesce(nullif(queue, ''), 'default') AS name, sum(live)::float8 AS live FROM laelaps.tally GROUP BY queue
+        HAVING sum(live) > 0 ORDER BY live DESC, name LIMIT 100";
     session.begin_reading().await?;
     let counts: (f64, f64, f64, f64, f64, i64) = sqlx::query_as(COUNTS).fetch_one(session.db()?).await?;
     let (now, due, oldest): (i64, i64, Option<i64>) = sqlx::query_as(HEADS).fetch_one(session.db()?).await?;
     let types: Vec<(String, f64)> = sqlx::query_as(TYPES).fetch_all(session.db()?).await?;
+    let queues: Vec<(String, f64)> = sqlx::query_as(QUEUES).fetch_all(session.db()?).await?;
     session.commit().await?;
     let [live, scheduled, finished, failed, cancelled] = [counts.0, counts.1, counts.2, counts.3, counts.4].map(saturated);
     let running = counts.5;
     let whole = |number: i64| u64::try_from(number).unwrap_or(0);
+    let named = |counts: Vec<(String, f64)>| counts.into_iter().map(|(name, tasks)| (name, whole(saturated(tasks)))).collect();
     // What has become due and was not moved over yet may be claimed just the same.
     let oldest = oldest.map(Timestamp).filter(|moment| *moment <= Timestamp(now));
     Ok(Stats {
@@ -256,7 +274,8 @@ pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
         failed: whole(failed),
         cancelled: whole(cancelled),
         oldest_ready_ms: oldest.map(|moment| u64::try_from(Timestamp(now).since(moment).as_millis()).unwrap_or(u64::MAX)),
-        types: types.into_iter().map(|(name, tasks)| (name, whole(saturated(tasks)))).collect(),
+        types: named(types),
+        queues: named(queues),
     })
 }
 

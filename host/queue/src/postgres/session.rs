@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use sqlx::AssertSqlSafe;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
+use super::accounts::Owner;
 use super::connections::{Connections, IDLE_IN_TRANSACTION_MAX, Open};
 use super::failure::Failure;
 use super::held::Held;
@@ -104,7 +105,7 @@ pub(super) struct Shared {
     counts: AtomicUsize,
     puts_together: AtomicBool,
     /// The user up to which accounts were compared last.
-    mended: Mutex<String>,
+    mended: Mutex<Owner>,
     /// Where claims whose leases have ended are looked for.
     pub(super) ended: Ended,
     unsure: Mutex<HashSet<LeaseRef>>,
@@ -400,13 +401,13 @@ impl Shared {
     }
 
     /// The user up to which accounts were compared with the tasks.
-    pub(super) fn mended_up_to(&self) -> String {
+    pub(super) fn mended_up_to(&self) -> Owner {
         self.mended.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Compare accounts from here on next.
-    pub(super) fn mend_from(&self, user: String) {
-        *self.mended.lock().unwrap_or_else(PoisonError::into_inner) = user;
+    pub(super) fn mend_from(&self, owner: Owner) {
+        *self.mended.lock().unwrap_or_else(PoisonError::into_inner) = owner;
     }
 
     /// So many rows of counts were appended: put them together in the background once they are many, so that they stay few at any speed.

@@ -7,8 +7,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 
 use super::failure::Failure;
+use super::heads::Places;
 use super::held::Over;
-use super::mark::Place;
 use super::session::{Session, Shared};
 use super::submit::store;
 use crate::batch::Row;
@@ -36,7 +36,7 @@ struct Written {
     /// Something waits again, or is new.
     wakes: bool,
     /// Where the first of what is ready again stands.
-    place: Option<Place>,
+    places: Places,
 }
 
 impl Group {
@@ -141,23 +141,23 @@ impl Group {
             .filter(|entry| written.held.contains(&entry.lease_ref.lease))
             .flat_map(|entry| entry.follow_ups.rows.iter().cloned())
             .collect();
-        let mut stored = None;
+        let mut stored = Places::default();
         if !follow_ups.is_empty() {
             let created = store(session.db()?, &follow_ups).await?;
             written.wakes |= !created.keys.is_empty();
-            stored = created.first;
+            stored = created.firsts;
             session.counts(1);
         }
         let gone = if written.held.len() == entries.len() { over.then } else { Vec::new() };
         session.counts(1);
-        let (leases, place, wakes) = (written.held.clone(), written.place, written.wakes);
+        let (leases, places, wakes) = (written.held.clone(), std::mem::take(&mut written.places), written.wakes);
         session.afterwards(move |shared| {
             shared.held.settled(leases.into_iter(), &gone);
-            if let Some(place) = place {
-                shared.marks.lower(place);
+            for (queue, place) in places.iter() {
+                shared.marks.lower(queue, place);
             }
-            if let Some(place) = stored {
-                shared.marks.stored(place);
+            for (queue, place) in stored.iter() {
+                shared.marks.stored(queue, place);
             }
             if wakes {
                 shared.wake();
@@ -179,7 +179,7 @@ impl Written {
     fn add(&mut self, other: Self) {
         self.held.extend(other.held);
         self.wakes |= other.wakes;
-        self.place = [self.place, other.place].into_iter().flatten().min();
+        self.places.extend(other.places);
     }
 }
 
@@ -229,20 +229,20 @@ pub(super) const FINISH: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
             attempts = least(attempts::int8 + 1, 2147483647), finished_at = (SELECT now FROM clock), retained_until = (SELECT now FROM clock) + $5
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND until > (SELECT now FROM clock)
-        RETURNING id, lease, type, user_name, root),
+        RETURNING id, lease, type, queue, user_name, root),
     kept AS (
         INSERT INTO laelaps.retention (until, tasks)
         SELECT (SELECT now FROM clock) + $5, array_agg(id) FROM done HAVING count(*) > 0),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, stopped)
-        SELECT user_name, count(*) FROM done WHERE user_name <> '' GROUP BY user_name RETURNING user_name),
-    counted AS (INSERT INTO laelaps.tally (type, live, finished) SELECT type, -count(*), count(*) FROM done GROUP BY type),
+        INSERT INTO laelaps.account_change (user_name, queue, stopped)
+        SELECT user_name, queue, count(*) FROM done WHERE user_name <> '' GROUP BY queue, user_name RETURNING queue, user_name),
+    counted AS (INSERT INTO laelaps.tally (type, queue, live, finished) SELECT type, queue, -count(*), count(*) FROM done GROUP BY type, queue),
     ended AS (DELETE FROM laelaps.descendant WHERE task = ANY(ARRAY(SELECT id FROM done WHERE root IS NOT NULL))),
     over AS (
         DELETE FROM laelaps.claim WHERE id = ANY(ARRAY(SELECT id FROM laelaps.claim WHERE id = ANY($7::int8[]
             || CASE WHEN (SELECT count(*) FROM done) = cardinality($1::int8[]) THEN $6::int8[] ELSE '{}' END) FOR UPDATE SKIP LOCKED)))
-    SELECT array_agg(lease), EXISTS (SELECT FROM laelaps.account WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed))
-        AND head_task IS NOT NULL AND NOT open) FROM done";
+    SELECT array_agg(lease), EXISTS (SELECT FROM changed CROSS JOIN LATERAL (SELECT FROM laelaps.account WHERE account.queue = changed.queue
+        AND account.user_name = changed.user_name AND head_task IS NOT NULL AND NOT open OFFSET 0) AS closed) FROM done";
 
 async fn finish(
     session: &mut Session,
@@ -261,7 +261,7 @@ async fn finish(
         .bind(&over.now)
         .fetch_one(session.db()?)
         .await?;
-    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: opens, place: None })
+    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: opens, places: Places::default() })
 }
 
 /// $1 tasks in ascending order; for each in its place: $2 lease, $3 state (1 waiting, 2 finished, 3 failed), $5 event (a place in $4), $6 whether
@@ -289,29 +289,29 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
             alone = coalesce(($12::bool[])[width_bucket(id, $1::int8[])], alone)
         WHERE id = ANY($1::int8[]) AND lease = ($2::int8[])[width_bucket(id, $1::int8[])] AND state = 'running'
             AND (until > (SELECT now FROM clock) OR $16)
-        RETURNING id, lease, state, type, user_name, run_at, turn, bytes, max_running, alone, host, retained_until, event, root,
+        RETURNING id, lease, state, type, queue, user_name, run_at, turn, bytes, max_running, alone, host, retained_until, event, root,
             width_bucket(id, $1::int8[]) AS place, (SELECT now FROM clock) AS now,
             least(attempts::int8 - ($6::int4[])[width_bucket(id, $1::int8[])] + 1, 2147483647)::int4 AS attempt,
             state = 'waiting' AND NOT alone AND run_at <= (SELECT now FROM clock) AS is_ready),
     ready AS (
-        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name)
-        SELECT turn, id, bytes, max_running, user_name FROM done WHERE is_ready ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
+        SELECT turn, id, bytes, max_running, user_name, queue FROM done WHERE is_ready ON CONFLICT DO NOTHING),
     suspect AS (
-        INSERT INTO laelaps.suspect (turn, task) SELECT turn, id FROM done WHERE state = 'waiting' AND alone AND run_at <= now
+        INSERT INTO laelaps.suspect (turn, task, queue) SELECT turn, id, queue FROM done WHERE state = 'waiting' AND alone AND run_at <= now
         ON CONFLICT DO NOTHING),
     later AS (
         INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND run_at > now
         ON CONFLICT DO NOTHING),
     changed AS (
-        INSERT INTO laelaps.account_change (user_name, stopped, turn, task, max_running)
-        SELECT user_name, count(*), min(turn) FILTER (WHERE is_ready), (array_agg(id ORDER BY turn, id) FILTER (WHERE is_ready))[1],
+        INSERT INTO laelaps.account_change (user_name, queue, stopped, turn, task, max_running)
+        SELECT user_name, queue, count(*), min(turn) FILTER (WHERE is_ready), (array_agg(id ORDER BY turn, id) FILTER (WHERE is_ready))[1],
             (array_agg(max_running ORDER BY turn, id) FILTER (WHERE is_ready))[1]
-        FROM done WHERE user_name <> '' GROUP BY user_name RETURNING user_name),
+        FROM done WHERE user_name <> '' GROUP BY queue, user_name RETURNING queue, user_name),
     counted AS (
-        INSERT INTO laelaps.tally (type, live, scheduled, finished, failed)
-        SELECT type, -count(*) FILTER (WHERE state <> 'waiting'), count(*) FILTER (WHERE state = 'waiting' AND run_at > now),
+        INSERT INTO laelaps.tally (type, queue, live, scheduled, finished, failed)
+        SELECT type, queue, -count(*) FILTER (WHERE state <> 'waiting'), count(*) FILTER (WHERE state = 'waiting' AND run_at > now),
             count(*) FILTER (WHERE state = 'finished'), count(*) FILTER (WHERE state = 'failed')
-        FROM done GROUP BY type),
+        FROM done GROUP BY type, queue),
     kept AS (
         INSERT INTO laelaps.retention (until, tasks)
         SELECT retained_until, array_agg(id) FROM done WHERE state <> 'waiting' GROUP BY retained_until),
@@ -337,9 +337,11 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
     over AS (
         DELETE FROM laelaps.claim WHERE id = ANY(ARRAY(SELECT id FROM laelaps.claim WHERE id = ANY($18::int8[]
             || CASE WHEN (SELECT count(*) FROM done) = cardinality($1::int8[]) THEN $17::int8[] ELSE '{}' END) FOR UPDATE SKIP LOCKED)))
-    SELECT array_agg(lease), coalesce(bool_or(state = 'waiting'), false) OR EXISTS (SELECT FROM laelaps.account
-            WHERE user_name = ANY(ARRAY(SELECT user_name FROM changed)) AND head_task IS NOT NULL AND NOT open),
-        min(turn) FILTER (WHERE is_ready), (array_agg(id ORDER BY turn, id) FILTER (WHERE is_ready))[1]
+    SELECT array_agg(lease), coalesce(bool_or(state = 'waiting'), false) OR EXISTS (SELECT FROM changed CROSS JOIN LATERAL (
+            SELECT FROM laelaps.account WHERE account.queue = changed.queue AND account.user_name = changed.user_name
+            AND head_task IS NOT NULL AND NOT open OFFSET 0) AS closed),
+        array_agg(queue ORDER BY id) FILTER (WHERE is_ready), array_agg(turn ORDER BY id) FILTER (WHERE is_ready),
+        array_agg(id ORDER BY id) FILTER (WHERE is_ready)
     FROM done";
 
 async fn settle(
@@ -349,7 +351,7 @@ async fn settle(
     over: &Over,
     ended_too: bool,
 ) -> Result<Written, Failure> {
-    type Answer = (Option<Vec<i64>>, bool, Option<i64>, Option<i64>);
+    type Answer = (Option<Vec<i64>>, bool, Option<Vec<String>>, Option<Vec<i64>>, Option<Vec<i64>>);
     let counter = |of: fn(&Counters) -> Option<u32>| {
         let number = |entry: &&Entry| of(&entry.row.counters).map(|number| i32::try_from(number).unwrap_or(i32::MAX));
         entries.iter().map(number).collect::<Vec<Option<i32>>>()
@@ -364,7 +366,7 @@ async fn settle(
         State::Failed => 3,
         _ => 1,
     };
-    let (held, waits, turn, task): Answer = sqlx::query_as(SETTLE)
+    let (held, waits, queues, turns, tasks): Answer = sqlx::query_as(SETTLE)
         .bind(entries.iter().map(|entry| entry.lease_ref.task.0).collect::<Vec<i64>>())
         .bind(entries.iter().map(|entry| entry.lease_ref.lease.0).collect::<Vec<i64>>())
         .bind(entries.iter().map(state).collect::<Vec<i32>>())
@@ -385,7 +387,11 @@ async fn settle(
         .bind(&over.now)
         .fetch_one(session.db()?)
         .await?;
-    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: waits, place: turn.zip(task) })
+    let mut places = Places::default();
+    for (queue, place) in queues.into_iter().flatten().zip(turns.into_iter().flatten().zip(tasks.into_iter().flatten())) {
+        places.add(&queue, place);
+    }
+    Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: waits, places })
 }
 
 /// A small number as the database counts.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::session::Shared;
 use super::settle::Group;
+use crate::task::check_queue;
 use crate::{Attempt, ClaimedTask, Event, FailureKind, LeaseRef, NewTask, Policy, Result, Settlement};
 
 /// The short names of the failures of tasks that were set aside: their rows cannot be read, or only their data.
@@ -62,16 +63,26 @@ pub(super) fn is_aside(code: Option<&str>) -> bool {
     code.is_some_and(|code| CODES.contains(&code))
 }
 
-/// What is wrong with a row: the first of the names that no task can have, or the first of the numbers.
+/// What is wrong with a row: the first of the names that no task can have, its queue, or the first of the numbers.
 pub(super) fn problem(
     names: [(&str, &str); 3],
+    queue: &str,
     numbers: impl IntoIterator<Item = (&'static str, Option<i64>, RangeInclusive<i64>)>,
 ) -> Option<String> {
     let wrong_name = names.into_iter().find_map(|(what, name)| name_problem(what, name));
-    wrong_name.or_else(|| {
+    wrong_name.or_else(|| queue_problem(queue)).or_else(|| {
         let wrong = numbers.into_iter().find(|(_, number, range)| number.is_some_and(|number| !range.contains(&number)));
         wrong.map(|(what, number, _)| format!("{what} is {}", number.unwrap_or_default()))
     })
+}
+
+fn queue_problem(queue: &str) -> Option<String> {
+    match queue {
+        "" => None,
+        // Nobody would find it under this name.
+        NewTask::DEFAULT_QUEUE => Some(format!("the queue is {queue:?}, which stands as '' in the tables")),
+        queue => check_queue(queue).err(),
+    }
 }
 
 fn name_problem(what: &str, name: &str) -> Option<String> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sqlx::sqlite::SqlitePool;
 
-use super::accounts::{Changes, Waiting, json};
+use super::accounts::{Changes, Owner, Waiting, json};
 use super::failure::Failure;
 use super::rows::{Columns, lossy};
 use super::settle::retain;
@@ -22,10 +22,13 @@ pub(super) const DAMAGED: &str = "damaged-data";
 /// Places of one user that are mended in one go.
 const PLACES_MAX: i64 = 1_000;
 
+/// Queue and user of an account, as bytes, since either may be no text.
+pub(super) type Account = (Vec<u8>, Vec<u8>);
+
 /// A row of `ready` or `suspect`.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
-    pub(super) user: Vec<u8>,
+    pub(super) account: Account,
     /// Its turn.
     pub(super) turn: i64,
     pub(super) task: i64,
@@ -33,8 +36,8 @@ pub(super) struct Place {
 
 /// What is wrong with a task's row, if anything is, in words.
 async fn problem(session: &mut Session, task: i64) -> Result<Option<String>, Failure> {
-    const ROW: &str =
-        "SELECT key, type, user, max_running, attempts, max_attempts, releases, lost, lost_alone, depth FROM task WHERE id = ?1";
+    const ROW: &str = "SELECT key, type, user, max_running, attempts, max_attempts, releases, lost, lost_alone, depth, queue
+        FROM task WHERE id = ?1";
     let Some(row) = sqlx::query(ROW).bind(task).fetch_optional(session.db()).await? else { return Ok(None) };
     let mut columns = Columns::of(&row);
     for (at, name) in ["key", "type", "user"].into_iter().enumerate() {
@@ -45,6 +48,7 @@ async fn problem(session: &mut Session, task: i64) -> Result<Option<String>, Fai
     {
         columns.maybe_count(at + 3, name);
     }
+    columns.queue(10);
     Ok(columns.problem())
 }
 
@@ -57,7 +61,7 @@ pub(super) async fn set_aside(session: &mut Session, tasks: &[i64]) -> Result<()
         ON CONFLICT (task) DO UPDATE SET code = excluded.code, message = excluded.message";
     const DESCENT: &str = "DELETE FROM descendant WHERE task = ?1";
     const FAILED: &str = "INSERT INTO tally (what, name, tasks) VALUES ('ended', 'failed', 1)
-        ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + 1";
+        ON CONFLICT (what, queue, name) DO UPDATE SET tasks = tasks + 1";
     let now = session.now;
     let until = now.saturating_add(ms(Policy::default().failed_retention));
     let mut ended = Vec::with_capacity(tasks.len());
@@ -83,19 +87,21 @@ pub(super) async fn set_aside(session: &mut Session, tasks: &[i64]) -> Result<()
 
 /// Take a task out of wherever it waits, and out of what is counted of waiting and running tasks. The state in its row is yet to follow.
 pub(super) async fn leave_queue(session: &mut Session, task: i64) -> Result<(), Failure> {
-    const READY: &str = "DELETE FROM ready WHERE (user, turn, task) = (SELECT user, turn, id FROM task WHERE id = ?1)";
+    const READY: &str =
+        "DELETE FROM ready WHERE (queue, user, turn, task) = (SELECT queue, user, turn, id FROM task WHERE id = ?1)";
     const SCHEDULED: &str = "DELETE FROM scheduled WHERE (run_at, task) = (SELECT run_at, id FROM task WHERE id = ?1)";
     const SUSPECT: &str = "DELETE FROM suspect WHERE (turn, task) = (SELECT turn, id FROM task WHERE id = ?1)";
     const ACCOUNT: &str = "UPDATE account SET ready = max(ready - ?2, 0),
             running = max(running - (SELECT state = 'running' FROM task WHERE id = ?1), 0),
             (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
-                WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
-        WHERE user = (SELECT user FROM task WHERE id = ?1)";
-    const LEAVE: &str = "DELETE FROM account WHERE user = (SELECT user FROM task WHERE id = ?1) AND user <> ''
-        AND head_task IS NULL AND running = 0";
+                WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+        WHERE (queue, user) = (SELECT queue, user FROM task WHERE id = ?1)";
+    const LEAVE: &str = "DELETE FROM account WHERE (queue, user) = (SELECT queue, user FROM task WHERE id = ?1)
+        AND (queue <> '' OR user <> '') AND head_task IS NULL AND running = 0";
     const TYPE: &str = "UPDATE tally SET tasks = max(tasks - 1, 0)
-        WHERE what = 'type' AND name = (SELECT type FROM task WHERE id = ?1 AND state IN ('waiting', 'running'))";
-    const NO_TYPE: &str = "DELETE FROM tally WHERE what = 'type' AND name = (SELECT type FROM task WHERE id = ?1) AND tasks = 0";
+        WHERE (what, queue, name) = (SELECT 'type', queue, type FROM task WHERE id = ?1 AND state IN ('waiting', 'running'))";
+    const NO_TYPE: &str =
+        "DELETE FROM tally WHERE (what, queue, name) = (SELECT 'type', queue, type FROM task WHERE id = ?1) AND tasks = 0";
     let ready = sqlx::query(READY).bind(task).execute(session.db()).await?.rows_affected();
     for sql in [SCHEDULED, SUSPECT] {
         sqlx::query(sql).bind(task).execute(session.db()).await?;
@@ -109,18 +115,23 @@ pub(super) async fn leave_queue(session: &mut Session, task: i64) -> Result<(), 
     Ok(())
 }
 
-/// Set a user's account to what is ready and what runs. With an account that does not fit, a user could wait for ever.
-pub(super) async fn recount(session: &mut Session, user: &[u8]) -> Result<(), Failure> {
-    const ENTER: &str = "INSERT INTO account (user, picked)
-        SELECT coalesce(CAST(?1 AS TEXT), ''), coalesce(max(pick), 0) FROM counter WHERE true ON CONFLICT (user) DO NOTHING";
-    const COUNT: &str = "UPDATE account SET ready = (SELECT count(*) FROM ready WHERE ready.user = account.user),
-            running = (SELECT count(*) FROM task INDEXED BY task_running WHERE task.state = 'running' AND task.user = account.user),
+/// Set a user's account in a queue to what is ready and what runs. With an account that does not fit, a user could wait for ever.
+pub(super) async fn recount(session: &mut Session, (queue, user): &Account) -> Result<(), Failure> {
+    const ENTER: &str = "INSERT INTO account (queue, user, picked)
+        SELECT coalesce(CAST(?1 AS TEXT), ''), coalesce(CAST(?2 AS TEXT), ''), coalesce(max(pick), 0) FROM counter WHERE true
+        ON CONFLICT (queue, user) DO NOTHING";
+    const COUNT: &str = "UPDATE account SET
+            ready = (SELECT count(*) FROM ready WHERE ready.queue = account.queue AND ready.user = account.user),
+            running = (SELECT count(*) FROM task INDEXED BY task_running
+                WHERE task.state = 'running' AND task.queue = account.queue AND task.user = account.user),
             (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
-                WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
-        WHERE user = coalesce(CAST(?1 AS TEXT), '')";
-    const LEAVE: &str = "DELETE FROM account WHERE user = CAST(?1 AS TEXT) AND user <> '' AND head_task IS NULL AND running = 0";
+                WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+        WHERE queue = coalesce(CAST(?1 AS TEXT), '') AND user = coalesce(CAST(?2 AS TEXT), '')";
+    const LEAVE: &str =
+        "DELETE FROM account WHERE queue = coalesce(CAST(?1 AS TEXT), '') AND user = coalesce(CAST(?2 AS TEXT), '')
+        AND (queue <> '' OR user <> '') AND head_task IS NULL AND running = 0";
     for sql in [ENTER, COUNT, LEAVE] {
-        sqlx::query(sql).bind(user.to_vec()).execute(session.db()).await?;
+        sqlx::query(sql).bind(queue.clone()).bind(user.clone()).execute(session.db()).await?;
     }
     Ok(())
 }
@@ -137,20 +148,22 @@ pub(super) async fn restore_counter(session: &mut Session) -> Result<(), Failure
 
 /// Remove places that do not fit their tasks. A task that waits and stands nowhere then is put where its own row says.
 pub(super) async fn drop_places(session: &mut Session, places: &[Place]) -> Result<(), Failure> {
-    const READY: &str = "DELETE FROM ready WHERE user = coalesce(CAST(?1 AS TEXT), '') AND turn = ?2 AND task = ?3";
+    const READY: &str = "DELETE FROM ready
+        WHERE queue = coalesce(CAST(?1 AS TEXT), '') AND user = coalesce(CAST(?2 AS TEXT), '') AND turn = ?3 AND task = ?4";
     const SUSPECT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
-    let mut users: Vec<&[u8]> = Vec::with_capacity(places.len());
+    let mut accounts: Vec<&Account> = Vec::with_capacity(places.len());
     for place in places {
-        tracing::error!(task = place.task, user = %lossy(&place.user), "a place in the queue does not fit its task; it is removed");
-        let ready = sqlx::query(READY).bind(place.user.clone()).bind(place.turn).bind(place.task);
+        let (queue, user) = &place.account;
+        tracing::error!(task = place.task, queue = %lossy(queue), user = %lossy(user), "a place in the queue does not fit its task; it is removed");
+        let ready = sqlx::query(READY).bind(queue.clone()).bind(user.clone()).bind(place.turn).bind(place.task);
         ready.execute(session.db()).await?;
         sqlx::query(SUSPECT).bind(place.turn).bind(place.task).execute(session.db()).await?;
-        users.push(&place.user);
+        accounts.push(&place.account);
     }
-    users.sort_unstable();
-    users.dedup();
-    for user in users {
-        recount(session, user).await?;
+    accounts.sort_unstable();
+    accounts.dedup();
+    for account in accounts {
+        recount(session, account).await?;
     }
     put_back(session, &places.iter().map(|place| place.task).collect::<Vec<_>>()).await
 }
@@ -158,8 +171,8 @@ pub(super) async fn drop_places(session: &mut Session, places: &[Place]) -> Resu
 /// Put waiting tasks that stand nowhere where their rows say, or aside.
 pub(super) async fn put_back(session: &mut Session, tasks: &[i64]) -> Result<(), Failure> {
     const NOWHERE: &str =
-        "SELECT id, run_at, user, max_running, alone, priority FROM task WHERE id IN (SELECT value FROM json_each(?1))
-        AND state = 'waiting' AND NOT EXISTS (SELECT 1 FROM ready WHERE (user, turn, task) = (task.user, task.turn, task.id))
+        "SELECT id, run_at, user, max_running, alone, priority, queue FROM task WHERE id IN (SELECT value FROM json_each(?1))
+        AND state = 'waiting' AND NOT EXISTS (SELECT 1 FROM ready WHERE (queue, user, turn, task) = (task.queue, task.user, task.turn, task.id))
         AND NOT EXISTS (SELECT 1 FROM scheduled WHERE (run_at, task) = (task.run_at, task.id))
         AND NOT EXISTS (SELECT 1 FROM suspect WHERE (turn, task) = (task.turn, task.id))";
     let rows = sqlx::query(NOWHERE).bind(json(tasks)).fetch_all(session.db()).await?;
@@ -170,7 +183,7 @@ pub(super) async fn put_back(session: &mut Session, tasks: &[i64]) -> Result<(),
     set_aside(session, &unreadable).await
 }
 
-/// Tasks as they wait, by number, time, user, most running, whether alone, and priority; and the numbers of those whose row cannot be read.
+/// Tasks as they wait, by number, time, user, most running, whether alone, priority and queue; and the numbers of those whose row cannot be read.
 pub(super) fn waiting<'r>(rows: impl Iterator<Item = &'r sqlx::sqlite::SqliteRow>) -> (Vec<Waiting>, Vec<i64>) {
     let mut waiting = Vec::new();
     let mut unreadable = Vec::new();
@@ -180,7 +193,7 @@ pub(super) fn waiting<'r>(rows: impl Iterator<Item = &'r sqlx::sqlite::SqliteRow
             task: columns.whole(0, "number"),
             run_at: columns.whole(1, "run_at"),
             priority: columns.whole(5, "priority"),
-            user: columns.text(2, "user"),
+            owner: Owner { queue: columns.queue(6), user: columns.text(2, "user") },
             max_running: columns.maybe_count(3, "max_running").map(i64::from),
             alone: columns.whole(4, "alone") != 0,
         };
@@ -189,35 +202,39 @@ pub(super) fn waiting<'r>(rows: impl Iterator<Item = &'r sqlx::sqlite::SqliteRow
     (waiting, unreadable)
 }
 
-/// Set aside what is ready of a user whose name is no text, and settle its account.
-pub(super) async fn of_user(session: &mut Session, user: &[u8]) -> Result<(), Failure> {
+/// Set aside what is ready in an account whose queue or user is no text, and settle the account.
+pub(super) async fn of_account(session: &mut Session, account: &Account) -> Result<(), Failure> {
     const PLACES: &str = "SELECT ready.turn, ready.task, task.id IS NOT NULL FROM ready
-        LEFT JOIN task ON task.id = ready.task AND task.user = ready.user AND task.turn = ready.turn AND task.state = 'waiting'
-        WHERE ready.user = CAST(?1 AS TEXT) LIMIT ?2";
-    let rows: Vec<(i64, i64, bool)> = sqlx::query_as(PLACES).bind(user.to_vec()).bind(PLACES_MAX).fetch_all(session.db()).await?;
+        LEFT JOIN task ON task.id = ready.task AND task.queue = ready.queue AND task.user = ready.user AND task.turn = ready.turn AND task.state = 'waiting'
+        WHERE ready.queue = coalesce(CAST(?1 AS TEXT), '') AND ready.user = coalesce(CAST(?2 AS TEXT), '') LIMIT ?3";
+    let (queue, user) = account;
+    let rows: Vec<(i64, i64, bool)> =
+        sqlx::query_as(PLACES).bind(queue.clone()).bind(user.clone()).bind(PLACES_MAX).fetch_all(session.db()).await?;
     let (fitting, others): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(.., fits)| *fits);
     set_aside(session, &fitting.iter().map(|(_, task, _)| *task).collect::<Vec<_>>()).await?;
-    let others: Vec<Place> = others.into_iter().map(|(turn, task, _)| Place { user: user.to_vec(), turn, task }).collect();
+    let others: Vec<Place> = others.into_iter().map(|(turn, task, _)| Place { account: account.clone(), turn, task }).collect();
     drop_places(session, &others).await?;
-    recount(session, user).await
+    recount(session, account).await
 }
 
 /// Users whose accounts do not fit what is ready and what runs, at most a batch. Reads, and takes time that grows with the backlog.
-pub(super) async fn misfits(readers: &SqlitePool) -> Result<Vec<Vec<u8>>, sqlx::Error> {
-    const MISFITS: &str = "WITH counted (user, ready, running) AS (
-            SELECT user, sum(ready), sum(running) FROM (
-                SELECT user, count(*) AS ready, 0 AS running FROM ready GROUP BY user
-                UNION ALL SELECT user, 0, count(*) FROM task INDEXED BY task_running WHERE state = 'running' GROUP BY user)
-            GROUP BY user)
-        SELECT CAST(account.user AS BLOB) FROM account LEFT JOIN counted ON counted.user = account.user
+pub(super) async fn misfits(readers: &SqlitePool) -> Result<Vec<Account>, sqlx::Error> {
+    const MISFITS: &str = "WITH counted (queue, user, ready, running) AS (
+            SELECT queue, user, sum(ready), sum(running) FROM (
+                SELECT queue, user, count(*) AS ready, 0 AS running FROM ready GROUP BY queue, user
+                UNION ALL SELECT queue, user, 0, count(*) FROM task INDEXED BY task_running WHERE state = 'running' GROUP BY queue, user)
+            GROUP BY queue, user)
+        SELECT CAST(account.queue AS BLOB), CAST(account.user AS BLOB)
+            FROM account LEFT JOIN counted ON counted.queue = account.queue AND counted.user = account.user
             WHERE account.ready <> coalesce(counted.ready, 0) OR account.running <> coalesce(counted.running, 0)
-                OR account.head_task IS NOT (SELECT task FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
-                OR (account.user <> '' AND counted.user IS NULL)
+                OR account.head_task IS NOT (SELECT task FROM ready
+                    WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+                OR ((account.queue <> '' OR account.user <> '') AND counted.user IS NULL)
         UNION ALL
-        SELECT CAST(user AS BLOB) FROM counted WHERE NOT EXISTS (SELECT 1 FROM account WHERE account.user = counted.user)
+        SELECT CAST(queue AS BLOB), CAST(user AS BLOB) FROM counted
+            WHERE NOT EXISTS (SELECT 1 FROM account WHERE account.queue = counted.queue AND account.user = counted.user)
         LIMIT ?1";
-    let rows: Vec<Option<Vec<u8>>> = sqlx::query_scalar(MISFITS).bind(PLACES_MAX).fetch_all(readers).await?;
-    Ok(rows.into_iter().map(Option::unwrap_or_default).collect())
+    sqlx::query_as(MISFITS).bind(PLACES_MAX).fetch_all(readers).await
 }
 
 /// How often accounts are compared with what they count, at most.

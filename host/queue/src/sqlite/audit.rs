@@ -20,7 +20,7 @@ const RULES: [(&str, &str); 21] = [
     ),
     (
         "ready does not fit its task",
-        "SELECT 'task ' || ready.task FROM ready LEFT JOIN task ON task.id = ready.task AND task.user = ready.user
+        "SELECT 'task ' || ready.task FROM ready LEFT JOIN task ON task.id = ready.task AND task.queue = ready.queue AND task.user = ready.user
                 AND task.turn = ready.turn AND task.max_running IS ready.max_running AND NOT task.alone WHERE task.id IS NULL",
     ),
     (
@@ -35,29 +35,32 @@ const RULES: [(&str, &str); 21] = [
     ),
     (
         "the account does not count what is ready and what runs",
-        "WITH counted (user, ready, running) AS (SELECT user, sum(ready), sum(running) FROM (
-                SELECT user, count(*) AS ready, 0 AS running FROM ready GROUP BY user
-                UNION ALL SELECT user, 0, count(*) FROM task WHERE state = 'running' GROUP BY user) GROUP BY user)
-            SELECT 'user ' || account.user || ': ' || account.ready || ' ready and ' || account.running || ' running, '
+        "WITH counted (queue, user, ready, running) AS (SELECT queue, user, sum(ready), sum(running) FROM (
+                SELECT queue, user, count(*) AS ready, 0 AS running FROM ready GROUP BY queue, user
+                UNION ALL SELECT queue, user, 0, count(*) FROM task WHERE state = 'running' GROUP BY queue, user) GROUP BY queue, user)
+            SELECT 'user ' || account.user || CASE account.queue WHEN '' THEN '' ELSE ' in queue ' || account.queue END || ': ' || account.ready || ' ready and ' || account.running || ' running, '
                     || coalesce(counted.ready, 0) || ' and ' || coalesce(counted.running, 0) || ' found'
-                FROM account LEFT JOIN counted ON counted.user = account.user
+                FROM account LEFT JOIN counted ON counted.queue = account.queue AND counted.user = account.user
                 WHERE account.ready <> coalesce(counted.ready, 0) OR account.running <> coalesce(counted.running, 0)
-            UNION ALL SELECT 'user ' || user || ' has none' FROM counted WHERE user NOT IN (SELECT user FROM account)",
+            UNION ALL SELECT 'user ' || user || CASE queue WHEN '' THEN '' ELSE ' in queue ' || queue END || ' has none' FROM counted
+                WHERE (queue, user) NOT IN (SELECT queue, user FROM account)",
     ),
     (
         "the account does not know its first ready task",
-        "SELECT 'user ' || user FROM account WHERE head_task IS NOT
-            (SELECT task FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
-            OR head_turn IS NOT (SELECT turn FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)
-            OR head_max IS NOT (SELECT max_running FROM ready WHERE ready.user = account.user ORDER BY turn, task LIMIT 1)",
+        "SELECT 'user ' || user || CASE queue WHEN '' THEN '' ELSE ' in queue ' || queue END FROM account WHERE head_task IS NOT
+            (SELECT task FROM ready WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+            OR head_turn IS NOT (SELECT turn FROM ready WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+            OR head_max IS NOT
+            (SELECT max_running FROM ready WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)",
     ),
-    ("an idle user has an account", "SELECT 'user ' || user FROM account WHERE ready = 0 AND running = 0 AND user <> ''"),
+    ("an idle user has an account", "SELECT 'user ' || user || CASE queue WHEN '' THEN '' ELSE ' in queue ' || queue END FROM account WHERE ready = 0 AND running = 0 AND (queue <> '' OR user <> '')"),
     (
         "types are counted wrongly",
-        "SELECT 'type ' || type FROM (SELECT type, count(*) AS tasks FROM task WHERE state IN ('waiting', 'running') GROUP BY type) AS counted
-            WHERE tasks IS NOT (SELECT tasks FROM tally WHERE what = 'type' AND name = counted.type)
-            UNION ALL SELECT 'type ' || name FROM tally WHERE what = 'type' AND name NOT IN
-                (SELECT type FROM task WHERE state IN ('waiting', 'running'))",
+        "SELECT 'type ' || type || CASE queue WHEN '' THEN '' ELSE ' in queue ' || queue END
+                FROM (SELECT queue, type, count(*) AS tasks FROM task WHERE state IN ('waiting', 'running') GROUP BY queue, type) AS counted
+            WHERE tasks IS NOT (SELECT tasks FROM tally WHERE what = 'type' AND tally.queue = counted.queue AND name = counted.type)
+            UNION ALL SELECT 'type ' || name || CASE queue WHEN '' THEN '' ELSE ' in queue ' || queue END FROM tally WHERE what = 'type' AND (queue, name) NOT IN
+                (SELECT queue, type FROM task WHERE state IN ('waiting', 'running'))",
     ),
     (
         "ended tasks are counted wrongly",
@@ -124,9 +127,10 @@ const RULES: [(&str, &str); 21] = [
     ),
 ];
 
-/// Names that have to be looked at: all but those of ASCII.
-const NAMES: &str = "SELECT id, key, type, user FROM task
-    WHERE id > ?1 AND (key GLOB '*[^ -~]*' OR type GLOB '*[^ -~]*' OR user GLOB '*[^ -~]*') ORDER BY id LIMIT ?2";
+/// Names that have to be looked at: all but those of ASCII, and of queues those that cannot be.
+const NAMES: &str = "SELECT id, key, type, user, queue FROM task
+    WHERE id > ?1 AND (key GLOB '*[^ -~]*' OR type GLOB '*[^ -~]*' OR user GLOB '*[^ -~]*'
+        OR queue GLOB '*[^-A-Za-z0-9_.:/]*' OR octet_length(queue) > 64 OR queue = 'default') ORDER BY id LIMIT ?2";
 /// So many are read at once.
 const NAMES_MAX: i64 = 10_000;
 
@@ -159,5 +163,6 @@ fn unreadable(row: &SqliteRow) -> Option<String> {
     for (at, name) in [(1, "key"), (2, "type"), (3, "user")] {
         columns.text(at, name);
     }
+    columns.queue(4);
     columns.problem().map(|problem| format!("a row cannot be read: task {task}, {problem}"))
 }

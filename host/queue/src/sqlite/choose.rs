@@ -6,19 +6,23 @@ use std::time::Duration;
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 
-use super::accounts::json;
+use super::accounts::{Owner, json};
 use super::aside::{self, Place};
 use super::claim::count;
 use super::failure::Failure;
+use super::rows::lossy;
 use super::writer::Session;
+use crate::Claim;
 use crate::fair::{self, Account, Candidate, Pick, Rest};
 use crate::outcome::ms;
-use crate::{Claim, HostId};
+use crate::task::stored_queue;
 
 /// Tasks looked at for one that has to run alone and whose user has nothing running.
 const SUSPECTS_MAX: i64 = 100;
 /// How long a task that must run alone waits for the host that ends its work for it, before another may do the same.
 const RESERVED: Duration = Duration::from_secs(300);
+/// Queues whose users one claim looks at, of those that it asks for; each claim begins with another one.
+const QUEUES_OF_USERS_MAX: usize = 32;
 /// Rounds of choosing, where users' tasks differ so much in their max_running that the first did not fill the batch.
 const ROUNDS_MAX: usize = 4;
 
@@ -26,14 +30,15 @@ const ROUNDS_MAX: usize = 4;
 pub(super) struct Chosen {
     pub(super) task: i64,
     pub(super) turn: i64,
-    pub(super) user: String,
+    pub(super) owner: Owner,
     /// The number of its pick between users, if it was picked between users.
     pub(super) pick: Option<i64>,
 }
 
 impl Chosen {
     pub(super) fn place(&self) -> Place {
-        Place { user: self.user.clone().into_bytes(), turn: self.turn, task: self.task }
+        let Owner { queue, user } = self.owner.clone();
+        Place { account: (queue.into_bytes(), user.into_bytes()), turn: self.turn, task: self.task }
     }
 }
 
@@ -43,14 +48,14 @@ pub(super) enum Found {
         chosen: Vec<Chosen>,
         alone: bool,
     },
-    /// Users whose names are no text: what they have ready must be set aside first.
-    Nameless(Vec<Vec<u8>>),
+    /// Accounts whose queue or user is no text: what they have ready must be set aside first.
+    Nameless(Vec<aside::Account>),
     /// Places that do not fit their tasks.
     Misplaced(Vec<Place>),
 }
 
 impl Found {
-    fn in_company(chosen: Result<Vec<Chosen>, Vec<Vec<u8>>>) -> Self {
+    fn in_company(chosen: Result<Vec<Chosen>, Vec<aside::Account>>) -> Self {
         match chosen {
             Ok(chosen) => Self::Tasks { chosen, alone: false },
             Err(nameless) => Self::Nameless(nameless),
@@ -66,23 +71,25 @@ pub(super) async fn choose(
     limit: usize,
     pick: i64,
 ) -> Result<Found, Failure> {
+    let queues = claim.queues.as_deref().map(Queues::of);
+    let queues = queues.as_ref();
     if claim.alone && suspects > 0 {
-        match suspect(session, claim.host).await? {
+        match suspect(session, claim).await? {
             Found::Tasks { chosen, .. } if chosen.is_empty() => {}
             found => return Ok(found),
         }
     }
     if claim.ignore_users {
-        return Ok(Found::in_company(first(session, limit).await?));
+        return Ok(Found::in_company(first(session, queues, limit).await?));
     }
     let limited = claim.limited.and_then(|limited| usize::try_from(limited).ok()).filter(|limited| *limited < limit);
-    Ok(Found::in_company(between_users(session, limit, limited, pick).await?))
+    Ok(Found::in_company(between_users(session, queues, limit, limited, pick).await?))
 }
 
 /// Whether this host should end what it has, so as to run a task that must run alone and may run now. Each such task asks one host at a time.
-pub(super) async fn is_wanted_alone(session: &mut Session, host: HostId) -> Result<bool, Failure> {
+pub(super) async fn is_wanted_alone(session: &mut Session, claim: &Claim) -> Result<bool, Failure> {
     const RESERVE: &str = "UPDATE suspect SET host = ?3, until = ?4 WHERE turn = ?1 AND task = ?2";
-    let suspects = match suspects(session, host).await? {
+    let suspects = match suspects(session, claim).await? {
         Ok(suspects) => suspects,
         Err(misplaced) => {
             aside::drop_places(session, &misplaced).await?;
@@ -93,19 +100,21 @@ pub(super) async fn is_wanted_alone(session: &mut Session, host: HostId) -> Resu
     let now = session.now;
     let reserved_ms = ms(RESERVED);
     if suspect.until.is_none_or(|until| until < now + reserved_ms / 2) {
-        let reserve = sqlx::query(RESERVE).bind(suspect.turn).bind(suspect.task).bind(host.0).bind(now + reserved_ms);
+        let reserve = sqlx::query(RESERVE).bind(suspect.turn).bind(suspect.task).bind(claim.host.0).bind(now + reserved_ms);
         reserve.execute(session.db()).await?;
     }
     Ok(true)
 }
 
-pub(super) const SUSPECT: &str = "SELECT first.task, first.turn, CAST(task.user AS BLOB),
+pub(super) const SUSPECT: &str = "SELECT first.task, first.turn, CAST(task.user AS BLOB), CAST(task.queue AS BLOB),
             task.id IS NOT NULL AND task.state = 'waiting' AND task.alone AND task.turn = first.turn,
             task.max_running IS NULL OR coalesce(account.running, 0) < max(task.max_running, 1),
             first.host <> ?2 AND first.until > ?3 AND host.id IS NOT NULL, CASE first.host WHEN ?2 THEN first.until END
-        FROM (SELECT turn, task, host, until FROM suspect ORDER BY turn, task LIMIT ?1) AS first
+        FROM (SELECT turn, task, host, until FROM suspect
+            WHERE ?4 IS NULL OR (SELECT queue FROM task WHERE id = suspect.task) IN (SELECT value FROM json_each(?4))
+            ORDER BY turn, task LIMIT ?1) AS first
         LEFT JOIN task ON task.id = first.task
-        LEFT JOIN account ON account.user = task.user AND task.user <> ''
+        LEFT JOIN account ON account.queue = task.queue AND account.user = task.user AND task.user <> ''
         LEFT JOIN host ON host.id = first.host AND host.left_at IS NULL AND host.ended_at IS NULL
         ORDER BY first.turn, first.task";
 
@@ -113,7 +122,7 @@ pub(super) const SUSPECT: &str = "SELECT first.task, first.turn, CAST(task.user 
 struct Suspect {
     task: i64,
     turn: i64,
-    user: Vec<u8>,
+    account: aside::Account,
     /// Its user's limit allows it.
     may_run: bool,
     /// Another host ends what it has, to run it.
@@ -123,102 +132,244 @@ struct Suspect {
 }
 
 /// The first tasks that must run alone, or the places that do not fit their tasks.
-async fn suspects(session: &mut Session, host: HostId) -> Result<Result<Vec<Suspect>, Vec<Place>>, Failure> {
+async fn suspects(session: &mut Session, claim: &Claim) -> Result<Result<Vec<Suspect>, Vec<Place>>, Failure> {
     let now = session.now;
-    let rows = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).bind(host.0).bind(now).fetch_all(session.db()).await?;
+    let queues = claim.queues.as_deref().map(|queues| Queues::of(queues).json);
+    let query = sqlx::query(SUSPECT).bind(SUSPECTS_MAX).bind(claim.host.0).bind(now).bind(queues);
+    let rows = query.fetch_all(session.db()).await?;
     let mut suspects = Vec::with_capacity(rows.len());
     let mut misplaced = Vec::new();
     for row in &rows {
         let (task, turn) = (row.try_get(0)?, row.try_get(1)?);
-        let user = row.try_get::<Option<Vec<u8>>, _>(2)?.unwrap_or_default();
-        if row.try_get::<bool, _>(3)? {
-            let may_run = row.try_get::<Option<bool>, _>(4)?.unwrap_or(true);
-            let is_reserved = row.try_get::<Option<bool>, _>(5)?.unwrap_or(false);
-            suspects.push(Suspect { task, turn, user, may_run, is_reserved, until: row.try_get(6)? });
+        let name = |at| row.try_get::<Option<Vec<u8>>, _>(at).map(Option::unwrap_or_default);
+        let account = (name(3)?, name(2)?);
+        if row.try_get::<bool, _>(4)? {
+            let may_run = row.try_get::<Option<bool>, _>(5)?.unwrap_or(true);
+            let is_reserved = row.try_get::<Option<bool>, _>(6)?.unwrap_or(false);
+            suspects.push(Suspect { task, turn, account, may_run, is_reserved, until: row.try_get(7)? });
         } else {
-            misplaced.push(Place { user, turn, task });
+            misplaced.push(Place { account, turn, task });
         }
     }
     Ok(if misplaced.is_empty() { Ok(suspects) } else { Err(misplaced) })
 }
 
 /// The first task that has to run alone and whose user's limit allows it, also if another host ends its work for it: this one has nothing to end.
-async fn suspect(session: &mut Session, host: HostId) -> Result<Found, Failure> {
-    let suspects = match suspects(session, host).await? {
+async fn suspect(session: &mut Session, claim: &Claim) -> Result<Found, Failure> {
+    let suspects = match suspects(session, claim).await? {
         Ok(suspects) => suspects,
         Err(misplaced) => return Ok(Found::Misplaced(misplaced)),
     };
     let first = suspects.into_iter().find(|suspect| suspect.may_run);
-    let chosen = first.map(|Suspect { task, turn, user, .. }| Chosen {
+    let chosen = first.map(|Suspect { task, turn, account: (queue, user), .. }| Chosen {
         task,
         turn,
         // A name that is no text is found out when the task is taken.
-        user: String::from_utf8_lossy(&user).into_owned(),
+        owner: Owner { queue: lossy(&queue), user: lossy(&user) },
         pick: None,
     });
     Ok(Found::Tasks { chosen: chosen.into_iter().collect(), alone: true })
 }
 
-pub(super) const FIRST: &str = "SELECT task, turn, user FROM (
-            SELECT * FROM (SELECT task, turn, user FROM ready WHERE user = '' ORDER BY turn, task LIMIT ?1)
+/// The queues that a claim asks for.
+struct Queues {
+    names: Vec<String>,
+    json: String,
+}
+
+impl Queues {
+    fn of(names: &[String]) -> Self {
+        let mut names: Vec<String> = names.iter().map(|name| stored_queue(Some(name)).to_owned()).collect();
+        names.sort_unstable();
+        names.dedup();
+        let json = json(&names);
+        Self { names, json }
+    }
+
+    /// At most so many of them, from another one on with each number, so that each has its turn.
+    fn some(names: Vec<String>, most: usize, number: i64) -> Vec<String> {
+        if names.len() <= most {
+            return names;
+        }
+        let first = usize::try_from(number).unwrap_or_default() % names.len();
+        names.iter().cycle().skip(first).take(most).cloned().collect()
+    }
+}
+
+/// A task without user that is ready.
+struct Nobodys {
+    queue: String,
+    candidate: Candidate,
+}
+
+pub(super) const HEADS: &str = "SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+        FROM account INDEXED BY account_without_user WHERE user = '' AND head_task IS NOT NULL ORDER BY head_turn, head_task LIMIT ?1";
+
+pub(super) const HEADS_OF_QUEUES: &str =
+    "SELECT CAST(account.queue AS BLOB), CAST(account.user AS BLOB), running, picked, head_turn, head_task, head_max
+        FROM json_each(?2) AS asked CROSS JOIN account ON account.queue = asked.value AND account.user = ''
+        WHERE head_task IS NOT NULL ORDER BY head_turn, head_task LIMIT ?1";
+
+/// The first task without user of each queue, of those whose tasks could be among the first `limit`; in the order of their turns.
+async fn heads(
+    session: &mut Session,
+    queues: Option<&Queues>,
+    limit: usize,
+) -> Result<Result<Vec<Nobodys>, Vec<aside::Account>>, Failure> {
+    let query = match queues {
+        None => sqlx::query(HEADS).bind(count(limit)),
+        Some(queues) => sqlx::query(HEADS_OF_QUEUES).bind(count(limit)).bind(queues.json.clone()),
+    };
+    let rows = query.fetch_all(session.db()).await?;
+    Ok(Table::of(&rows)?.map(|table| table.heads))
+}
+
+pub(super) const NOBODYS: &str = "SELECT turn, task, max_running FROM ready
+        WHERE queue = ?1 AND user = '' AND (turn, task) >= (?2, ?3) ORDER BY turn, task LIMIT ?4";
+
+/// The order in which rows are taken is that of the turns, so each step goes to the next one of the queue whose turn it is. A plus takes a
+/// column's affinity away, without which SQLite would look at the time alone and pass over all tasks of the same one.
+pub(super) const NOBODYS_OF_SEVERAL: &str = "WITH RECURSIVE walk (queue, turn, task, max_running) AS (
+            SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3 FROM json_each(?1)
             UNION ALL
-            SELECT * FROM (SELECT task, turn, user FROM ready INDEXED BY ready_in_turn WHERE user <> ''
-                ORDER BY turn, task LIMIT ?1))
-        ORDER BY turn, task LIMIT ?1";
+            SELECT next.queue, next.turn, next.task, next.max_running
+            FROM walk CROSS JOIN ready AS next ON next.queue = walk.queue AND next.user = ''
+                AND (next.turn, next.task) = (SELECT later.turn, later.task FROM ready AS later
+                    WHERE later.queue = walk.queue AND later.user = '' AND (later.turn, later.task) > (+walk.turn, +walk.task)
+                    ORDER BY later.turn, later.task LIMIT 1)
+            ORDER BY 2, 3)
+        SELECT turn, task, max_running, queue FROM walk LIMIT ?2";
+
+/// The first tasks without user of the queues that begin with these.
+async fn nobodys(session: &mut Session, heads: &[Nobodys], limit: usize) -> Result<Vec<Nobodys>, Failure> {
+    let rows = match heads {
+        [] => return Ok(Vec::new()),
+        [Nobodys { queue, candidate }] => {
+            let query = sqlx::query(NOBODYS).bind(queue.clone()).bind(candidate.turn).bind(candidate.task);
+            query.bind(count(limit)).fetch_all(session.db()).await?
+        }
+        several => {
+            let first = several
+                .iter()
+                .map(|Nobodys { queue, candidate: Candidate { turn, task, max_running } }| (queue, turn, task, max_running));
+            sqlx::query(NOBODYS_OF_SEVERAL).bind(json(first)).bind(count(limit)).fetch_all(session.db()).await?
+        }
+    };
+    let nobodys = |row: &SqliteRow| {
+        let queue = match heads {
+            [only] => only.queue.clone(),
+            _ => row.try_get(3)?,
+        };
+        Ok(Nobodys { queue, candidate: Candidate { turn: row.try_get(0)?, task: row.try_get(1)?, max_running: row.try_get(2)? } })
+    };
+    Ok(rows.iter().map(nobodys).collect::<Result<_, sqlx::Error>>()?)
+}
+
+pub(super) const QUEUES_OF_USERS: &str = "WITH RECURSIVE queues (queue) AS (
+            SELECT * FROM (SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' ORDER BY queue LIMIT 1)
+            UNION ALL
+            SELECT (SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' AND queue > queues.queue ORDER BY queue LIMIT 1)
+            FROM queues WHERE queue IS NOT NULL LIMIT ?1)
+        SELECT CAST(queue AS BLOB) FROM queues WHERE queue IS NOT NULL";
+
+pub(super) const FIRST_OF_USERS: &str = "SELECT turn, task, max_running, CAST(user AS BLOB) FROM ready INDEXED BY ready_in_turn
+        WHERE queue = ?1 AND user <> '' ORDER BY turn, task LIMIT ?2";
 
 /// The first ready tasks, whosever they are.
-async fn first(session: &mut Session, limit: usize) -> Result<Result<Vec<Chosen>, Vec<Vec<u8>>>, Failure> {
-    let rows = sqlx::query(FIRST).bind(count(limit)).fetch_all(session.db()).await?;
-    let mut chosen = Vec::with_capacity(rows.len());
+async fn first(
+    session: &mut Session,
+    queues: Option<&Queues>,
+    limit: usize,
+) -> Result<Result<Vec<Chosen>, Vec<aside::Account>>, Failure> {
+    let heads = match heads(session, queues, limit).await? {
+        Ok(heads) => heads,
+        Err(nameless) => return Ok(Err(nameless)),
+    };
+    let mut chosen: Vec<Chosen> = nobodys(session, &heads, limit)
+        .await?
+        .into_iter()
+        .map(|Nobodys { queue, candidate: Candidate { turn, task, .. } }| Chosen {
+            task,
+            turn,
+            owner: Owner { queue, user: String::new() },
+            pick: None,
+        })
+        .collect();
     let mut nameless = Vec::new();
-    for row in &rows {
-        match name(row, 2)? {
-            Ok(user) => chosen.push(Chosen { task: row.try_get(0)?, turn: row.try_get(1)?, user, pick: None }),
-            Err(bytes) => nameless.push(bytes),
+    let names: Vec<Vec<u8>> = match queues {
+        Some(queues) => queues.names.iter().map(|name| name.clone().into_bytes()).collect(),
+        None => sqlx::query_scalar(QUEUES_OF_USERS).bind(count(Claim::QUEUES_MAX)).fetch_all(session.db()).await?,
+    };
+    for name in names {
+        // As text it finds the row, whatever its bytes are: SQLite does not look at them.
+        let queue = lossy(&name);
+        let rows = sqlx::query(FIRST_OF_USERS).bind(queue.clone()).bind(count(limit)).fetch_all(session.db()).await?;
+        for row in &rows {
+            let (turn, task) = (row.try_get(0)?, row.try_get(1)?);
+            match String::from_utf8(row.try_get(3)?) {
+                Ok(user) => chosen.push(Chosen { task, turn, owner: Owner { queue: queue.clone(), user }, pick: None }),
+                Err(error) => nameless.push((name.clone(), error.into_bytes())),
+            }
         }
     }
+    chosen.sort_unstable_by_key(|chosen| (chosen.turn, chosen.task));
+    chosen.truncate(limit);
     nameless.sort_unstable();
     nameless.dedup();
     Ok(if nameless.is_empty() { Ok(chosen) } else { Err(nameless) })
 }
 
-/// A user's name, or its bytes if they are no text.
-fn name(row: &SqliteRow, at: usize) -> Result<Result<String, Vec<u8>>, sqlx::Error> {
-    Ok(String::from_utf8(row.try_get_unchecked(at)?).map_err(std::string::FromUtf8Error::into_bytes))
-}
-
 /// Tasks picked between users, in the fair order.
 async fn between_users(
     session: &mut Session,
+    queues: Option<&Queues>,
     limit: usize,
     mut limited: Option<usize>,
     last_pick: i64,
-) -> Result<Result<Vec<Chosen>, Vec<Vec<u8>>>, Failure> {
-    let mut accounts = match open_accounts(session, limit, limited.is_some(), last_pick + 1).await? {
-        Ok(accounts) if accounts.is_empty() => return Ok(Ok(Vec::new())),
-        Ok(accounts) => accounts,
-        Err(nameless) => return Ok(Err(nameless)),
-    };
+) -> Result<Result<Vec<Chosen>, Vec<aside::Account>>, Failure> {
+    let Table { mut accounts, owners, heads } =
+        match open_accounts(session, queues, limit, limited.is_some(), last_pick + 1).await? {
+            Ok(table) if table.accounts.is_empty() => return Ok(Ok(Vec::new())),
+            Ok(table) => table,
+            Err(nameless) => return Ok(Err(nameless)),
+        };
+    // Tasks without user in several queues are read at once: one more than could be picked, so that a pick does not run into the unknown.
+    let mut queue_of: HashMap<i64, String> = HashMap::new();
+    if heads.len() > 1
+        && let Some(nobody) = accounts.iter_mut().find(|account| account.user.is_empty())
+    {
+        let found = nobodys(session, &heads, limit + 1).await?;
+        nobody.rest = if found.len() <= limit { Rest::Nothing } else { Rest::Unknown };
+        nobody.candidates = found.iter().map(|found| found.candidate.clone()).collect();
+        queue_of = found.into_iter().map(|Nobodys { queue, candidate }| (candidate.task, queue)).collect();
+    }
     let mut chosen: Vec<Chosen> = Vec::with_capacity(limit);
     for _ in 0..ROUNDS_MAX {
         let number = last_pick + 1 + count(chosen.len());
         let wanted = limit - chosen.len();
         let needed = fair::estimate(&accounts, wanted, number);
-        candidates(session, &mut accounts, &needed).await?;
+        candidates(session, &mut accounts, &owners, &needed).await?;
         let picks = pick_within(&mut accounts, wanted, &mut limited, number);
         let first = chosen.len();
-        chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| Chosen {
-            task: pick.candidate.task,
-            turn: pick.candidate.turn,
-            user: accounts[pick.account].user.clone(),
-            pick: Some(number + count(place)),
+        chosen.extend(picks.into_iter().enumerate().map(|(place, pick)| {
+            let queue = queue_of.remove(&pick.candidate.task).filter(|_| accounts[pick.account].user.is_empty());
+            let owner = owners[pick.account].clone();
+            Chosen {
+                task: pick.candidate.task,
+                turn: pick.candidate.turn,
+                owner: match queue {
+                    Some(queue) => Owner { queue, ..owner },
+                    None => owner,
+                },
+                pick: Some(number + count(place)),
+            }
         }));
         let stopped_short = chosen.len() < limit && chosen.len() > first;
         let unknown = accounts.iter().any(|account| account.candidates.is_empty() && account.rest == Rest::Unknown);
         if !(stopped_short && unknown) {
             break;
         }
-        refill(session, &mut accounts, &chosen).await?;
+        refill(session, &mut accounts, &owners, &chosen).await?;
     }
     Ok(Ok(chosen))
 }
@@ -254,127 +405,182 @@ fn pick_within(accounts: &mut Vec<Account>, wanted: usize, limited: &mut Option<
 }
 
 pub(super) const OPEN_ACCOUNTS: &str =
-    "SELECT * FROM (SELECT user, running, picked, head_turn, head_task, head_max FROM account INDEXED BY account_by_weight
-            WHERE open ORDER BY weight DESC, head_turn, head_task LIMIT ?1)
+    "SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_by_weight WHERE open ORDER BY weight DESC, head_turn, head_task LIMIT ?1)
         UNION
-        SELECT * FROM (SELECT user, running, picked, head_turn, head_task, head_max FROM account INDEXED BY account_by_age
-            WHERE open AND picked < ?2 ORDER BY picked LIMIT ?3)
+        SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_by_age WHERE open AND picked < ?2 ORDER BY picked LIMIT ?3)
         UNION
-        SELECT * FROM (SELECT user, running, picked, head_turn, head_task, head_max FROM account INDEXED BY account_without_limit
-            WHERE open AND head_max IS NULL ORDER BY weight DESC, head_turn, head_task LIMIT ?4)";
+        SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_without_limit
+            WHERE open AND head_max IS NULL ORDER BY weight DESC, head_turn, head_task LIMIT ?4)
+        UNION
+        SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_without_user
+            WHERE user = '' AND head_task IS NOT NULL ORDER BY head_turn, head_task LIMIT ?1)";
+
+/// Which of the asked queues have users that could be picked.
+pub(super) const OPEN_QUEUES: &str = "SELECT value FROM json_each(?1) AS asked
+        WHERE EXISTS (SELECT 1 FROM account INDEXED BY account_of_queue_by_age WHERE queue = asked.value AND open)";
+
+pub(super) const OPEN_ACCOUNTS_OF_QUEUE: &str =
+    "SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_of_queue_by_weight
+            WHERE queue = ?5 AND open ORDER BY weight DESC, head_turn, head_task LIMIT ?1)
+        UNION
+        SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_of_queue_by_age WHERE queue = ?5 AND open AND picked < ?2 ORDER BY picked LIMIT ?3)
+        UNION
+        SELECT * FROM (SELECT CAST(queue AS BLOB), CAST(user AS BLOB), running, picked, head_turn, head_task, head_max
+            FROM account INDEXED BY account_of_queue_without_limit
+            WHERE queue = ?5 AND open AND head_max IS NULL ORDER BY weight DESC, head_turn, head_task LIMIT ?4)";
+
+/// Who could be picked.
+struct Table {
+    accounts: Vec<Account>,
+    /// Whose account each is. That of the tasks without user, the last one, counts for the first of their queues.
+    owners: Vec<Owner>,
+    /// The first task without user of each queue, in the order of their turns.
+    heads: Vec<Nobodys>,
+}
+
+impl Table {
+    /// The accounts of these rows: queue, user, running, last pick, and the first task's turn, number and most running. Those whose queue or
+    /// user is no text are answered instead, if there are any.
+    fn of(rows: &[SqliteRow]) -> Result<Result<Self, Vec<aside::Account>>, sqlx::Error> {
+        let mut table =
+            Self { accounts: Vec::with_capacity(rows.len()), owners: Vec::with_capacity(rows.len()), heads: Vec::new() };
+        let mut nameless = Vec::new();
+        let mut nobody_picked = 0;
+        for row in rows {
+            let head = Candidate { turn: row.try_get(4)?, task: row.try_get(5)?, max_running: row.try_get(6)? };
+            let (queue, user) = match (String::from_utf8(row.try_get(0)?), String::from_utf8(row.try_get(1)?)) {
+                (Ok(queue), Ok(user)) => (queue, user),
+                _ => {
+                    nameless.push((row.try_get(0)?, row.try_get(1)?));
+                    continue;
+                }
+            };
+            let picked = row.try_get::<i64, _>(3)?.max(0);
+            if user.is_empty() {
+                nobody_picked = picked.max(nobody_picked);
+                table.heads.push(Nobodys { queue, candidate: head });
+                continue;
+            }
+            table.accounts.push(Account {
+                user: user.clone(),
+                // Held to what can be reckoned with, whatever somebody has written there.
+                running: row.try_get::<i64, _>(2)?.clamp(0, i64::from(u32::MAX)),
+                picked,
+                candidates: [head].into(),
+                rest: Rest::Unknown,
+            });
+            table.owners.push(Owner { queue, user });
+        }
+        table.heads.sort_unstable_by_key(|head| (head.candidate.turn, head.candidate.task));
+        if let Some(first) = table.heads.first() {
+            let (user, candidates) = (String::new(), [first.candidate.clone()].into());
+            table.owners.push(Owner { queue: first.queue.clone(), user: String::new() });
+            table.accounts.push(Account { user, running: 0, picked: nobody_picked, candidates, rest: Rest::Unknown });
+        }
+        Ok(if nameless.is_empty() { Ok(table) } else { Err(nameless) })
+    }
+}
 
 /// The users that could be picked: those of the greatest weight, and those passed over for long. These may all have a limit: where only so many
-/// tasks of such users are wanted, also those of the greatest weight that have none.
+/// tasks of such users are wanted, also those of the greatest weight that have none. And the tasks without user, as one more.
 async fn open_accounts(
     session: &mut Session,
+    queues: Option<&Queues>,
     limit: usize,
     has_limited: bool,
     first_pick: i64,
-) -> Result<Result<Vec<Account>, Vec<Vec<u8>>>, Failure> {
+) -> Result<Result<Table, Vec<aside::Account>>, Failure> {
     let aged = count(limit) / fair::AGED_EVERY + 1;
     let last_pick = first_pick + count(limit) - 1;
-    let rows = sqlx::query(OPEN_ACCOUNTS)
-        .bind(count(limit))
-        .bind(last_pick - fair::AGED_AFTER)
-        .bind(aged)
-        .bind(if has_limited { count(limit) } else { 0 })
-        .fetch_all(session.db())
-        .await?;
-    let mut accounts = Vec::with_capacity(rows.len());
-    let mut nameless = Vec::new();
-    for row in &rows {
-        let head = Candidate { turn: row.try_get(3)?, task: row.try_get(4)?, max_running: row.try_get(5)? };
-        match name(row, 0)? {
-            Ok(user) => accounts.push(Account {
-                user,
-                // Held to what can be reckoned with, whatever somebody has written there.
-                running: row.try_get::<i64, _>(1)?.clamp(0, i64::from(u32::MAX)),
-                picked: row.try_get::<i64, _>(2)?.max(0),
-                candidates: [head].into(),
-                rest: Rest::Unknown,
-            }),
-            Err(bytes) => nameless.push(bytes),
-        }
+    let without_limit = if has_limited { count(limit) } else { 0 };
+    let bound =
+        |sql: &'static str| sqlx::query(sql).bind(count(limit)).bind(last_pick - fair::AGED_AFTER).bind(aged).bind(without_limit);
+    let Some(queues) = queues else { return Ok(Table::of(&bound(OPEN_ACCOUNTS).fetch_all(session.db()).await?)?) };
+    let heads = sqlx::query(HEADS_OF_QUEUES).bind(count(limit)).bind(queues.json.clone());
+    let mut rows = heads.fetch_all(session.db()).await?;
+    let open: Vec<String> = sqlx::query_scalar(OPEN_QUEUES).bind(queues.json.clone()).fetch_all(session.db()).await?;
+    for queue in Queues::some(open, QUEUES_OF_USERS_MAX, first_pick) {
+        rows.extend(bound(OPEN_ACCOUNTS_OF_QUEUE).bind(queue).fetch_all(session.db()).await?);
     }
-    Ok(if nameless.is_empty() { Ok(accounts) } else { Err(nameless) })
+    Ok(Table::of(&rows)?)
 }
 
-pub(super) const CANDIDATES_OF_ONE: &str = "SELECT user, turn, task, max_running FROM ready
-        WHERE user = ?1 AND (turn, task) > (?2, ?3) ORDER BY turn, task LIMIT ?4";
+pub(super) const CANDIDATES_OF_ONE: &str = "SELECT turn, task, max_running FROM ready
+        WHERE queue = ?1 AND user = ?2 AND (turn, task) > (?3, ?4) ORDER BY turn, task LIMIT ?5";
 
 /// A plus takes a column's affinity away, without which SQLite would look at the time alone and pass over all tasks of the same one.
-pub(super) const CANDIDATES_OF_SEVERAL: &str = "WITH RECURSIVE walk (user, turn, task, max_running, wanted, steps) AS (
-            SELECT value ->> 0, value ->> 1, value ->> 2, NULL, value ->> 3, 0 FROM json_each(?1)
+pub(super) const CANDIDATES_OF_SEVERAL: &str = "WITH RECURSIVE walk (account, queue, user, turn, task, max_running, wanted, steps) AS (
+            SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, NULL, value ->> 5, 0 FROM json_each(?1)
             UNION ALL
-            SELECT next.user, next.turn, next.task, next.max_running, walk.wanted - 1, walk.steps + 1
-            FROM walk CROSS JOIN ready AS next ON next.user = walk.user
+            SELECT walk.account, walk.queue, walk.user, next.turn, next.task, next.max_running, walk.wanted - 1, walk.steps + 1
+            FROM walk CROSS JOIN ready AS next ON next.queue = walk.queue AND next.user = walk.user
                 AND (next.turn, next.task) = (SELECT later.turn, later.task FROM ready AS later
-                    WHERE later.user = walk.user AND (later.turn, later.task) > (+walk.turn, +walk.task)
+                    WHERE later.queue = walk.queue AND later.user = walk.user AND (later.turn, later.task) > (+walk.turn, +walk.task)
                     ORDER BY later.turn, later.task LIMIT 1)
             WHERE walk.wanted > 0)
-        SELECT user, turn, task, max_running FROM walk WHERE steps > 0";
+        SELECT turn, task, max_running, account FROM walk WHERE steps > 0";
+
+fn candidate(row: &SqliteRow) -> Result<Candidate, sqlx::Error> {
+    Ok(Candidate { turn: row.try_get(0)?, task: row.try_get(1)?, max_running: row.try_get(2)? })
+}
 
 /// Fetch as many of each user's first tasks as are needed.
-async fn candidates(session: &mut Session, accounts: &mut [Account], needed: &[usize]) -> Result<(), Failure> {
-    let wanted: Vec<(&str, i64, i64, i64)> = accounts
+async fn candidates(session: &mut Session, accounts: &mut [Account], owners: &[Owner], needed: &[usize]) -> Result<(), Failure> {
+    let wanted: Vec<(usize, &Owner, i64, i64, i64)> = accounts
         .iter()
+        .zip(owners)
         .zip(needed)
-        .filter(|(account, needed)| account.rest == Rest::Unknown && **needed > account.candidates.len())
-        .filter_map(|(account, needed)| {
+        .enumerate()
+        .filter(|(_, ((account, _), needed))| account.rest == Rest::Unknown && **needed > account.candidates.len())
+        .filter_map(|(place, ((account, owner), needed))| {
             let last = account.candidates.back()?;
-            Some((account.user.as_str(), last.turn, last.task, count(*needed - account.candidates.len())))
+            Some((place, owner, last.turn, last.task, count(*needed - account.candidates.len())))
         })
         .collect();
-    let rows = match wanted.as_slice() {
+    let mut found: HashMap<usize, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
+    match wanted.as_slice() {
         [] => return Ok(()),
-        [(user, turn, task, more)] => {
-            sqlx::query(CANDIDATES_OF_ONE)
-                .bind((*user).to_owned())
-                .bind(*turn)
-                .bind(*task)
-                .bind(*more)
-                .fetch_all(session.db())
-                .await?
+        [(place, owner, turn, task, more)] => {
+            let query = sqlx::query(CANDIDATES_OF_ONE).bind(owner.queue.clone()).bind(owner.user.clone()).bind(*turn).bind(*task);
+            let rows = query.bind(*more).fetch_all(session.db()).await?;
+            found.insert(*place, rows.iter().map(candidate).collect::<Result<_, sqlx::Error>>()?);
         }
-        several => sqlx::query(CANDIDATES_OF_SEVERAL).bind(json(several)).fetch_all(session.db()).await?,
-    };
-    let mut found: HashMap<String, Vec<Candidate>> = HashMap::with_capacity(wanted.len());
-    let candidate =
-        |row: &SqliteRow| Ok(Candidate { turn: row.try_get(1)?, task: row.try_get(2)?, max_running: row.try_get(3)? });
-    if let [(user, ..)] = wanted.as_slice() {
-        let all = rows.iter().map(candidate).collect::<Result<_, sqlx::Error>>()?;
-        found.insert((*user).to_owned(), all);
-    } else {
-        for row in &rows {
-            found.entry(row.try_get(0)?).or_default().push(candidate(row)?);
+        several => {
+            let asked =
+                several.iter().map(|(place, owner, turn, task, more)| (place, &owner.queue, &owner.user, turn, task, more));
+            for row in &sqlx::query(CANDIDATES_OF_SEVERAL).bind(json(asked)).fetch_all(session.db()).await? {
+                let place = usize::try_from(row.try_get::<i64, _>(3)?).unwrap_or_default();
+                found.entry(place).or_default().push(candidate(row)?);
+            }
         }
     }
-    let asked: HashMap<String, i64> = wanted.iter().map(|(user, _, _, more)| ((*user).to_owned(), *more)).collect();
-    for account in accounts.iter_mut() {
-        let Some(asked) = asked.get(&account.user) else { continue };
-        let mut more = found.remove(&account.user).unwrap_or_default();
+    let asked: Vec<(usize, i64)> = wanted.iter().map(|(place, .., more)| (*place, *more)).collect();
+    for (place, asked) in asked {
+        let mut more = found.remove(&place).unwrap_or_default();
         more.sort_unstable_by_key(|candidate| (candidate.turn, candidate.task));
-        if count(more.len()) < *asked {
-            account.rest = Rest::Nothing;
+        if count(more.len()) < asked {
+            accounts[place].rest = Rest::Nothing;
         }
-        account.candidates.extend(more);
+        accounts[place].candidates.extend(more);
     }
     Ok(())
 }
 
 /// Give each user that ran out of known tasks its next one.
-async fn refill(session: &mut Session, accounts: &mut [Account], chosen: &[Chosen]) -> Result<(), Failure> {
-    const NEXT: &str = "SELECT turn, task, max_running FROM ready
-        WHERE user = ?1 AND (turn, task) > (?2, ?3) ORDER BY turn, task LIMIT 1";
-    for account in accounts.iter_mut().filter(|account| account.candidates.is_empty() && account.rest == Rest::Unknown) {
-        let Some(last) = chosen.iter().rev().find(|chosen| chosen.user == account.user) else { continue };
-        let next = sqlx::query(NEXT).bind(account.user.clone()).bind(last.turn).bind(last.task);
-        match next.fetch_optional(session.db()).await? {
-            Some(row) => account.candidates.push_back(Candidate {
-                turn: row.try_get(0)?,
-                task: row.try_get(1)?,
-                max_running: row.try_get(2)?,
-            }),
+async fn refill(session: &mut Session, accounts: &mut [Account], owners: &[Owner], chosen: &[Chosen]) -> Result<(), Failure> {
+    let empty = |(account, _): &(&mut Account, &Owner)| account.candidates.is_empty() && account.rest == Rest::Unknown;
+    for (account, owner) in accounts.iter_mut().zip(owners).filter(empty) {
+        let Some(last) = chosen.iter().rev().find(|chosen| chosen.owner == *owner) else { continue };
+        let query =
+            sqlx::query(CANDIDATES_OF_ONE).bind(owner.queue.clone()).bind(owner.user.clone()).bind(last.turn).bind(last.task);
+        match query.bind(1_i64).fetch_optional(session.db()).await? {
+            Some(row) => account.candidates.push_back(candidate(&row)?),
             None => account.rest = Rest::Nothing,
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::accounts::{Changes, json, one_json};
+use super::accounts::{Changes, Owner, json, one_json};
 use super::aside::{self, Place};
 use super::choose::{self, Chosen, Found};
 use super::failure::{self, Failure};
@@ -15,9 +15,10 @@ use super::pieces::{data_bytes, whole_data};
 use super::settle::Group;
 use super::writer::{Job, Session, unasked};
 use crate::outcome::ms;
+use crate::task::{queue_name, stored_queue};
 use crate::{
     Attempt, Claim, Claimed, ClaimedTask, Descent, Error, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
-    Timestamp, data,
+    Timestamp, check_queue, data,
 };
 
 /// The most tasks of one claim.
@@ -108,16 +109,16 @@ pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken,
                     break;
                 }
             }
-            Found::Nameless(users) => {
-                for user in users {
-                    aside::of_user(session, &user).await?;
+            Found::Nameless(accounts) => {
+                for account in accounts {
+                    aside::of_account(session, &account).await?;
                 }
             }
             Found::Misplaced(places) => aside::drop_places(session, &places).await?,
         }
     }
     let alone_waiting =
-        suspects > i64::from(tasks.iter().any(|task| task.alone)) && choose::is_wanted_alone(session, claim.host).await?;
+        suspects > i64::from(tasks.iter().any(|task| task.alone)) && choose::is_wanted_alone(session, claim).await?;
     let next_due_in = next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(now)));
     Ok(Taken { tasks, alone_waiting, next_due_in })
 }
@@ -130,7 +131,7 @@ pub(super) const DUE: &str = "DELETE FROM scheduled WHERE (run_at, task) IN
 /// to run alone, up to two.
 async fn move_due(session: &mut Session) -> Result<(Option<i64>, i64), Failure> {
     // Only of tasks that wait: whatever else stood there has left it now.
-    const TASKS: &str = "SELECT id, run_at, user, max_running, alone, priority FROM task
+    const TASKS: &str = "SELECT id, run_at, user, max_running, alone, priority, queue FROM task
         WHERE id IN (SELECT value FROM json_each(?1)) AND state = 'waiting'";
     const LOOK: &str = "SELECT (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2))";
     let now = session.now;
@@ -181,8 +182,8 @@ async fn cut_to_bound(session: &mut Session, chosen: &mut Vec<Chosen>) -> Result
 }
 
 /// The key is read from the task's row: SQLite looks a set of expressions up by the first column alone.
-pub(super) const TAKE_FROM_READY: &str = "DELETE FROM ready WHERE (user, turn, task) IN
-        (SELECT user, turn, id FROM task WHERE id IN (SELECT value FROM json_each(?1, '$.tasks')))";
+pub(super) const TAKE_FROM_READY: &str = "DELETE FROM ready WHERE (queue, user, turn, task) IN
+        (SELECT queue, user, turn, id FROM task WHERE id IN (SELECT value FROM json_each(?1, '$.tasks')))";
 
 pub(super) const TAKE_FROM_SUSPECT: &str = "DELETE FROM suspect WHERE (turn, task) IN
         (SELECT turn, id FROM task WHERE alone AND id IN (SELECT value FROM json_each(?1, '$.tasks')))";
@@ -199,7 +200,7 @@ pub(super) const TAKE: &str =
 pub(super) const TAKEN: &str = concat!(
     "SELECT json_array(task.id, task.lease, task.key, task.type, task.user, task.attempts, task.max_attempts,
             task.lost, task.lost_alone, task.alone, task.releases, task.created_at, task.max_running, coalesce(task.root, task.id),
-            coalesce(task.depth, 0), task.turn),
+            coalesce(task.depth, 0), task.turn, task.queue),
             CASE WHEN ", data_bytes!(), " > 17825792 THEN ", data_bytes!(), " || ' bytes, more than can be stored'
                 ELSE ", whole_data!(), " END,
             task.lease
@@ -272,23 +273,21 @@ async fn take(
             taken
         });
         let Some((_, place)) = place else { break };
-        changes.claimed(&place.user, place.pick);
+        changes.claimed(&place.owner, place.pick);
         if !alone {
-            changes.unready(&place.user);
+            changes.unready(&place.owner);
         }
         match taken(row, now, until) {
-            Some((task, turn)) if task.user.as_deref().unwrap_or_default() == place.user && turn == place.turn => {
-                tasks.push(task);
-            }
+            Some((task, turn)) if owner(&task) == place.owner && turn == place.turn => tasks.push(task),
             Some((task, _)) => {
                 // It was taken from a place that is not its own. What belongs to it is gone as well; both accounts are counted anew.
-                changes.uncounted(&place.user);
-                changes.uncounted(task.user.as_deref().unwrap_or_default());
+                changes.uncounted(&place.owner);
+                changes.uncounted(&owner(&task));
                 misplaced.push(place.place());
                 tasks.push(task);
             }
             None => {
-                changes.uncounted(&place.user);
+                changes.uncounted(&place.owner);
                 unreadable.push(place.task);
             }
         }
@@ -310,21 +309,30 @@ fn leases(last: i64, chosen: usize) -> Result<(i64, i64), Failure> {
 }
 
 /// The columns of a claimed task: number, lease, key, type, user, attempts, most attempts, losses, losses alone, alone, releases, when it was
-/// submitted, most running of its user, root, depth, turn. Read as one text, since each column of a row has its price.
+/// submitted, most running of its user, root, depth, turn, queue. Read as one text, since each column of a row has its price.
 #[derive(serde::Deserialize)]
-struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, i64, u32, i64, Option<u32>, i64, u32, i64);
+struct Columns(i64, i64, String, String, String, u32, Option<u32>, u32, u32, i64, u32, i64, Option<u32>, i64, u32, i64, String);
+
+/// Whose account a task counts in.
+fn owner(task: &ClaimedTask) -> Owner {
+    Owner { queue: stored_queue(Some(&task.queue)).to_owned(), user: task.user.clone().unwrap_or_default() }
+}
 
 /// The task, and its turn; None if its row cannot be read.
 fn taken(row: &SqliteRow, now: i64, until: i64) -> Option<(ClaimedTask, i64)> {
     let columns: Columns = serde_json::from_str(row.try_get::<&str, _>(0).ok()?).ok()?;
     let Columns(task, lease, key, task_type, user, attempts, max_attempts, lost, lost_alone, alone, releases, created_at, ..) =
         columns;
-    let Columns(.., max_running, root, depth, turn) = columns;
+    let Columns(.., max_running, root, depth, turn, queue) = columns;
+    if !queue.is_empty() && (check_queue(&queue).is_err() || queue == NewTask::DEFAULT_QUEUE) {
+        return None;
+    }
     let stored: Option<Vec<u8>> = row.try_get_unchecked(1).ok()?;
     let task = ClaimedTask {
         lease_ref: LeaseRef { task: TaskId(task), lease: Lease(lease) },
         key,
         task_type,
+        queue: queue_name(queue),
         data: stored.unwrap_or_default(),
         user: Some(user).filter(|user| !user.is_empty()),
         max_running,

@@ -10,24 +10,25 @@ use super::claim::count;
 use super::pieces::{data_bytes, whole_data};
 use super::read::{PAGE_MAX, beside, data_and_output, data_beside, successor, task, task_columns, task_with_data};
 use crate::listing::{self, Found, Look, PLACE_MAX, Places};
+use crate::task::stored_queue;
 use crate::{Filter, Page, State, Task, TaskId};
 
 /// The most data and output of a page, unless one task alone has more.
 const PAGE_BYTES_MAX: usize = 64 << 20;
 
-/// Whether a task is wanted: 1 type, 2 user, 3 states, 4 first key, 5 the first one behind. Any blob is greater than any text.
+/// Whether a task is wanted: 1 type, 2 user, 3 states, 4 first key, 5 the first one behind, 6 queue. Any blob is greater than any text.
 macro_rules! is_wanted {
     () => {
         "(?1 IS NULL OR task.type = ?1) AND (?2 IS NULL OR task.user = ?2)
             AND (?3 IS NULL OR task.state IN (SELECT value FROM json_each(?3)))
-            AND (?4 IS NULL OR (task.key >= ?4 AND task.key < coalesce(?5, x'')))"
+            AND (?6 IS NULL OR task.queue = ?6) AND (?4 IS NULL OR (task.key >= ?4 AND task.key < coalesce(?5, x'')))"
     };
 }
 
-pub(super) const AHEAD: &str = concat!("SELECT id, coalesce(", is_wanted!(), ", 0) FROM task WHERE id > ?6 ORDER BY id LIMIT ?7");
+pub(super) const AHEAD: &str = concat!("SELECT id, coalesce(", is_wanted!(), ", 0) FROM task WHERE id > ?7 ORDER BY id LIMIT ?8");
 
 pub(super) const WANTED: &str = concat!(
-    "SELECT task.id FROM json_each(?6) AS some CROSS JOIN task ON task.id = some.value WHERE ",
+    "SELECT task.id FROM json_each(?7) AS some CROSS JOIN task ON task.id = some.value WHERE ",
     is_wanted!(),
     " ORDER BY task.id"
 );
@@ -69,7 +70,8 @@ impl<'l> Lister<'l> {
     fn bind<'q>(&self, sql: &'static str) -> Query<'q, sqlx::Sqlite, SqliteArguments> {
         let (first, end) = self.keys.clone().unzip();
         let query = sqlx::query(sql).bind(self.filter.task_type.clone()).bind(self.filter.user.clone());
-        query.bind(self.states.clone()).bind(first).bind(end.flatten())
+        let queue = self.filter.queue.as_deref().map(|queue| stored_queue(Some(queue)).to_owned());
+        query.bind(self.states.clone()).bind(first).bind(end.flatten()).bind(queue)
     }
 }
 

@@ -138,6 +138,7 @@ impl Watcher {
     /// Wake who claims, if there is something to claim or to wait for.
     async fn wake(&mut self) {
         const LOOK: &str = "SELECT EXISTS (SELECT 1 FROM account INDEXED BY account_by_age WHERE open)
+                OR EXISTS (SELECT 1 FROM account INDEXED BY account_without_user WHERE user = '' AND head_task IS NOT NULL)
                 OR EXISTS (SELECT 1 FROM suspect),
             (SELECT min(run_at) FROM scheduled)";
         let found: Result<(bool, Option<i64>), _> = sqlx::query_as(LOOK).fetch_one(&self.readers).await;

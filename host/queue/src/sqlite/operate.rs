@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sqlx::sqlite::SqlitePool;
 
-use super::accounts::{Changes, Waiting, json};
+use super::accounts::{Changes, Owner, Waiting, json};
 use super::aside;
 use super::claim::count;
 use super::failure::Failure;
@@ -52,7 +52,7 @@ struct Found {
     key: String,
     task_type: String,
     state: State,
-    user: String,
+    owner: Owner,
     max_running: Option<i64>,
     run_at: i64,
     priority: i64,
@@ -87,7 +87,7 @@ async fn find(session: &mut Session, named: Named) -> Result<Found, Failure> {
 
 async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, Failure> {
     const FIND: &str = "SELECT id, key, type, state, user, max_running, run_at, lease, host, attempts, alone, root,
-            (SELECT code FROM failure WHERE failure.task = task.id), max_attempts, releases, lost, lost_alone, depth, priority, turn
+            (SELECT code FROM failure WHERE failure.task = task.id), max_attempts, releases, lost, lost_alone, depth, priority, turn, queue
         FROM task WHERE id = ?1";
     const BY_KEY: &str = "SELECT id FROM task WHERE key = ?1";
     let id = match named {
@@ -106,7 +106,7 @@ async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, 
         key: columns.text(1, "key"),
         task_type: columns.text(2, "type"),
         state,
-        user: columns.text(4, "user"),
+        owner: Owner { queue: columns.queue(20), user: columns.text(4, "user") },
         max_running: columns.maybe_count(5, "max_running").map(i64::from),
         run_at: columns.whole(6, "run_at"),
         priority: columns.whole(18, "priority"),
@@ -124,12 +124,13 @@ async fn look_up(session: &mut Session, named: &Named) -> Result<Option<Found>, 
 
 /// Take a waiting task from where it waits.
 async fn unqueue(session: &mut Session, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
-    const READY: &str = "DELETE FROM ready WHERE user = ?1 AND turn = ?2 AND task = ?3";
+    const READY: &str = "DELETE FROM ready WHERE queue = ?1 AND user = ?2 AND turn = ?3 AND task = ?4";
     const SCHEDULED: &str = "DELETE FROM scheduled WHERE run_at = ?1 AND task = ?2";
     const SUSPECT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
-    let ready = sqlx::query(READY).bind(found.user.clone()).bind(found.turn).bind(found.task);
+    let ready =
+        sqlx::query(READY).bind(found.owner.queue.clone()).bind(found.owner.user.clone()).bind(found.turn).bind(found.task);
     if ready.execute(session.db()).await?.rows_affected() == 1 {
-        changes.unready(&found.user);
+        changes.unready(&found.owner);
         return Ok(());
     }
     for (sql, at) in [(SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
@@ -150,7 +151,7 @@ pub(super) async fn end(session: &mut Session, named: Named, by: ByHand, retenti
     match found.state {
         State::Waiting => unqueue(session, &found, &mut changes).await?,
         State::Running => {
-            changes.stopped(&found.user);
+            changes.stopped(&found.owner);
             let attempt = found.attempts.saturating_add(1);
             let record = (found.task, found.lease, attempt, found.host, None, by.event(), None, None, found.alone);
             record_attempts(session, &[record]).await?;
@@ -161,7 +162,7 @@ pub(super) async fn end(session: &mut Session, named: Named, by: ByHand, retenti
     let until = now.saturating_add(ms(retention));
     let query = sqlx::query(END).bind(found.task).bind(by.state().as_str()).bind(by.event()).bind(now).bind(until);
     query.execute(session.db()).await?;
-    changes.ended(&found.task_type, by.state());
+    changes.ended(&found.owner.queue, &found.task_type, by.state());
     if found.root.is_some() {
         end_descent(session, &[found.task]).await?;
     }
@@ -211,7 +212,7 @@ pub(super) async fn retry(session: &mut Session, named: Named) -> Result<(), Fai
         State::Failed | State::Cancelled => {
             sqlx::query(REVIVE).bind(found.task).bind(run_at).execute(session.db()).await?;
             sqlx::query(FORGET).bind(found.task).execute(session.db()).await?;
-            changes.revived(&found.task_type, found.state);
+            changes.revived(&found.owner.queue, &found.task_type, found.state);
             if let Some(root) = found.root {
                 descend(session, &[(found.task, root)]).await?;
             }
@@ -221,7 +222,7 @@ pub(super) async fn retry(session: &mut Session, named: Named) -> Result<(), Fai
     }
     let alone = sqlx::query_scalar(ALONE).bind(found.task).fetch_one(session.db()).await?;
     let waiting =
-        Waiting { task: found.task, run_at, priority: found.priority, user: found.user, max_running: found.max_running, alone };
+        Waiting { task: found.task, run_at, priority: found.priority, owner: found.owner, max_running: found.max_running, alone };
     changes.enqueue(session, &[waiting]).await?;
     changes.write(session).await
 }
@@ -240,7 +241,7 @@ pub(super) async fn release_held(session: &mut Session, key: String) -> Result<b
         task: found.task,
         run_at: now,
         priority: found.priority,
-        user: found.user,
+        owner: found.owner,
         max_running: found.max_running,
         alone: false,
     };
@@ -260,7 +261,7 @@ pub(super) async fn drop_held(session: &mut Session, key: String) -> Result<bool
     unqueue(session, &found, &mut changes).await?;
     sqlx::query(DROP).bind(found.task).execute(session.db()).await?;
     remove_beside(session, &[found.task]).await?;
-    changes.dropped(&found.task_type);
+    changes.dropped(&found.owner.queue, &found.task_type);
     changes.write(session).await?;
     Ok(true)
 }

@@ -6,6 +6,7 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 use super::failure;
 use super::pieces::{data_bytes, whole_data};
 use super::rows::{Columns, lossy};
+use crate::task::queue_name;
 use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
@@ -16,7 +17,7 @@ macro_rules! task_columns {
         "task.id, task.key, task.type, task.state, task.user, task.max_running, task.attempts, task.max_attempts, task.lost,
         task.created_at, task.run_at, task.until, task.host, task.finished_at, task.retained_until,
         (SELECT digest FROM plugin_version WHERE plugin_version.id = task.plugin) AS digest, failure.code, failure.message,
-        progress.done, progress.total, progress.note, task.releases, task.lost_alone, task.depth, task.priority"
+        progress.done, progress.total, progress.note, task.releases, task.lost_alone, task.depth, task.priority, task.queue"
     };
 }
 pub(super) use task_columns;
@@ -55,6 +56,7 @@ fn from_columns(columns: &mut Columns<'_>) -> Task {
         key: columns.text(1, "key"),
         task_type: columns.text(2, "type"),
         state,
+        queue: queue_name(columns.queue(25)),
         user: Some(columns.text(4, "user")).filter(|user| !user.is_empty()),
         max_running: columns.maybe_count(5, "max_running"),
         priority: priority(columns, 24),
@@ -95,10 +97,10 @@ fn priority(columns: &mut Columns<'_>, at: usize) -> i32 {
 pub(super) fn task_with_data(row: &SqliteRow) -> Task {
     let mut columns = Columns::of(row);
     let mut task = from_columns(&mut columns);
-    if let bytes @ 17_825_793.. = columns.whole(27, "data's size") {
+    if let bytes @ 17_825_793.. = columns.whole(28, "data's size") {
         columns.complain(format!("the data has {bytes} bytes, more than can be stored"));
     }
-    let kind = columns.type_name(25);
+    let kind = columns.type_name(26);
     match kind.as_str() {
         "TEXT" | "BLOB" => {}
         // Too much of it is not read.
@@ -106,8 +108,8 @@ pub(super) fn task_with_data(row: &SqliteRow) -> Task {
         "NULL" => columns.complain("the data is missing".to_owned()),
         _ => columns.complain(format!("the data is {kind}, not text")),
     }
-    task.data = Some(data::readable(columns.bytes(25).unwrap_or_default()));
-    task.output = columns.bytes(26);
+    task.data = Some(data::readable(columns.bytes(26).unwrap_or_default()));
+    task.output = columns.bytes(27);
     task.unreadable = columns.problem();
     task
 }
@@ -209,26 +211,36 @@ pub(super) async fn has_unsettled(readers: &SqlitePool, prefix: &str) -> Result<
     sqlx::query_scalar(UNSETTLED).bind(prefix.to_owned()).bind(successor(prefix)).fetch_one(readers).await
 }
 
+/// Counts as they are told.
+fn named(rows: Vec<(Vec<u8>, i64)>) -> Vec<(String, u64)> {
+    rows.into_iter().map(|(name, tasks)| (lossy(&name), tasks.unsigned_abs())).collect()
+}
+
 pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
     const COUNTS: &str = "SELECT (SELECT CAST(total(ready) AS INTEGER) FROM account), (SELECT count(*) FROM suspect),
         (SELECT count(*) FROM scheduled WHERE run_at > clock.now), (SELECT count(*) FROM scheduled WHERE run_at <= clock.now),
         (SELECT CAST(total(running) AS INTEGER) FROM account),
-        (WITH RECURSIVE band (user, turn) AS (
+        (WITH RECURSIVE band (queue, user, turn) AS (
                 -- A user's first task of each priority that it has: a turn and 100 steps, divided by a step, is the priority and 100, and the rest is a time.
-                SELECT user, head_turn FROM account WHERE head_turn IS NOT NULL
+                SELECT queue, user, head_turn FROM account WHERE head_turn IS NOT NULL
                 UNION ALL
-                SELECT user, (SELECT min(ready.turn) FROM ready WHERE ready.user = band.user
+                SELECT queue, user, (SELECT min(ready.turn) FROM ready WHERE ready.queue = band.queue AND ready.user = band.user
                     AND ready.turn >= ((band.turn + 100000000000000000) / 1000000000000000 - 99) * 1000000000000000)
                 FROM band WHERE turn IS NOT NULL)
             SELECT min((turn + 100000000000000000) % 1000000000000000) FROM band),
         (SELECT min(task.run_at) FROM suspect JOIN task ON task.id = suspect.task), (SELECT min(run_at) FROM scheduled), clock.now
         FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) AS clock";
     const ENDED: &str = "SELECT CAST(name AS BLOB), tasks FROM tally WHERE what = 'ended'";
-    const TYPES: &str = "SELECT CAST(name AS BLOB), tasks FROM tally WHERE what = 'type' ORDER BY tasks DESC, name LIMIT 100";
+    const TYPES: &str = "SELECT CAST(name AS BLOB), sum(tasks) FROM tally WHERE what = 'type'
+        GROUP BY name ORDER BY sum(tasks) DESC, name LIMIT 100";
+    const QUEUES: &str =
+        "SELECT CAST(CASE queue WHEN '' THEN 'default' ELSE queue END AS BLOB), sum(tasks) FROM tally WHERE what = 'type'
+        GROUP BY 1 ORDER BY sum(tasks) DESC, 1 LIMIT 100";
     let mut reading = readers.begin().await?;
     let counts = sqlx::query(COUNTS).fetch_one(&mut *reading).await?;
     let ended: Vec<(Vec<u8>, i64)> = sqlx::query_as(ENDED).fetch_all(&mut *reading).await?;
     let types: Vec<(Vec<u8>, i64)> = sqlx::query_as(TYPES).fetch_all(&mut *reading).await?;
+    let queues: Vec<(Vec<u8>, i64)> = sqlx::query_as(QUEUES).fetch_all(&mut *reading).await?;
     let number = |place: usize| counts.try_get::<i64, _>(place).map(i64::unsigned_abs);
     let of = |state: State| {
         ended.iter().find(|(name, _)| name == state.as_str().as_bytes()).map_or(0, |(_, tasks)| tasks.unsigned_abs())
@@ -245,7 +257,8 @@ pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
         failed: of(State::Failed),
         cancelled: of(State::Cancelled),
         oldest_ready_ms: oldest.map(|moment| u64::try_from(now.since(moment).as_millis()).unwrap_or(u64::MAX)),
-        types: types.into_iter().map(|(name, tasks)| (lossy(&name), tasks.unsigned_abs())).collect(),
+        types: named(types),
+        queues: named(queues),
     })
 }
 

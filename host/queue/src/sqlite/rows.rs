@@ -3,6 +3,8 @@
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, TypeInfo as _, ValueRef as _};
 
+use crate::{NewTask, check_queue};
+
 /// Reads a row, and remembers what of it is not as it should be.
 pub(super) struct Columns<'r> {
     row: &'r SqliteRow,
@@ -26,6 +28,19 @@ impl<'r> Columns<'r> {
     /// A text; NULL is empty.
     pub(super) fn text(&mut self, at: usize, name: &str) -> String {
         self.maybe_text(at, name).unwrap_or_default()
+    }
+
+    /// A queue's name as the tables have it: '' is the default one.
+    pub(super) fn queue(&mut self, at: usize) -> String {
+        let name = self.text(at, "queue");
+        if name == NewTask::DEFAULT_QUEUE {
+            self.problems.push(format!("the queue is {name:?}; in the tables the default queue is ''"));
+        } else if !name.is_empty()
+            && let Err(problem) = check_queue(&name)
+        {
+            self.problems.push(problem);
+        }
+        name
     }
 
     /// A whole number, or None for NULL.

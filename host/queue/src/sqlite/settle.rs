@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::Row as _;
 
-use super::accounts::{Changes, Waiting, json};
+use super::accounts::{Changes, Owner, Waiting, json};
 use super::aside;
 use super::failure::{self, Failure};
 use super::rows::Columns;
@@ -27,9 +27,9 @@ pub(super) struct Group {
 }
 
 /// What is needed of a task's row before it is settled: number, lease, type, user, most running of its user, when it could run,
-/// attempts, host, whether it runs alone, root of a follow-up, priority.
+/// attempts, host, whether it runs alone, root of a follow-up, priority, queue.
 #[derive(serde::Deserialize)]
-struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, i64, Option<i64>, i64);
+struct Settled(i64, i64, String, String, Option<i64>, i64, i64, Option<i64>, i64, Option<i64>, i64, String);
 
 impl Group {
     /// Check the follow-ups.
@@ -94,7 +94,7 @@ async fn plugin_ids(session: &mut Session, digests: BTreeSet<&str>) -> Result<Ha
 /// The fence. Leases are asked for as an object, task to lease, and answered in one text: rows and their columns have their price.
 pub(super) const HELD: &str =
     "SELECT json_group_array(json_array(task.id, task.lease, task.type, task.user, task.max_running, task.run_at,
-            task.attempts, task.host, task.alone, task.root, task.priority))
+            task.attempts, task.host, task.alone, task.root, task.priority, task.queue))
         FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
         WHERE task.lease = s.value AND task.state = 'running' AND (task.until > ?2 OR ?3)";
 
@@ -116,16 +116,17 @@ async fn held(session: &mut Session, entries: &[Entry], ended_too: bool) -> Resu
     Ok(rows.into_iter().map(by_lease).collect())
 }
 
-/// Those of the asked, an object of task to lease, that have a type or a user that is no text.
+/// Those of the asked, an object of task to lease, that have a type, a queue or a user that cannot be read.
 async fn unreadable(session: &mut Session, leases: String) -> Result<Vec<i64>, Failure> {
     const NAMES: &str =
-        "SELECT task.id, task.type, task.user FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
+        "SELECT task.id, task.type, task.user, task.queue FROM json_each(?1) AS s CROSS JOIN task ON task.id = CAST(s.key AS INTEGER)
         WHERE task.lease = s.value AND task.state = 'running'";
     let mut unreadable = Vec::new();
     for row in sqlx::query(NAMES).bind(leases).fetch_all(session.db()).await? {
         let mut columns = Columns::of(&row);
         columns.text(1, "type");
         columns.text(2, "user");
+        columns.queue(3);
         let task = columns.whole(0, "number");
         unreadable.extend(columns.problem().map(|_| task));
     }
@@ -203,25 +204,20 @@ async fn place(
     let mut ended = Vec::with_capacity(kept.len());
     let mut descendants = Vec::new();
     for entry in kept {
-        let Some(Settled(task, _, task_type, user, max_running, run_at, .., root, priority)) = settled.get(&entry.lease_ref)
+        let Some(Settled(task, _, task_type, user, max_running, run_at, .., root, priority, queue)) =
+            settled.get(&entry.lease_ref)
         else {
             continue;
         };
-        changes.stopped(user);
+        let owner = Owner { queue: queue.clone(), user: user.clone() };
+        changes.stopped(&owner);
         // As the statement has written it: run_at of what waits, retained_until of what has ended.
         let moment = entry.row.after_ms.map_or(*run_at, |after_ms| now + after_ms);
         if entry.row.state == State::Waiting {
             let alone = entry.row.counters.alone.unwrap_or_default();
-            waiting.push(Waiting {
-                task: *task,
-                run_at: moment,
-                priority: *priority,
-                user: user.clone(),
-                max_running: *max_running,
-                alone,
-            });
+            waiting.push(Waiting { task: *task, run_at: moment, priority: *priority, owner, max_running: *max_running, alone });
         } else {
-            changes.ended(task_type, entry.row.state);
+            changes.ended(queue, task_type, entry.row.state);
             ended.push((moment, *task));
             descendants.extend(root.map(|_| *task));
         }
@@ -269,7 +265,7 @@ async fn write_beside(
             failures.push((task, &entry.error_code, &entry.error_message));
         }
         if entry.row.state != State::Finished
-            && let Some(Settled(.., attempts, host, alone, _, _)) = settled.get(&entry.lease_ref)
+            && let Some(Settled(.., attempts, host, alone, _, _, _)) = settled.get(&entry.lease_ref)
         {
             let attempt = attempts.saturating_add(1);
             let plugin = entry.plugin_digest.as_deref().and_then(|digest| plugins.get(digest)).copied();

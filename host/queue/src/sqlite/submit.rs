@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sqlx::Row as _;
 
-use super::accounts::{Changes, Waiting, json};
+use super::accounts::{Changes, Owner, Waiting, json};
 use super::failure::Failure;
 use super::operate;
 use super::writer::Session;
@@ -54,8 +54,8 @@ async fn store_chunk(
     changes: &mut Changes,
     created: &mut Vec<bool>,
 ) -> Result<(), Failure> {
-    const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at, root, depth, priority)
-        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7, value ->> 8
+    const TASK: &str = "INSERT INTO task (key, type, user, max_running, max_attempts, created_at, run_at, root, depth, priority, queue)
+        SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, ?2, value ->> 5, value ->> 6, value ->> 7, value ->> 8, value ->> 9
         FROM json_each(?1) WHERE true ON CONFLICT (key) DO NOTHING RETURNING id, key";
     // Somebody may have written there before the task was.
     const DATA: &str = "INSERT OR REPLACE INTO task_data (task, bytes, data)
@@ -67,7 +67,8 @@ async fn store_chunk(
     let rows = |those: &mut dyn Iterator<Item = &Row>| {
         json(those.map(|row| {
             let (root, depth) = row.descent.map(|descent| (descent.root, descent.depth)).unzip();
-            (&row.key, &row.task_type, &row.user, row.max_running, row.max_attempts, run_at(row), root, depth, row.priority)
+            let Row { key, task_type, queue, user, max_running, max_attempts, priority, .. } = row;
+            (key, task_type, user, max_running, max_attempts, run_at(row), root, depth, priority, queue)
         }))
     };
     let mut stored = sqlx::query(TASK).bind(rows(&mut chunk.iter())).bind(now).fetch_all(session.db()).await?;
@@ -96,11 +97,11 @@ async fn store_chunk(
             task,
             run_at: run_at(row),
             priority: i64::from(row.priority),
-            user: row.user.clone(),
+            owner: Owner { queue: row.queue.clone(), user: row.user.clone() },
             max_running: row.max_running.map(i64::from),
             alone: false,
         });
-        changes.entered(&row.task_type);
+        changes.entered(&row.queue, &row.task_type);
     }
     if !parts.is_empty() {
         sqlx::query(DATA).bind(json(parts)).bind(bytes).execute(session.db()).await?;

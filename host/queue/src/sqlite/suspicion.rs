@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 
+use sqlx::Row as _;
 use sqlx::sqlite::SqlitePool;
 
-use super::accounts::{Changes, Waiting, json};
+use super::accounts::{Changes, Owner, Waiting, json};
 use super::failure::{self, Failure};
 use super::writer::Session;
 use crate::outcome::ms;
@@ -58,7 +59,7 @@ async fn lift(session: &mut Session, task: i64, losses: &[(i64, i64)], changes: 
                 WHERE attempt.task = task.id AND event = 'lost' AND ended_at >= task.lost_at), lost_at) END
         WHERE id = ?1";
     const COMPANY: &str = "UPDATE task SET alone = 0 WHERE id = ?1 AND state = 'waiting' AND alone AND lost < ?2
-        RETURNING run_at, CAST(user AS BLOB), max_running, priority";
+        RETURNING run_at, CAST(user AS BLOB), max_running, priority, CAST(queue AS BLOB)";
     const OUT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
     let since: Option<Option<i64>> = sqlx::query_scalar(SINCE).bind(task).fetch_optional(session.db()).await?;
     let Some(since) = since else { return Ok(()) };
@@ -68,13 +69,15 @@ async fn lift(session: &mut Session, task: i64, losses: &[(i64, i64)], changes: 
         excused.alone += *alone;
     }
     sqlx::query(LIFT).bind(task).bind(excused.losses).bind(excused.alone).execute(session.db()).await?;
-    let company: Option<(i64, Vec<u8>, Option<i64>, i64)> =
-        sqlx::query_as(COMPANY).bind(task).bind(Policy::LOST_MAX).fetch_optional(session.db()).await?;
-    if let Some((run_at, user, max_running, priority)) = company
-        && let Ok(user) = String::from_utf8(user)
+    let company = sqlx::query(COMPANY).bind(task).bind(Policy::LOST_MAX).fetch_optional(session.db()).await?;
+    let Some(company) = company else { return Ok(()) };
+    let (run_at, max_running, priority) = (company.try_get(0)?, company.try_get(2)?, company.try_get(3)?);
+    if let (Ok(user), Ok(queue)) = (String::from_utf8(company.try_get(1)?), String::from_utf8(company.try_get(4)?))
         && sqlx::query(OUT).bind(fair::turn(priority, run_at)).bind(task).execute(session.db()).await?.rows_affected() == 1
     {
-        changes.enqueue(session, &[Waiting { task, run_at, priority, user, max_running, alone: false }]).await?;
+        changes
+            .enqueue(session, &[Waiting { task, run_at, priority, owner: Owner { queue, user }, max_running, alone: false }])
+            .await?;
     }
     Ok(())
 }

@@ -25,25 +25,45 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else; with what their plan has to contain.
-const LOOKED_UP: [(&str, &str, &str); 23] = [
+const LOOKED_UP: [(&str, &str, &str); 31] = [
     ("due", claim::DUE, "SEARCH scheduled USING PRIMARY KEY (run_at=? AND task=?)"),
     ("suspect", choose::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN"),
-    ("first", choose::FIRST, "SCAN ready USING COVERING INDEX ready_in_turn"),
+    ("heads", choose::HEADS, "SCAN account USING INDEX account_without_user"),
+    ("heads of queues", choose::HEADS_OF_QUEUES, "SEARCH account USING PRIMARY KEY (queue=? AND user=?)"),
+    ("nobody's", choose::NOBODYS, "SEARCH ready USING PRIMARY KEY (queue=? AND user=? AND (turn,task)>(?,?))"),
+    (
+        "nobody's of several",
+        choose::NOBODYS_OF_SEVERAL,
+        "SEARCH later USING PRIMARY KEY (queue=? AND user=? AND (turn,task)>(?,?))",
+    ),
+    ("first of users", choose::FIRST_OF_USERS, "SEARCH ready USING INDEX ready_in_turn (queue=?)"),
+    ("queues of users", choose::QUEUES_OF_USERS, "SEARCH ready USING COVERING INDEX ready_in_turn (queue>?)"),
     ("open accounts", choose::OPEN_ACCOUNTS, "SCAN account USING INDEX account_by_weight"),
-    ("candidates of one", choose::CANDIDATES_OF_ONE, "SEARCH ready USING PRIMARY KEY (user=? AND (turn,task)>(?,?))"),
-    ("candidates of several", choose::CANDIDATES_OF_SEVERAL, "SEARCH later USING PRIMARY KEY (user=? AND (turn,task)>(?,?))"),
-    ("take from ready", claim::TAKE_FROM_READY, "SEARCH ready USING PRIMARY KEY (user=? AND turn=? AND task=?)"),
+    ("open queues", choose::OPEN_QUEUES, "SEARCH account EXISTS USING INDEX account_of_queue_by_age (queue=?)"),
+    (
+        "oldest of a queue",
+        choose::OPEN_ACCOUNTS_OF_QUEUE,
+        "SEARCH account USING INDEX account_of_queue_by_age (queue=? AND picked<?)",
+    ),
+    ("heaviest of a queue", choose::OPEN_ACCOUNTS_OF_QUEUE, "SEARCH account USING INDEX account_of_queue_by_weight (queue=?)"),
+    ("candidates of one", choose::CANDIDATES_OF_ONE, "SEARCH ready USING PRIMARY KEY (queue=? AND user=? AND (turn,task)>(?,?))"),
+    (
+        "candidates of several",
+        choose::CANDIDATES_OF_SEVERAL,
+        "SEARCH later USING PRIMARY KEY (queue=? AND user=? AND (turn,task)>(?,?))",
+    ),
+    ("take from ready", claim::TAKE_FROM_READY, "SEARCH ready USING PRIMARY KEY (queue=? AND user=? AND turn=? AND task=?)"),
     ("take from suspect", claim::TAKE_FROM_SUSPECT, "SEARCH suspect USING PRIMARY KEY (turn=? AND task=?)"),
-    ("leave accounts", accounts::LEAVE_ACCOUNTS, "SEARCH account USING PRIMARY KEY (user=?)"),
-    ("leave tally", accounts::LEAVE_TALLY, "SEARCH tally USING PRIMARY KEY (what=? AND name=?)"),
+    ("leave accounts", accounts::LEAVE_ACCOUNTS, "SEARCH account USING PRIMARY KEY (queue=? AND user=?)"),
+    ("leave tally", accounts::LEAVE_TALLY, "SEARCH tally USING PRIMARY KEY (what=? AND queue=? AND name=?)"),
     ("take", claim::TAKE, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("taken", claim::TAKEN, "SEARCH task_data USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN"),
     ("held", settle::HELD, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("finish", settle::FINISH, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("settle", settle::SETTLE, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("trim attempts", settle::TRIM_ATTEMPTS, "SEARCH attempt USING PRIMARY KEY (task=?)"),
-    ("change accounts", accounts::CHANGE_ACCOUNTS, "SEARCH account USING PRIMARY KEY (user=?)"),
-    ("change tally", accounts::CHANGE_TALLY, "SEARCH tally USING PRIMARY KEY (what=? AND name=?)"),
+    ("change accounts", accounts::CHANGE_ACCOUNTS, "SEARCH account USING PRIMARY KEY (queue=? AND user=?)"),
+    ("change tally", accounts::CHANGE_TALLY, "SEARCH tally USING PRIMARY KEY (what=? AND queue=? AND name=?)"),
     ("renew", keep::RENEW, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?)"),
     ("strays", hosts::STRAYS, "SEARCH task USING COVERING INDEX task_running (host=? AND until<?)"),
     ("held keys", read::HELD, "SEARCH scheduled USING PRIMARY KEY (run_at=?)"),
@@ -64,7 +84,12 @@ async fn no_statement_of_the_path_reads_more_than_its_batch() {
         assert!(plan.iter().any(|step| step == expected), "{name}: {plan:#?}");
         for step in &plan {
             let scanned = step.strip_prefix("SCAN ").and_then(|step| step.split(' ').next());
-            let in_order = ["INDEX account_by_weight", "INDEX account_without_limit", "COVERING INDEX ready_in_turn"];
+            let in_order = [
+                "INDEX account_by_weight",
+                "INDEX account_without_limit",
+                "INDEX account_without_user",
+                "COVERING INDEX ready_in_turn",
+            ];
             let in_order = in_order.iter().any(|index| step.contains(&format!("USING {index}")));
             assert!(!scanned.is_some_and(|table| LARGE.contains(&table)) || in_order, "{name} reads a whole table: {plan:#?}");
         }
@@ -86,6 +111,7 @@ async fn an_idle_queue_writes_nothing() {
         ignore_users: false,
         accepts: None,
         limited: None,
+        queues: None,
     };
     for _ in 0..20 {
         assert!(sqlite.claim(&claim).await.unwrap().tasks.is_empty());
@@ -100,7 +126,7 @@ async fn a_full_disk_is_named_loses_nothing_and_passes() {
     let folder = TempDir::new().unwrap();
     // SQLite says that the disk is full in the same way when the database may not have more pages.
     let small = |pages: u32| move |options: SqliteConnectOptions| options.pragma("max_page_count", pages.to_string());
-    let sqlite = opened(&folder, small(120)).await;
+    let sqlite = opened(&folder, small(130)).await;
     let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let task = |number: usize| NewTask::new(number.to_string(), "type", format!(r#"{{"x":"{}"}}"#, "x".repeat(3_000)));
     let mut stored = 0;
@@ -127,6 +153,7 @@ async fn a_full_disk_is_named_loses_nothing_and_passes() {
         ignore_users: false,
         accepts: None,
         limited: None,
+        queues: None,
     };
     let claimed = sqlite.claim(&claim).await.unwrap().tasks.remove(0);
     let event = Event::Finish { output: None, retention: Some(Duration::ZERO) };
@@ -154,11 +181,13 @@ async fn one_operation_that_fails_takes_only_its_own_changes_back() {
                         .writer
                         .run::<(), _>("failing", move |session| {
                             Box::pin(async move {
-                                sqlx::query("INSERT INTO tally VALUES ('type', ?1, 1)")
+                                sqlx::query("INSERT INTO tally (what, name, tasks) VALUES ('type', ?1, 1)")
                                     .bind(number)
                                     .execute(session.db())
                                     .await?;
-                                sqlx::query("INSERT INTO tally VALUES ('nonsense', 'x', 1)").execute(session.db()).await?;
+                                sqlx::query("INSERT INTO tally (what, name, tasks) VALUES ('nonsense', 'x', 1)")
+                                    .execute(session.db())
+                                    .await?;
                                 Ok(())
                             })
                         })
@@ -187,7 +216,7 @@ pub(super) async fn host(sqlite: &Sqlite) -> HostId {
 
 pub(super) fn asking(host: HostId, limit: u32) -> Claim {
     let alive_time = Duration::from_secs(3_600);
-    Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None }
+    Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None, queues: None }
 }
 
 fn finished(task: &crate::ClaimedTask) -> Settlement {
@@ -341,7 +370,7 @@ fn fill_state(state: State, name: &str, count: usize) -> String {
     let (until, ended) = (if state == State::Running { "9" } else { "NULL" }, if is_ended { "9" } else { "NULL" });
     let place = if state == State::Waiting {
         format!(
-            "INSERT INTO ready (user, turn, task) SELECT user, turn, id FROM task WHERE state = 'waiting' AND type = '{name}'"
+            "INSERT INTO ready (queue, user, turn, task) SELECT queue, user, turn, id FROM task WHERE state = 'waiting' AND type = '{name}'"
         )
     } else {
         String::new()

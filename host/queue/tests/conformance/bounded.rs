@@ -189,7 +189,8 @@ impl Mill {
 
     async fn claim(&self, process: usize, limit: u32) -> Vec<ClaimedTask> {
         let host = self.hosts[process];
-        let claim = Claim { host, limit, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None };
+        let claim =
+            Claim { host, limit, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
         self.queues[process].backend().claim(&claim).await.unwrap().tasks
     }
 

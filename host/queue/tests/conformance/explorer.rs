@@ -232,7 +232,8 @@ async fn calm(fixture: &Fixture, scene: &Scene) {
     for _ in 0..CLAIMS {
         // To PerfectQueue a task that waits for its time is one that runs, and its user's others wait.
         let ignore_users = fixture.is_perfectqueue();
-        let claim = Claim { host, limit: 10, alive_time: LONG, alone: true, ignore_users, accepts: None, limited: None };
+        let claim =
+            Claim { host, limit: 10, alive_time: LONG, alone: true, ignore_users, accepts: None, limited: None, queues: None };
         let tasks = fixture.backend().claim(&claim).await.unwrap().tasks;
         let ends: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
         fixture.backend().settle(&ends).await.unwrap();

@@ -167,7 +167,8 @@ impl Fixture {
     }
 
     pub(crate) async fn claim_for(&self, host: HostId, limit: u32, alive_time: Duration) -> Vec<ClaimedTask> {
-        let claim = Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None };
+        let claim =
+            Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
         self.backend().claim(&claim).await.expect("a registered host can claim").tasks
     }
 

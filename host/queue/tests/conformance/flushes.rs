@@ -36,6 +36,7 @@ async fn claim(queue: &Queue) -> Vec<ClaimedTask> {
         ignore_users: false,
         accepts: None,
         limited: None,
+        queues: None,
     };
     queue.backend().claim(&claim).await.unwrap().tasks
 }

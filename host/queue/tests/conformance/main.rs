@@ -36,6 +36,7 @@ mod postgres;
 mod postgres_store;
 mod priority;
 mod program;
+mod queues;
 mod rows_mariadb;
 mod rows_postgres;
 mod rows_sqlite;

@@ -21,7 +21,16 @@ const STORM_HOSTS: usize = 4;
 async fn work(queue: Queue, settled_tasks: Arc<AtomicUsize>) {
     let description = HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
-    let claim = Claim { host, limit: 20, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None };
+    let claim = Claim {
+        host,
+        limit: 20,
+        alive_time: LONG,
+        alone: false,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+        queues: None,
+    };
     while settled_tasks.load(Ordering::SeqCst) < STORM_TASKS {
         let tasks = match queue.backend().claim(&claim).await {
             Ok(claimed) => claimed.tasks,
@@ -313,13 +322,18 @@ async fn a_producer_that_speaks_sql_is_told_what_is_wrong() {
         ("'a', REPEAT('x', 256), '{}', NULL", "type: "),
         ("'a', 't', '[]', NULL", "data: "),
         ("'a', 't', 'oops', NULL", "data: "),
-        ("'a', 't', '{}', '{\"colour\":1}'", "options: no option is called \"colour\"; there are user, "),
+        ("'a', 't', '{}', '{\"colour\":1}'", "options: no option is called \"colour\"; there are queue, user, "),
         (r#"'a', 't', '{}', '{"\\u0075ser":"u"}'"#, "options: their names are written without escapes"),
         (
             r#"'a', 't', '{}', CONCAT('{"user":"', REPEAT('x', 65536), '"}')"#,
             "options: a JSON object as text, at most 65536 bytes",
         ),
         (r#"'a', 't', '{}', '{"gzip":true}'"#, "gzip: false"),
+        (r#"'a', 't', '{}', '{"queue":"two words"}'"#, "queue: 1 to 64 letters, digits and _ - . : /"),
+        (
+            r#"'a', 't', '{}', '{"an option with a long name":1}'"#,
+            "options: no option is called \"an option with a lon\"; there are queue, user, run_at, priority, max_running, max_attempts and gzip",
+        ),
     ];
     for (row, expected) in cases {
         let sql = format!("CALL laelaps_submit({row})");
@@ -415,7 +429,8 @@ async fn handed_on_in_the_middle_of_a_claim(user: &str) -> bool {
     let mut stopper = producer(&fixture).await;
     sqlx::raw_sql("START TRANSACTION; SELECT task FROM laelaps_ready_of_user FOR UPDATE").execute(&mut stopper).await.unwrap();
     let (claimer, policy) = (fixture.queue.clone(), fixture.config.policy.clone());
-    let claim = Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None };
+    let claim =
+        Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
     let (mut watcher, handing) = (producer(&fixture).await, fixture.another().await);
     let begun = Instant::now();
     let claiming = tokio::spawn(async move { claimer.backend().claim(&claim).await });

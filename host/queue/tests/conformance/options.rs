@@ -20,6 +20,8 @@ struct Case {
 #[derive(Debug, Default, Deserialize, PartialEq)]
 #[serde(default, deny_unknown_fields)]
 struct Said {
+    /// None: the default one.
+    queue: Option<String>,
     user: Option<String>,
     /// None: at once.
     run_at: Option<i64>,
@@ -39,7 +41,8 @@ async fn answered_otherwise(queue: &Queue, mut submit: impl AsyncFnMut(&str, &st
                 let is_later = task.run_at > task.created_at;
                 let run_at = is_later.then_some(task.run_at).map(|Timestamp(moment)| moment);
                 let (priority, max_running, max_attempts) = (task.priority, task.max_running, task.max_attempts);
-                let said = Said { user: task.user, run_at, priority, max_running, max_attempts };
+                let queue = Some(task.queue).filter(|queue| queue != "default");
+                let said = Said { queue, user: task.user, run_at, priority, max_running, max_attempts };
                 if said != expected {
                     otherwise.push(format!("{options} is {said:?}"));
                 }

@@ -43,6 +43,7 @@ async fn hosts_work_through_a_pooler_that_knows_no_prepared_statements() {
                     ignore_users: false,
                     accepts: None,
                     limited: None,
+                    queues: None,
                 };
                 let claimed = queue.backend().claim(&claim).await.unwrap().tasks;
                 let group: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();

@@ -37,7 +37,16 @@ async fn refused(config: &Config) -> String {
 async fn work(queue: Queue, count: usize, finished: Arc<AtomicUsize>) {
     let description = HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
-    let claim = Claim { host, limit: 20, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None };
+    let claim = Claim {
+        host,
+        limit: 20,
+        alive_time: LONG,
+        alone: false,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+        queues: None,
+    };
     loop {
         let tasks = queue.backend().claim(&claim).await.unwrap().tasks;
         let group: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
@@ -172,7 +181,8 @@ async fn who_does_not_listen_finds_what_comes_by_polling_alone() {
     let deaf = Queue::open(&Config { connections, ..fixture.config.clone() }).await.unwrap();
     let host =
         deaf.backend().register_host(&HostDescription { name: "deaf".to_owned(), process_id: 1, identity: None }).await.unwrap();
-    let claim = Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None };
+    let claim =
+        Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
     assert!(deaf.backend().claim(&claim).await.unwrap().tasks.is_empty());
     let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
     heard.listen("laelaps").await.unwrap();
@@ -310,6 +320,52 @@ async fn what_enters_before_the_mark_is_claimed_within_the_bound() {
     behind::what_enters_before_the_mark_is_claimed_within_the_bound(&fixture, async || transaction.commit().await.unwrap()).await;
 }
 
+/// Claims until all of `count` tasks were claimed; answers their keys in that order.
+async fn claimed_in_turn(fixture: &Fixture, count: usize) -> Vec<String> {
+    let host = fixture.host().await;
+    let mut found = Vec::with_capacity(count);
+    eventually(PATIENCE, "all are claimed", async || {
+        found.extend(fixture.claim(host, 1_000).await.into_iter().map(|task| task.key));
+        if found.len() == count { Ok(()) } else { Err(format!("{} are", found.len())) }
+    })
+    .await;
+    found
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queues_that_another_program_fills_are_found_and_come_in_one_order() {
+    let fixture = fixture().await;
+    let other = fixture.another().await;
+    let fill = async |numbers: std::ops::Range<usize>| {
+        for number in numbers {
+            let queue = ["mail", "default", "video"][number % 3].to_owned();
+            other.submit(NewTask { queue: Some(queue), ..task(&number.to_string()) }).await.unwrap();
+        }
+    };
+    fill(0..9).await;
+    // The first claim looks from the head, so it knows all of them.
+    assert_eq!(claimed_in_turn(&fixture, 9).await, ["0", "1", "2", "3", "4", "5", "6", "7", "8"]);
+    fixture.submit(&[task("a")]).await;
+    let new = NewTask { queue: Some("new".to_owned()), ..task("b") };
+    other.submit(new).await.unwrap();
+    fill(9..12).await;
+    let mut found = claimed_in_turn(&fixture, 5).await;
+    found.sort_unstable();
+    assert_eq!(found, ["10", "11", "9", "a", "b"], "a later look finds a queue that is new");
+    other.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_queues_than_a_look_around_may_find_are_found_in_several() {
+    let fixture = fixture().await;
+    let other = fixture.another().await;
+    let of = |number: usize| NewTask { queue: Some(format!("q{number:04}")), ..task(&number.to_string()) };
+    other.submit_many(&(0..2_300).map(of).collect::<Vec<NewTask>>()).await.unwrap();
+    other.close().await;
+    assert_eq!(claimed_in_turn(&fixture, 2_300).await.len(), 2_300);
+    fixture.audit().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_producer_submits_in_its_own_transaction() {
     let fixture = fixture().await;
@@ -366,7 +422,7 @@ async fn the_sql_function_submits_once_and_only_what_keeps_its_bounds() {
         ),
         (
             "SELECT laelaps.submit('x', 'report', '{}', json_build_object('colour', 1))",
-            "options: no option is called \"colour\"; there are user, run_at, priority, max_running, max_attempts and gzip",
+            "options: no option is called \"colour\"; there are user, queue, run_at, priority, max_running, max_attempts and gzip",
         ),
         (
             "SELECT laelaps.submit('x', 'report', '{}', '{\"user\": \"u\", \"user\": \"v\"}'::json)",
@@ -464,7 +520,8 @@ async fn handed_on_in_the_middle_of_a_claim(user: Option<&str>) {
     let mut stopper = raw(&fixture.config).await;
     sqlx::raw_sql("BEGIN; SELECT FROM laelaps.task WHERE key = 'a' FOR UPDATE").execute(&mut stopper).await.unwrap();
     let (claimer, policy) = (fixture.queue.clone(), fixture.config.policy.clone());
-    let claim = Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None };
+    let claim =
+        Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
     let claiming = tokio::spawn(async move { claimer.backend().claim(&claim).await });
     let mut watcher = raw(&fixture.config).await;
     eventually(PATIENCE, "the claim comes to where it is stopped", async || {

@@ -34,6 +34,7 @@ async fn drain(fixture: &Fixture, host: HostId) -> Vec<String> {
             ignore_users: round % 3 == 1,
             accepts: None,
             limited: None,
+            queues: None,
         };
         let claimed = tokio::time::timeout(PATIENCE, fixture.backend().claim(&claim)).await.expect("a claim ends").unwrap().tasks;
         let ends: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
@@ -125,18 +126,24 @@ async fn tasks_are_named_by_their_numbers_as_by_their_keys() {
 }
 
 /// Rows of places that their tasks do not know, each of its kind. What is named good can run in spite of them.
-const CONTRADICTIONS: [&str; 9] = [
+const CONTRADICTIONS: [&str; 14] = [
     // Of no task, of one that has ended, and twice.
-    "INSERT INTO laelaps_ready VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect (turn, task) VALUES (1, 987656)",
-    "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'ended'",
-    "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'ended'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
-    "INSERT INTO laelaps_ready_of_user SELECT 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'good'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    "INSERT INTO laelaps_ready (turn, task, max_running) VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect (turn, task) VALUES (1, 987656)",
+    "INSERT INTO laelaps_ready SELECT queue, 1, id, NULL FROM laelaps_task WHERE `key` = 'ended'",
+    "INSERT INTO laelaps_ready_of_user SELECT queue, 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'ended'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
+    "INSERT INTO laelaps_ready_of_user SELECT queue, 'u', 1, id, 1 FROM laelaps_task WHERE `key` = 'good'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
     "INSERT INTO laelaps_scheduled SELECT run_at, id FROM laelaps_task WHERE `key` = 'good'",
     "INSERT INTO laelaps_scheduled SELECT 5, id FROM laelaps_task WHERE `key` IN ('good', 'ended')",
     // Elsewhere than its row says.
     "UPDATE laelaps_ready SET turn = 7 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
     "UPDATE laelaps_ready_of_user SET turn = 7 WHERE user = 'u'; INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
-    "INSERT INTO laelaps_ready SELECT 1, id, NULL FROM laelaps_task WHERE `key` = 'held'",
+    "INSERT INTO laelaps_ready SELECT queue, 1, id, NULL FROM laelaps_task WHERE `key` = 'held'",
+    // In another queue than its own, or in one that there cannot be.
+    "UPDATE laelaps_ready SET queue = 'mail' WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
+    "UPDATE laelaps_ready_of_user SET queue = 'mail'; INSERT INTO laelaps_account_change (queue, user, running) VALUES ('mail', 'u', 0)",
+    "UPDATE laelaps_ready SET queue = 'two words' WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
+    "INSERT INTO laelaps_ready SELECT x'ff', turn, id, NULL FROM laelaps_task WHERE `key` IN ('good', 'mine')",
+    "UPDATE laelaps_ready_of_user SET queue = x'ff'; INSERT INTO laelaps_account_change (queue, user, running) VALUES (x'ff', 'u', 0)",
 ];
 
 #[tokio::test]
@@ -158,6 +165,92 @@ async fn places_that_contradict_their_tasks_are_put_right_and_stop_nobody() {
     }
 }
 
+/// Places in a queue of tasks of another one. A claim of that queue does not hand them out, and puts them right.
+#[tokio::test]
+async fn a_claim_of_a_queue_never_gets_a_task_of_another_one_that_stands_there() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    let of = |queue: &str, task: NewTask| NewTask { queue: Some(queue.to_owned()), ..task };
+    fixture
+        .submit(&[
+            task("a"),
+            of("video", task("b")),
+            task_of("u", "c", Some(1)),
+            of("mail", task("own")),
+            of("mail", task_of("v", "own of v", Some(1))),
+        ])
+        .await;
+    run(
+        &fixture,
+        "UPDATE laelaps_ready SET queue = 'mail'; UPDATE laelaps_ready_of_user SET queue = 'mail';
+        INSERT INTO laelaps_account_change (queue, user, running) VALUES ('mail', 'u', 0)",
+    )
+    .await;
+    let claim_of = |queue: &str| Claim {
+        host,
+        limit: 9,
+        alive_time: LONG,
+        alone: false,
+        ignore_users: false,
+        accepts: None,
+        limited: None,
+        queues: Some([queue.to_owned()].into()),
+    };
+    let mut found = Vec::new();
+    for queue in ["mail", "mail", "mail", "default", "video"] {
+        let claimed = fixture.backend().claim(&claim_of(queue)).await.unwrap().tasks;
+        assert!(claimed.iter().all(|task| task.queue == queue), "{claimed:?}");
+        found.extend(claimed.into_iter().map(|task| task.key));
+    }
+    found.sort();
+    assert_eq!(found, ["a", "b", "c", "own", "own of v"]);
+    fixture.audit().await;
+}
+
+/// Names of queues that nobody can submit: in the task's row, in its place, or in both.
+#[tokio::test]
+async fn a_task_in_a_queue_that_there_cannot_be_is_set_aside_with_its_number_and_stops_nobody() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    fixture.submit(&[task("row"), task("both"), task("bytes"), task("said"), task_of("u", "of u", Some(1)), task("good")]).await;
+    let bad = ["row", "both", "bytes", "of u"];
+    let mut ids = Vec::new();
+    for key in bad {
+        ids.push(fixture.get(key).await.id);
+    }
+    run(
+        &fixture,
+        "UPDATE laelaps_task SET queue = 'two words' WHERE `key` IN ('row', 'both');
+        UPDATE laelaps_task SET queue = x'ff' WHERE `key` = 'bytes'; UPDATE laelaps_task SET queue = 'a,b' WHERE `key` = 'of u';
+        UPDATE laelaps_task SET queue = 'default' WHERE `key` = 'said';
+        UPDATE laelaps_ready AS r JOIN laelaps_task AS t ON t.id = r.task SET r.queue = t.queue WHERE t.`key` IN ('both', 'bytes');
+        UPDATE laelaps_ready_of_user SET queue = 'a,b'; UPDATE laelaps_account_change SET queue = 'a,b'",
+    )
+    .await;
+    all_can_be_read(&fixture).await;
+    let findings = fixture.backend().audit().await.unwrap();
+    for id in &ids {
+        let expected = format!("a queue's name is one that can be submitted: task {}", id.0);
+        assert!(findings.contains(&expected), "{findings:?}");
+    }
+    assert_eq!(drain(&fixture, host).await, ["good", "said"]);
+    for id in &ids {
+        let aside = fixture.backend().get_by_id(*id).await.unwrap().unwrap();
+        assert_eq!((aside.state, aside.error_code.as_deref()), (State::Failed, Some("unreadable")), "{aside:?}");
+        assert!(aside.unreadable.is_some_and(|problem| problem.contains("queue")));
+    }
+    all_can_be_read(&fixture).await;
+    assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
+    // Put right by hand, it may run again.
+    run(&fixture, "UPDATE laelaps_task SET queue = 'mail' WHERE `key` = 'row'").await;
+    fixture.backend().retry_by_id(ids[0]).await.unwrap();
+    for id in &ids[1..] {
+        fixture.backend().cancel_by_id(*id, LONG).await.unwrap();
+    }
+    assert_eq!(drain(&fixture, host).await, ["row"]);
+    fixture.audit().await;
+}
+
 /// A user of whom an orphan was left: its tasks go on to run, one after the other.
 #[tokio::test]
 async fn an_orphan_does_not_use_up_its_users_limit() {
@@ -167,7 +260,8 @@ async fn an_orphan_does_not_use_up_its_users_limit() {
     fixture.queue.cancel("gone").await.unwrap();
     fixture.submit(&[task_of("u", "a", Some(1)), task_of("u", "b", Some(1))]).await;
     // As a move of what was due left it, against a cancellation.
-    run(&fixture, "INSERT INTO laelaps_ready_of_user SELECT user, turn, id, 1 FROM laelaps_task WHERE `key` = 'gone'").await;
+    run(&fixture, "INSERT INTO laelaps_ready_of_user SELECT queue, user, turn, id, 1 FROM laelaps_task WHERE `key` = 'gone'")
+        .await;
     for key in ["a", "b"] {
         let mut claimed = fixture.claim(host, 9).await;
         if claimed.is_empty() {

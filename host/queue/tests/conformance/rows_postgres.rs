@@ -9,7 +9,7 @@ async fn fixture() -> Fixture {
 }
 
 fn asking(host: HostId, ignore_users: bool) -> Claim {
-    Claim { host, limit: 50, alive_time: LONG, alone: false, ignore_users, accepts: None, limited: None }
+    Claim { host, limit: 50, alive_time: LONG, alone: false, ignore_users, accepts: None, limited: None, queues: None }
 }
 
 /// Claim all there is, and finish it; answers the keys.
@@ -213,4 +213,102 @@ async fn the_view_for_people_shows_every_row() {
             .await
             .unwrap();
     assert_eq!(shown, [("a".to_owned(), "(damaged)".to_owned()), ("b".to_owned(), "{\"n\":1}".to_owned())]);
+}
+
+fn of(queue: &str, task: NewTask) -> NewTask {
+    NewTask { queue: Some(queue.to_owned()), ..task }
+}
+
+async fn claimed_of(fixture: &Fixture, host: HostId, queue: &str) -> Vec<String> {
+    let claim = Claim { queues: Some([queue.to_owned()].into()), ..asking(host, false) };
+    let mut found: Vec<String> = fixture.backend().claim(&claim).await.unwrap().tasks.into_iter().map(|task| task.key).collect();
+    found.sort_unstable();
+    found
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_in_another_queue_than_its_tasks_is_mended_and_hands_nothing_out_there() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&[of("mail", task("a")), of("mail", task_of("u", "b", Some(1))), of("video", task("c")), task("d")]).await;
+    fixture
+        .meddle(
+            "UPDATE ready SET queue = 'video' WHERE task IN (SELECT id FROM task WHERE queue = 'mail');
+            UPDATE ready SET queue = 'mail' WHERE task = (SELECT id FROM task WHERE key = 'd');
+            INSERT INTO account_change (user_name, queue, turn, task, max_running)
+                SELECT user_name, 'video', turn, id, max_running FROM task WHERE key = 'b';
+            INSERT INTO ready SELECT turn - 5, id, bytes, max_running, user_name, 'elsewhere' FROM task WHERE key = 'c'",
+        )
+        .await;
+    fixture.backend().clean_up(100).await.unwrap();
+    // Whatever a claim meets and does not hand out is where it belongs afterwards.
+    let mut found = Vec::new();
+    for queue in ["video", "mail", "elsewhere", "default", "mail", "video"] {
+        for key in claimed_of(&fixture, host, queue).await {
+            found.push((queue, key));
+        }
+    }
+    found.sort_unstable();
+    let expected = [("default", "d"), ("mail", "a"), ("mail", "b"), ("video", "c")];
+    assert_eq!(found, expected.map(|(queue, key)| (queue, key.to_owned())));
+    fixture.backend().clean_up(100).await.unwrap();
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_task_whose_queue_no_queue_can_be_is_set_aside() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&["1", "2", "3"].map(|key| of("mail", task(key)))).await;
+    fixture.submit(&[of("mail", task_of("u", "4", Some(1))), of("mail", task("good")), task("good too")]).await;
+    fixture
+        .meddle(
+            "UPDATE task SET queue = 'two words' WHERE key = '1'; UPDATE task SET queue = 'default' WHERE key = '2';
+            UPDATE task SET queue = repeat('x', 65) WHERE key = '3'; UPDATE task SET queue = E'\\u00f6' WHERE key = '4';
+            UPDATE ready SET queue = task.queue FROM task WHERE task.id = ready.task",
+        )
+        .await;
+    fixture.backend().clean_up(100).await.unwrap();
+    assert_eq!(worked_off(&fixture, host).await, ["good", "good too"]);
+    let listed = by_key(&fixture).await;
+    let words: Vec<&str> = listed.iter().filter_map(|task| task.unreadable.as_deref()).collect();
+    assert_eq!(words.len(), 4, "{words:?}");
+    assert!(words[0].starts_with("the queue's name contains ' '"), "{words:?}");
+    assert!(words[1].starts_with("the queue is \"default\", which stands as '' in the tables"), "{words:?}");
+    assert!(words[2].starts_with("the queue's name has 65 bytes"), "{words:?}");
+    assert!(words[3].starts_with("the queue's name contains 'ö'"), "{words:?}");
+    for task in listed.iter().filter(|task| task.unreadable.is_some()) {
+        assert_eq!((task.state, task.error_code.as_deref()), (State::Failed, Some("unreadable")), "{}", task.key);
+    }
+    fixture.backend().clean_up(100).await.unwrap();
+    let findings = fixture.backend().audit().await.unwrap();
+    // Of queues that were altered by hand the counts cannot be right.
+    let other: Vec<&String> = findings
+        .iter()
+        .filter(|finding| !finding.contains("counted by type") && !finding.contains("within their ranges"))
+        .collect();
+    assert!(other.is_empty(), "{other:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_suspect_in_a_wrong_queue_goes_where_its_row_says() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    fixture.submit(&[of("mail", task("a")), of("video", task("b"))]).await;
+    fixture
+        .meddle(
+            "DELETE FROM ready; UPDATE task SET alone = true, lost = 2, lost_at = 1;
+            INSERT INTO suspect (turn, task, queue) SELECT turn, id, 'video' FROM task",
+        )
+        .await;
+    let alone = |queue: &str, alone: bool| Claim { alone, queues: Some([queue.to_owned()].into()), ..asking(host, false) };
+    let claimed = fixture.backend().claim(&alone("video", true)).await.unwrap().tasks;
+    assert_eq!(keys(&claimed), ["b"], "that of another queue is not handed out");
+    fixture.backend().settle(&[settled(&claimed[0], finish())]).await.unwrap();
+    assert!(!fixture.backend().claim(&alone("video", false)).await.unwrap().alone_waiting);
+    assert!(fixture.backend().claim(&alone("mail", false)).await.unwrap().alone_waiting, "it was mended");
+    assert!(!fixture.backend().claim(&alone("default", false)).await.unwrap().alone_waiting, "it is of another queue");
+    let claimed = fixture.backend().claim(&alone("mail", true)).await.unwrap().tasks;
+    assert_eq!(keys(&claimed), ["a"]);
+    fixture.audit().await;
 }

@@ -22,11 +22,12 @@ async fn hostile(fixture: &Fixture, key: &str, columns: &str, values: &str) -> T
     let id: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&mut connection).await.unwrap();
     let sql = format!(
         "INSERT INTO task_data (task, bytes, data) VALUES ({id}, 2, '{{}}');
-        INSERT INTO ready (user, turn, task, max_running) SELECT user, turn, id, max_running FROM task WHERE id = {id};
-        INSERT INTO account (user) SELECT user FROM task WHERE id = {id} ON CONFLICT DO NOTHING;
+        INSERT INTO ready (queue, user, turn, task, max_running) SELECT queue, user, turn, id, max_running FROM task WHERE id = {id};
+        INSERT INTO account (queue, user) SELECT queue, user FROM task WHERE id = {id} ON CONFLICT DO NOTHING;
         UPDATE account SET ready = ready + 1, (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
-            WHERE ready.user = account.user ORDER BY turn, task LIMIT 1) WHERE user = (SELECT user FROM task WHERE id = {id});
-        INSERT INTO tally SELECT 'type', type, 1 FROM task WHERE id = {id} ON CONFLICT DO UPDATE SET tasks = tasks + 1;"
+            WHERE ready.queue = account.queue AND ready.user = account.user ORDER BY turn, task LIMIT 1)
+            WHERE (queue, user) = (SELECT queue, user FROM task WHERE id = {id});
+        INSERT INTO tally SELECT 'type', queue, type, 1 FROM task WHERE id = {id} ON CONFLICT DO UPDATE SET tasks = tasks + 1;"
     );
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
     connection.close().await.unwrap();
@@ -42,7 +43,8 @@ async fn everything_works(fixture: &Fixture) {
     let host = fixture.host().await;
     fixture.submit(&[task("good"), task_of("u", "good of u", Some(1))]).await;
     for ignore_users in [false, true] {
-        let claim = Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users, accepts: None, limited: None };
+        let claim =
+            Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users, accepts: None, limited: None, queues: None };
         let claimed: Vec<ClaimedTask> = fixture.backend().claim(&claim).await.unwrap().tasks;
         let group: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
         fixture.backend().settle(&group).await.unwrap();
@@ -101,7 +103,7 @@ async fn a_type_that_is_no_text_is_set_aside() {
     fixture.submit(&[task("a"), task("b")]).await;
     fixture
         .meddle(
-            "UPDATE tally SET tasks = 1; INSERT INTO tally VALUES ('type', CAST(x'74ff' AS TEXT), 1);
+            "UPDATE tally SET tasks = 1; INSERT INTO tally VALUES ('type', '', CAST(x'74ff' AS TEXT), 1);
         UPDATE task SET type = CAST(x'74ff' AS TEXT) WHERE key = 'a'",
         )
         .await;
@@ -139,7 +141,8 @@ async fn a_hostile_row_that_is_due_later_or_alone_is_set_aside_when_its_time_has
         .await;
     everything_works(&fixture).await;
     let host = fixture.host().await;
-    let claim = Claim { host, limit: 5, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None };
+    let claim =
+        Claim { host, limit: 5, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
     assert!(!fixture.backend().claim(&claim).await.unwrap().alone_waiting);
     for id in [later, alone] {
         assert_eq!(by_id(&fixture, id).await.state, State::Failed, "{id:?}");
@@ -189,23 +192,34 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
     let host = fixture.host().await;
     fixture.submit(&[task_of("u", "running", Some(1))]).await;
     let running = fixture.claim(host, 1).await;
-    fixture.submit(&["done", "twice", "moved", "nowhere", "strange"].map(|key| task_of("u", key, Some(1)))).await;
+    fixture.submit(&["done", "twice", "moved", "nowhere", "strange", "astray"].map(|key| task_of("u", key, Some(1)))).await;
     fixture.queue.cancel("done").await.unwrap();
-    // Of no task; of one that runs; of one that has ended; two places of one; another moment; another user; due and ready at once.
+    // Of no task; of one that runs; of one that has ended; two places of one; another moment; another user; another queue; due and ready at once.
     fixture
         .meddle(
-            "INSERT INTO ready VALUES ('u', 0, 99, NULL), ('', 0, 98, NULL);
-            INSERT INTO ready SELECT 'u', 0, id, NULL FROM task WHERE key IN ('running', 'done');
+            "INSERT INTO ready VALUES ('', 'u', 0, 99, NULL), ('', '', 0, 98, NULL);
+            INSERT INTO ready SELECT '', 'u', 0, id, NULL FROM task WHERE key IN ('running', 'done');
             INSERT INTO scheduled SELECT 0, id FROM task WHERE key IN ('running', 'twice');
             INSERT INTO suspect (turn, task) SELECT 0, id FROM task WHERE key IN ('done', 'twice');
             UPDATE ready SET turn = 3 WHERE task = (SELECT id FROM task WHERE key = 'moved');
-            INSERT INTO ready SELECT 'other', 1, id, NULL FROM task WHERE key = 'strange';
-            INSERT INTO account (user, ready, head_turn, head_task) SELECT 'other', 1, 1, id FROM task WHERE key = 'strange';
+            INSERT INTO ready SELECT '', 'other', 1, id, NULL FROM task WHERE key = 'strange';
+            INSERT INTO account (queue, user, ready, head_turn, head_task) SELECT '', 'other', 1, 1, id FROM task WHERE key = 'strange';
+            UPDATE ready SET queue = 'mail' WHERE task = (SELECT id FROM task WHERE key = 'astray');
+            INSERT INTO account (queue, user, ready, head_turn, head_task) SELECT 'mail', 'u', 1, turn, id FROM task WHERE key = 'astray';
             UPDATE account SET ready = 20, (head_turn, head_task, head_max) = (0, 99, NULL) WHERE user = 'u';",
         )
         .await;
     for _ in 0..4 {
-        let claim = Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None };
+        let claim = Claim {
+            host,
+            limit: 50,
+            alive_time: LONG,
+            alone: true,
+            ignore_users: false,
+            accepts: None,
+            limited: None,
+            queues: None,
+        };
         let claimed = fixture.backend().claim(&claim).await.unwrap().tasks;
         assert!(claimed.iter().all(|task| task.key != "running"), "{claimed:?}");
         fixture.backend().settle(&claimed.iter().map(|task| settled(task, finish())).collect::<Vec<_>>()).await.unwrap();
@@ -216,7 +230,7 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
     for _ in 0..8 {
         everything_left(&fixture, host).await;
     }
-    for key in ["running", "twice", "moved", "nowhere", "strange"] {
+    for key in ["running", "twice", "moved", "nowhere", "strange", "astray"] {
         assert_eq!(fixture.state(key).await, State::Finished, "{key}");
     }
     assert_eq!(fixture.state("done").await, State::Cancelled);
@@ -227,9 +241,18 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
 }
 
 async fn everything_left(fixture: &Fixture, host: HostId) {
-    let claim = Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None };
+    let claim =
+        Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
     let claimed = fixture.backend().claim(&claim).await.unwrap().tasks;
     fixture.backend().settle(&claimed.iter().map(|task| settled(task, finish())).collect::<Vec<_>>()).await.unwrap();
+}
+
+#[tokio::test]
+async fn queues_that_no_queue_can_be_are_set_aside() {
+    set_aside("'a'", "queue", "'two words'", "the queue's name contains ' '").await;
+    set_aside("'a'", "queue, user", "'default', 'u'", "in the tables the default queue is ''").await;
+    set_aside("'a'", "queue", "CAST(x'6dff' AS TEXT)", "the queue is not UTF-8").await;
+    set_aside("'a'", "queue, user", "printf('%.*c', 65, 'x'), 'u'", "the queue's name has 65 bytes").await;
 }
 
 #[tokio::test]
@@ -245,7 +268,7 @@ async fn clean_up_repairs_accounts_from_what_is_ready_and_what_runs() {
     fixture
         .meddle(
             "UPDATE account SET running = 1 WHERE user = 'u'; UPDATE account SET running = 0, ready = 7 WHERE user = 'v';
-            DELETE FROM account WHERE user IN ('w', 'x'); INSERT INTO account (user, ready) VALUES ('nobody', 3);",
+            DELETE FROM account WHERE user IN ('w', 'x'); INSERT INTO account (queue, user, ready) VALUES ('', 'nobody', 3);",
         )
         .await;
     assert!(keys(&fixture.claim(host, 9).await).iter().all(|key| *key == "f"), "the user v runs one too many by now");
@@ -264,8 +287,9 @@ async fn what_is_written_beside_tasks_stops_nobody() {
         .meddle(
             "INSERT INTO retention (until, tasks) VALUES (1, 'oops'), (1, CAST(x'ff' AS TEXT)), (1, '[1, \"x\"]');
             INSERT INTO host (name, process_id, started_at, identity) VALUES (CAST(x'ff' AS TEXT), -5, 1, CAST(x'fe' AS TEXT));
-            INSERT INTO tally VALUES ('type', CAST(x'ff' AS TEXT), 9223372036854775807);
-            INSERT INTO account (user, ready, running) VALUES (CAST(x'fe' AS TEXT), 9223372036854775807, 9223372036854775807), ('z', 9223372036854775807, 5);
+            INSERT INTO tally VALUES ('type', '', CAST(x'ff' AS TEXT), 9223372036854775807);
+            INSERT INTO account (queue, user, ready, running) VALUES
+                ('', CAST(x'fe' AS TEXT), 9223372036854775807, 9223372036854775807), ('', 'z', 9223372036854775807, 5);
             INSERT INTO attempt (task, lease, attempt, ended_at, event) VALUES (1, 1, -5, 0, CAST(x'ff' AS TEXT));
             INSERT INTO failure VALUES (1, CAST(x'ff' AS TEXT), CAST(x'ff' AS TEXT));
             INSERT INTO task (key, type, state, until, host, created_at, run_at) VALUES ('ghost', 'type', 'running', 1, NULL, 1, 1),
@@ -347,7 +371,7 @@ async fn the_audit_names_what_contradicts() {
             "the account does not count what is ready and what runs: user u: 1 ready and 7 running, 1 and 0 found",
         ),
         ("UPDATE account SET head_turn = 7 WHERE user = 'u'", "the account does not know its first ready task: user u"),
-        ("INSERT INTO account (user) VALUES ('idle')", "an idle user has an account: user idle"),
+        ("INSERT INTO account (queue, user) VALUES ('', 'idle')", "an idle user has an account: user idle"),
         ("UPDATE tally SET tasks = 9 WHERE what = 'type'", "types are counted wrongly: type type"),
         ("UPDATE tally SET tasks = 9 WHERE what = 'ended'", "ended tasks are counted wrongly: cancelled"),
         ("DELETE FROM retention", "nothing will remove the ended task: task 2"),

@@ -112,6 +112,7 @@ impl Storm {
             ignore_users: self.random.u32(..4) == 0,
             accepts: None,
             limited: None,
+            queues: None,
         };
         self.claimed.append(&mut self.fixture.backend().claim(&claim).await.unwrap().tasks);
     }
@@ -200,8 +201,16 @@ impl Storm {
                 self.fixture.queue.stats().await
             );
             self.fixture.backend().reclaim(&self.fixture.config.policy).await.unwrap();
-            let claim =
-                Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None };
+            let claim = Claim {
+                host,
+                limit: 50,
+                alive_time: LONG,
+                alone: true,
+                ignore_users: false,
+                accepts: None,
+                limited: None,
+                queues: None,
+            };
             let tasks = self.fixture.backend().claim(&claim).await.unwrap().tasks;
             let ends: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
             let answers = self.fixture.backend().settle(&ends).await.unwrap();

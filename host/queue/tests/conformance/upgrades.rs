@@ -295,6 +295,7 @@ mod changed_by_hand {
             ignore_users: false,
             accepts: None,
             limited: None,
+            queues: None,
         };
         let refused = fixture.backend().claim(&claim).await.unwrap_err();
         assert_eq!(

@@ -59,7 +59,16 @@ impl Site {
     pub(crate) async fn claim_of(&self, limit: u32, ignore_users: bool) -> Claim {
         let description = HostDescription { name: "scale".to_owned(), process_id: std::process::id(), identity: None };
         let host = self.queue.backend().register_host(&description).await.expect("the queue answers");
-        Claim { host, limit, alive_time: Duration::from_secs(3_600), alone: false, ignore_users, accepts: None, limited: None }
+        Claim {
+            host,
+            limit,
+            alive_time: Duration::from_secs(3_600),
+            alone: false,
+            ignore_users,
+            accepts: None,
+            limited: None,
+            queues: None,
+        }
     }
 
     pub(crate) async fn claim(&self, claim: &Claim) -> Vec<ClaimedTask> {

@@ -64,6 +64,7 @@ fn describe(task: &Task, data: &Value) -> Answer {
     finish(&json!({
         "key": task.key, "kind": task.kind, "data": data, "user": task.user, "attempt": task.attempt,
         "created_at": context::created_at(), "deadline": context::deadline(), "max_attempts": context::max_attempts(),
+        "queue": context::queue(),
         "settings": settings, "setting": asked.and_then(|name| context::setting(&name)), "edition": EDITION,
     }))
 }
@@ -171,7 +172,7 @@ fn update_large(data: &Value) -> Answer {
     finish(&json!({ "updated": times }))
 }
 
-/// Submits `count` follow-up tasks, with nothing but their `priority` if there is one, then does what `then` says: finish (default), retry, release, fail, panic.
+/// Submits `count` follow-up tasks, with nothing but their `priority` and `queue` if there is one of them, then does what `then` says: finish (default), retry, release, fail, panic.
 fn submit(task: &Task, data: &Value) -> Answer {
     let count: u32 = parameter(data, "count")?.unwrap_or(1);
     let key: Option<String> = parameter(data, "key")?;
@@ -186,13 +187,19 @@ fn submit(task: &Task, data: &Value) -> Answer {
         compression: if data["gzip"] == true { Compression::Gzip } else { Compression::None },
     };
     let priority: Option<i32> = parameter(data, "priority")?;
-    let submit = |key: &str| match priority {
-        None => context::submit(key, &kind, body.as_bytes(), &options),
-        Some(priority) => {
-            let submission = Submission::new(key, &kind);
-            submission.priority(priority);
-            submission.submit(body.as_bytes())
+    let queue: Option<String> = parameter(data, "queue")?;
+    let submit = |key: &str| {
+        if priority.is_none() && queue.is_none() {
+            return context::submit(key, &kind, body.as_bytes(), &options);
         }
+        let submission = Submission::new(key, &kind);
+        if let Some(priority) = priority {
+            submission.priority(priority);
+        }
+        if let Some(queue) = &queue {
+            submission.queue(queue);
+        }
+        submission.submit(body.as_bytes())
     };
     let mut refusals = Vec::new();
     for number in 0..count {

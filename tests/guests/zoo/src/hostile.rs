@@ -167,6 +167,11 @@ fn huge_text(data: &Value) -> Answer {
             submission.user(&huge);
             submission.submit(b"{}").err().map(|refusal| refusal.code)
         }
+        Some("queue") => {
+            let submission = Submission::new("a-key", "silent");
+            submission.queue(&huge);
+            submission.submit(b"{}").err().map(|refusal| refusal.code)
+        }
         Some("members") => context::update_data(huge.as_bytes()).err().map(|refusal| refusal.code),
         _ => return Err(reject("bad-parameter", "parameter `to` names no function")),
     };

@@ -14,8 +14,8 @@ use super::super::output::{Output, in_one_line, printable};
 use super::{Complaint, Exit, read};
 use crate::config;
 use crate::plugin::{
-    Completion, Config, Control, Engine, FolderGrant, FollowUps, Grants, Invocation, Keys, Level, Limits, Services, Stream,
-    Types, Users, Version, nested, scan,
+    Completion, Config, Control, Engine, FolderGrant, FollowUps, Grants, Invocation, Keys, Level, Limits, Queues, Services,
+    Stream, Types, Users, Version, nested, scan,
 };
 
 /// The name under which a module is served here whose file has none that a plugin may have.
@@ -41,6 +41,9 @@ pub(super) struct Arguments {
     /// The user of the task
     #[arg(short, long)]
     user: Option<String>,
+    /// The queue of the task
+    #[arg(long, value_name = "QUEUE", default_value = NewTask::DEFAULT_QUEUE, value_parser = crate::cli::queue)]
+    queue: String,
     /// The number of the attempt
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     attempt: u32,
@@ -71,6 +74,9 @@ pub(super) struct Arguments {
     /// Let it submit follow-up tasks on any user's account
     #[arg(long)]
     follow_ups_of_any_user: bool,
+    /// A queue of the follow-up tasks it may submit beside QUEUE, or any (may be given several times)
+    #[arg(long = "follow-up-queue", value_name = "QUEUE", value_parser = crate::cli::queue)]
+    follow_up_queues: Vec<String>,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -138,17 +144,24 @@ impl Arguments {
         if self.follow_ups_of_any_user {
             follow_ups.users = Users::Any;
         }
+        if self.follow_up_queues.iter().any(|name| name == "any") {
+            follow_ups.queues = Queues::Any;
+        } else if !self.follow_up_queues.is_empty() {
+            follow_ups.queues = Queues::Listed(self.follow_up_queues.clone());
+        }
         follow_ups
     }
 
     fn task(&self) -> anyhow::Result<ClaimedTask> {
         let data = super::super::submit::data_bytes(self.data.clone())?;
-        let new = NewTask { user: self.user.clone(), ..NewTask::new(&self.key, &self.kind, data) };
+        let new =
+            NewTask { user: self.user.clone(), queue: Some(self.queue.clone()), ..NewTask::new(&self.key, &self.kind, data) };
         new.check()?;
         let now = now();
         Ok(ClaimedTask {
             lease_ref: LeaseRef { task: TaskId(1), lease: Lease(1) },
             key: new.key,
+            queue: self.queue.clone(),
             task_type: new.task_type,
             data: new.data,
             user: new.user,

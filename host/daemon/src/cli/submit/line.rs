@@ -17,6 +17,7 @@ struct Line<'a> {
     /// Kept as the producer wrote it, byte by byte.
     #[serde(borrow)]
     data: &'a RawValue,
+    queue: Option<String>,
     user: Option<String>,
     #[serde(default, deserialize_with = "moment")]
     run_at: Option<Timestamp>,
@@ -33,6 +34,7 @@ struct Line<'a> {
 pub(super) fn parse(line: &[u8], defaults: &Options) -> Result<NewTask, String> {
     let line: Line<'_> = serde_json::from_slice(line).map_err(|error| in_words(&error))?;
     let mut task = defaults.task(line.key, line.task_type, line.data.get().as_bytes().to_vec());
+    task.queue = line.queue.or(task.queue);
     task.user = line.user.or(task.user);
     task.run_at = line.run_at.or(task.run_at);
     let has_user = task.user.as_ref().is_some_and(|user| !user.is_empty());
@@ -147,12 +149,20 @@ mod tests {
 
     #[test]
     fn a_line_wins_over_the_options_and_the_options_over_nothing() {
-        let defaults =
-            Options { user: Some("ann".to_owned()), max_attempts: Some(3), priority: Some(-3), gzip: true, ..Options::default() };
+        let defaults = Options {
+            user: Some("ann".to_owned()),
+            max_attempts: Some(3),
+            priority: Some(-3),
+            queue: Some("mail".to_owned()),
+            gzip: true,
+            ..Options::default()
+        };
         let line =
             br#"{"key":"k","type":"t","data":{},"max_attempts":5,"priority":7,"gzip":false,"run_at":"2023-11-14T22:13:20.5Z"}"#;
         let task = parse(line, &defaults).expect("valid");
-        assert_eq!(task.user.as_deref(), Some("ann"));
+        assert_eq!((task.user.as_deref(), task.queue.as_deref()), (Some("ann"), Some("mail")));
+        let elsewhere = parse(br#"{"key":"k","type":"t","data":{},"queue":"default"}"#, &defaults).expect("valid");
+        assert_eq!(elsewhere.queue.as_deref(), Some("default"));
         assert_eq!((task.max_attempts, task.priority), (Some(5), 7));
         assert_eq!(parse(br#"{"key":"k","type":"t","data":{}}"#, &defaults).expect("valid").priority, -3);
         assert_eq!(task.compression, Compression::None);
@@ -198,10 +208,11 @@ mod tests {
             let comma = if members == "}" { "" } else { "," };
             let parsed = task(&format!(r#"{{"key":"k","type":"t","data":{{}}{comma}{members}"#));
             let said = parsed.as_ref().ok().map(|task| {
+                let queue = task.queue.as_deref().filter(|queue| *queue != NewTask::DEFAULT_QUEUE);
                 let user = task.user.as_deref().filter(|user| !user.is_empty());
                 let (run_at, later) = (task.run_at.map(|moment| moment.0), 1_795_000_000_000);
                 let mut said = serde_json::json!({
-                    "user": user, "run_at": run_at.filter(|moment| *moment > later), "priority": task.priority,
+                    "queue": queue, "user": user, "run_at": run_at.filter(|moment| *moment > later), "priority": task.priority,
                     "max_running": task.max_running, "max_attempts": task.max_attempts,
                 });
                 said.as_object_mut().expect("an object").retain(|_, value| !value.is_null() && *value != 0);

@@ -2,7 +2,7 @@
 
 use super::refusals::problems;
 use super::*;
-use crate::plugin::{FollowUps, Keys, Types, Users};
+use crate::plugin::{FollowUps, Keys, Queues, Types, Users};
 
 /// What a route grants whose grants are these; None: it has none.
 fn granted_of(section: &str, grants: Option<&str>) -> FollowUps {
@@ -17,7 +17,8 @@ fn granted(follow_ups: &str) -> FollowUps {
 
 #[test]
 fn without_a_word_a_native_queue_grants_a_plugins_own_and_perfectqueues_table_anything() {
-    let own = FollowUps { types: Types::Own, users: Users::Own, keys: Keys::Own, depth: 10, waiting: 10_000 };
+    let own =
+        FollowUps { types: Types::Own, users: Users::Own, keys: Keys::Own, queues: Queues::Own, depth: 10, waiting: 10_000 };
     let any = FollowUps { types: Types::Any, users: Users::Any, keys: Keys::Any, ..own.clone() };
     let compat = "development:\n  type: rdb_compat\n  url: mysql://localhost/test\n  table: queue\n";
     for grants in [None, Some(""), Some("environment: []"), Some("follow_ups: {}"), Some("follow_ups: ~")] {
@@ -42,6 +43,12 @@ fn each_key_says_what_it_says() {
         FollowUps { depth: 10, waiting: 10_000, ..FollowUps::of_perfectqueue() }
     );
     assert_eq!(granted("users: own, keys: invoice-"), FollowUps { keys: Keys::Prefix("invoice-".to_owned()), ..own.clone() });
+    assert_eq!(
+        granted("queues: [mail, video/4k]"),
+        FollowUps { queues: Queues::Listed(vec!["mail".to_owned(), "video/4k".to_owned()]), ..own.clone() }
+    );
+    assert_eq!(granted("queues: any"), FollowUps { queues: Queues::Any, ..own.clone() });
+    assert_eq!(granted("queues: own"), own);
     assert_eq!(granted("depth: 0, waiting: 0"), FollowUps { depth: 0, waiting: 0, ..own.clone() });
     assert_eq!(granted("depth: 1000, waiting: 1_000_000"), FollowUps { depth: 1_000, waiting: 1_000_000, ..own });
 }
@@ -72,14 +79,21 @@ fn every_mistake_is_told_with_its_place_and_a_hint() {
     told("depth: 1001", ".depth: found 1001, expected a whole number from 0 to 1,000");
     told("waiting: some", ".waiting: found \"some\", expected a whole number from 0 to 1,000,000");
     told(
-        "queues: [a]",
-        ".queues: a host serves one queue, and a handler cannot name another | leave it out; types, users and keys say what may be submitted",
+        "queues: mail",
+        ".queues: found \"mail\", expected a list of queues, `own` or `any` | write `queues: [mail]` for one queue",
+    );
+    told("queues: [a, 7]", ".queues[2]: found 7, expected a queue's name");
+    told(
+        "queues: [two words]",
+        ".queues[1]: the queue's name contains ' '; letters and digits of ASCII and _ - . : / are allowed",
     );
     told("type: a", ".type: no such key | did you mean types?");
     let text = with("routes:\n- type: a\n  plugin: p\n  grants:\n    follow_ups: 7");
     assert_eq!(
         problems(&text),
-        ["8: development.routes[1].grants.follow_ups: found 7, expected a mapping of types, users, keys, depth and waiting"]
+        [
+            "8: development.routes[1].grants.follow_ups: found 7, expected a mapping of types, users, keys, queues, depth and waiting"
+        ]
     );
 }
 

@@ -13,6 +13,7 @@ fn parent() -> Parent {
         key: "upload-7".to_owned(),
         user: Some("rex".to_owned()),
         max_running: Some(2),
+        queue: "images".to_owned(),
         descent: Descent { root: TaskId(5), depth: 3 },
         claimed_at: CLAIMED_AT,
     }
@@ -90,6 +91,32 @@ fn a_grant_can_name_types_and_keys_or_allow_all() {
 }
 
 #[test]
+fn a_follow_up_waits_in_its_tasks_own_queue_unless_another_is_granted() {
+    let asked = |queue: &str| NewTask { queue: Some(queue.to_owned()), ..task("thumbs/7") };
+    let own = FollowUps::default();
+    let listed = FollowUps { queues: Queues::Listed(vec!["mail".to_owned()]), ..own.clone() };
+    let any = FollowUps { queues: Queues::Any, ..own.clone() };
+    for follow_ups in [&own, &listed, &any] {
+        for task in [task("thumbs/7"), asked("images")] {
+            assert_eq!(grant(follow_ups, task).expect("granted").queue.as_deref(), Some("images"));
+        }
+    }
+    for follow_ups in [&listed, &any] {
+        assert_eq!(grant(follow_ups, asked("mail")).expect("granted").queue.as_deref(), Some("mail"));
+    }
+    assert_eq!(grant(&any, asked("default")).expect("granted").queue.as_deref(), Some("default"));
+    assert_eq!(code(&own, asked("mail")), "not-granted");
+    let refused = grant(&listed, asked("default")).expect_err("refused");
+    assert_eq!(
+        (refused.code, refused.message.as_str()),
+        (
+            "not-granted",
+            "the queue \"default\" is neither the task's own, \"images\", nor among those that follow_ups of the route's grants names"
+        )
+    );
+}
+
+#[test]
 fn generations_are_bounded_and_start_again_after_a_minute() {
     let depth = |depth, after: Option<u64>| {
         let follow_ups = FollowUps { depth, ..FollowUps::default() };
@@ -121,13 +148,13 @@ proptest! {
     #[test]
     fn nothing_foreign_is_granted_by_default(
         own in "[a-z0-9-]{1,8}", key in "(thumbs/)?[a-z0-9/-]{1,12}", user in proptest::option::of("(rex|fido|)"), asked in proptest::option::of(0_u32..5),
-        most in proptest::option::of(0_u32..5), has_user in any::<bool>(), depth in 0_u32..13, after in proptest::option::of(0_u64..120), kind in "(resize|pay)"
+        most in proptest::option::of(0_u32..5), has_user in any::<bool>(), depth in 0_u32..13, after in proptest::option::of(0_u64..120), kind in "(resize|pay)", queue in proptest::option::of("(images|mail|default)")
     ) {
         let parent = Parent {
             key: own.clone(), user: has_user.then(|| "rex".to_owned()), max_running: most, descent: Descent { root: TaskId(5), depth }, ..parent()
         };
         let run_at = after.map(|seconds| CLAIMED_AT.plus(Duration::from_secs(seconds)));
-        let asked = NewTask { user, max_running: asked, run_at, task_type: kind, ..task(&key) };
+        let asked = NewTask { user, max_running: asked, run_at, task_type: kind, queue, ..task(&key) };
         if let Ok(granted) = FollowUps::default().grant(&parent, asked.clone(), |task_type| task_type == "resize") {
             prop_assert_eq!(granted.task_type.as_str(), "resize");
             prop_assert!(granted.key == own || granted.key.starts_with("thumbs/") || granted.key.starts_with(&own));
@@ -135,9 +162,10 @@ proptest! {
             if has_user {
                 prop_assert!(granted.max_running.unwrap_or(u32::MAX) <= most.unwrap_or(u32::MAX));
             }
+            prop_assert_eq!(granted.queue.as_deref(), Some("images"));
             let descent = granted.descent.expect("its descent");
             prop_assert!(descent.root == TaskId(5) && descent.depth <= 10);
-            prop_assert_eq!(NewTask { user: asked.user.clone(), max_running: asked.max_running, descent: None, ..granted }, asked);
+            prop_assert_eq!(NewTask { user: asked.user.clone(), max_running: asked.max_running, queue: asked.queue.clone(), descent: None, ..granted }, asked);
         }
     }
 }

@@ -16,7 +16,7 @@ const WAITING: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM cl
         INSERT INTO laelaps.account AS account (user_name, head_turn, head_task, picked)
         SELECT DISTINCT ON (user_name) user_name, turn, id, (SELECT last_value FROM laelaps.pick_number)
         FROM created WHERE user_name <> '' ORDER BY user_name, turn, id
-        ON CONFLICT (user_name) DO UPDATE SET head_turn = excluded.head_turn, head_task = excluded.head_task WHERE account.head_task IS NULL)
+        ON CONFLICT (queue, user_name) DO UPDATE SET head_turn = excluded.head_turn, head_task = excluded.head_task WHERE account.head_task IS NULL)
     INSERT INTO laelaps.tally (type, live) SELECT 'bench', count(*) FROM created";
 
 pub(super) async fn waiting(url: &str, first: i64, last: i64, users: i64) {

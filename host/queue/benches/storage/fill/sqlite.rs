@@ -14,13 +14,14 @@ const WAITING: [&str; 5] = [
         SELECT 'task-' || n, 'bench', CASE WHEN ?4 = 0 THEN '' ELSE 'user-' || (n % ?4) END, now, now
         FROM (SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER) AS now) CROSS JOIN number",
     "INSERT INTO task_data (task, bytes, data) SELECT id, length(?5), ?5 FROM task WHERE id > ?1",
-    "INSERT INTO ready (user, turn, task, max_running) SELECT user, turn, id, max_running FROM task WHERE id > ?1 ORDER BY user, turn, id",
-    "INSERT INTO account (user, ready, head_turn, head_task, picked)
-        SELECT user, count(*), min(turn), min(id), (SELECT pick FROM counter) FROM task WHERE id > ?1 GROUP BY user
-        ON CONFLICT (user) DO UPDATE SET ready = ready + excluded.ready, head_turn = coalesce(head_turn, excluded.head_turn),
+    "INSERT INTO ready (queue, user, turn, task, max_running) SELECT queue, user, turn, id, max_running FROM task WHERE id > ?1
+        ORDER BY queue, user, turn, id",
+    "INSERT INTO account (queue, user, ready, head_turn, head_task, picked)
+        SELECT queue, user, count(*), min(turn), min(id), (SELECT pick FROM counter) FROM task WHERE id > ?1 GROUP BY queue, user
+        ON CONFLICT (queue, user) DO UPDATE SET ready = ready + excluded.ready, head_turn = coalesce(head_turn, excluded.head_turn),
             head_task = coalesce(head_task, excluded.head_task)",
     "INSERT INTO tally (what, name, tasks) SELECT 'type', 'bench', count(*) FROM task WHERE id > ?1
-        ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + excluded.tasks",
+        ON CONFLICT (what, queue, name) DO UPDATE SET tasks = tasks + excluded.tasks",
 ];
 
 const FINISHED: [&str; 4] = [
@@ -30,7 +31,7 @@ const FINISHED: [&str; 4] = [
     "INSERT INTO task_data (task, bytes, data) SELECT id, length(?5), ?5 FROM task WHERE id > ?1",
     "INSERT INTO retention (until, tasks) SELECT 1, json_group_array(id) FROM task WHERE id > ?1 GROUP BY id / ?4",
     "INSERT INTO tally (what, name, tasks) SELECT 'ended', 'finished', count(*) FROM task WHERE id > ?1
-        ON CONFLICT (what, name) DO UPDATE SET tasks = tasks + excluded.tasks",
+        ON CONFLICT (what, queue, name) DO UPDATE SET tasks = tasks + excluded.tasks",
 ];
 
 pub(super) async fn waiting(url: &str, first: i64, last: i64, users: i64) {

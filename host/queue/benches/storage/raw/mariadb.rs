@@ -8,11 +8,13 @@ use crate::statements::statement;
 
 const CLAIM: &str = include_str!("../../../src/mysql/claim.rs");
 const CHOOSE: &str = include_str!("../../../src/mysql/choose.rs");
+const FRONTS: &str = include_str!("../../../src/mysql/fronts.rs");
+const MEND: &str = include_str!("../../../src/mysql/mend.rs");
 const SETTLE: &str = include_str!("../../../src/mysql/settle.rs");
 const ACCOUNTS: &str = include_str!("../../../src/mysql/accounts.rs");
 const SESSION: &str = include_str!("../../../src/mysql/session.rs");
 const ROWS: &str = include_str!("../../../src/mysql/rows.rs");
-const SOURCES: [&str; 6] = [CLAIM, CHOOSE, SETTLE, ACCOUNTS, SESSION, ROWS];
+const SOURCES: [&str; 8] = [CLAIM, CHOOSE, FRONTS, MEND, SETTLE, ACCOUNTS, SESSION, ROWS];
 /// As the crate's connections are set.
 const SETTINGS: &str = "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', autocommit = 1, max_statement_time = 60";
@@ -43,7 +45,7 @@ impl Statements {
         Self {
             begin: of(SESSION, "BEGIN"),
             look: sql(CLAIM, "LOOK"),
-            first: sql(CHOOSE, "FIRST"),
+            first: sql(FRONTS, "FIRST"),
             sum: sql(CHOOSE, "SUM"),
             out: sql(CLAIM, "READY"),
             enter: sql(CLAIM, "ENTER"),
@@ -95,10 +97,11 @@ async fn claim(
     limit: i64,
     mark: &mut (i64, i64),
 ) -> Vec<(i64, i64)> {
-    let look = sqlx::query(statements.look.clone()).bind(host).bind(i64::MIN).bind(0).bind(mark.0).bind(i64::MIN);
+    let look = sqlx::query(statements.look.clone()).bind(host).bind(i64::MIN).bind(0);
+    let look = look.bind("").bind("\u{ff}").bind("").bind(mark.0).bind("\u{ff}").bind("").bind("").bind(i64::MAX);
     look.fetch_one(&mut *connection).await.unwrap();
     let now = begin(connection, statements).await;
-    let first = sqlx::query(statements.first.clone()).bind(mark.0).bind(mark.1).bind(mark.0).bind(limit);
+    let first = sqlx::query(statements.first.clone()).bind("").bind(mark.0).bind(mark.1).bind(mark.0).bind(limit);
     let first = first.fetch_all(&mut *connection).await.unwrap();
     let places: Vec<(i64, i64)> = first.iter().map(|row| (row.get(0), row.get(1))).collect();
     let Some(last) = places.last() else {
@@ -108,11 +111,13 @@ async fn claim(
     *mark = *last;
     let tasks = json(&places.iter().map(|(_, task)| *task).collect::<Vec<i64>>());
     sqlx::query(statements.sum.clone()).bind(&tasks).fetch_one(&mut *connection).await.unwrap();
-    sqlx::query(statements.out.clone()).bind(json(&places)).execute(&mut *connection).await.unwrap();
+    let in_queues: Vec<(i64, i64, &str)> = places.iter().map(|(turn, task)| (*turn, *task, "")).collect();
+    sqlx::query(statements.out.clone()).bind(json(&in_queues)).execute(&mut *connection).await.unwrap();
     let entered = sqlx::query(statements.enter.clone()).bind(host).bind(now + FIRST_LOOK_MS).bind(&tasks);
     let entered = entered.execute(&mut *connection).await.unwrap().last_insert_id();
     let first = i64::try_from(entered).unwrap() * LEASES_OF_CLAIM;
-    let lease = sqlx::query(statements.lease.clone()).bind(json(&places)).bind(first).bind(host).bind(now + ALIVE_MS).bind(false);
+    let lease =
+        sqlx::query(statements.lease.clone()).bind(json(&in_queues)).bind(first).bind(host).bind(now + ALIVE_MS).bind(false);
     lease.execute(&mut *connection).await.unwrap();
     let rows = sqlx::query(statements.leased.clone()).bind(&tasks).bind(first).fetch_all(&mut *connection).await.unwrap();
     let mut leases = Vec::with_capacity(rows.len());
@@ -121,7 +126,7 @@ async fn claim(
         std::hint::black_box(read);
         leases.push((row.get(0), row.get(1)));
     }
-    let running = serde_json::json!([["running", "", leases.len()]]).to_string();
+    let running = serde_json::json!([["running", "", leases.len(), ""]]).to_string();
     sqlx::query(statements.tally.clone()).bind(running).execute(&mut *connection).await.unwrap();
     run(connection, "COMMIT").await;
     leases.sort_unstable();
@@ -139,7 +144,7 @@ async fn settle(connection: &mut MySqlConnection, statements: &Statements, lease
     let tasks = json(&leases.iter().map(|(task, _)| *task).collect::<Vec<i64>>());
     sqlx::query(statements.retain.clone()).bind(json(&[(until, tasks)])).execute(&mut *connection).await.unwrap();
     let ended = i64::try_from(held.len()).unwrap();
-    let tally = serde_json::json!([["type", "bench", -ended], ["ended", "finished", ended], ["running", "", -ended]]);
+    let tally = serde_json::json!([["type", "bench", -ended, ""], ["ended", "finished", ended, ""], ["running", "", -ended, ""]]);
     sqlx::query(statements.tally.clone()).bind(tally.to_string()).execute(&mut *connection).await.unwrap();
     run(connection, "COMMIT").await;
     held.len()

@@ -12,7 +12,7 @@ const SETTLE: &str = include_str!("../../../src/postgres/settle.rs");
 const SOURCES: [&str; 2] = [CLAIM, SETTLE];
 static CLAIMS: AtomicI64 = AtomicI64::new(1);
 /// Of a claimed row: number, lease, key, type, when it became ready, data.
-const COLUMNS: [usize; 6] = [8, 9, 10, 11, 26, 27];
+const COLUMNS: [usize; 6] = [9, 10, 11, 12, 27, 28];
 
 pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
     let mut connection = connect(&url).await;
@@ -37,6 +37,9 @@ pub(super) async fn work(url: String, host: i64, limit: i64) -> usize {
             .bind(true)
             .bind(false)
             .bind(number)
+            .bind("")
+            .bind(None::<Vec<String>>)
+            .bind(false)
             .fetch_all(&mut connection)
             .await
             .unwrap();

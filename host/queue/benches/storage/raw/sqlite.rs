@@ -90,10 +90,10 @@ async fn claim(connection: &mut SqliteConnection, statements: &Statements, host:
         end(connection).await;
         return Vec::new();
     };
-    let head: (i64, i64) = (account.get(3), account.get(4));
-    let rest = sqlx::query(statements.candidates.clone()).bind("").bind(head.0).bind(head.1).bind(limit - 1);
+    let head: (i64, i64) = (account.get(4), account.get(5));
+    let rest = sqlx::query(statements.candidates.clone()).bind("").bind("").bind(head.0).bind(head.1).bind(limit - 1);
     let mut tasks = vec![head.1];
-    tasks.extend(rest.fetch_all(&mut *connection).await.unwrap().iter().map(|row| row.get::<i64, _>(2)));
+    tasks.extend(rest.fetch_all(&mut *connection).await.unwrap().iter().map(|row| row.get::<i64, _>(1)));
     sqlx::query(statements.sum.clone()).bind(json!(tasks).to_string()).fetch_one(&mut *connection).await.unwrap();
     let count = i64::try_from(tasks.len()).unwrap();
     let take = json!({
@@ -106,7 +106,7 @@ async fn claim(connection: &mut SqliteConnection, statements: &Statements, host:
         std::hint::black_box(row.get::<Vec<u8>, _>(1));
         leases.push((columns[0].as_i64().unwrap(), columns[1].as_i64().unwrap()));
     }
-    let changes = json!({ "accounts": [["", -count, count, pick + count]], "tally": [] });
+    let changes = json!({ "accounts": [["", "", -count, count, pick + count]], "tally": [] });
     sqlx::query(statements.changes.clone()).bind(changes.to_string()).execute(&mut *connection).await.unwrap();
     end(connection).await;
     leases
@@ -129,7 +129,7 @@ async fn settle(connection: &mut SqliteConnection, statements: &Statements, leas
     retain.execute(&mut *connection).await.unwrap();
     let ended = i64::try_from(held.len()).unwrap();
     let changes = json!({
-        "accounts": [["", 0, -ended, null]], "tally": [["type", "bench", -ended], ["ended", "finished", ended]],
+        "accounts": [["", "", 0, -ended, null]], "tally": [["type", "", "bench", -ended], ["ended", "", "finished", ended]],
     });
     sqlx::query(statements.changes.clone()).bind(changes.to_string()).execute(&mut *connection).await.unwrap();
     end(connection).await;

@@ -30,6 +30,7 @@ async fn a_producer_that_speaks_sql_submits_like_any_other() {
         ignore_users: false,
         accepts: None,
         limited: None,
+        queues: None,
     };
     let mut claimed = sqlite.claim(&claim).await.unwrap().tasks;
     claimed.sort_by(|one, other| one.key.cmp(&other.key));

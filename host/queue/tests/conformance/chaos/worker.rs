@@ -272,7 +272,8 @@ impl Worker {
 
     async fn claim(&self, host: HostId, limit: u32) -> Result<Vec<ClaimedTask>, Error> {
         let alone = self.slow.load(Ordering::SeqCst) == 0;
-        let claim = Claim { host, limit, alive_time: ALIVE, alone, ignore_users: false, accepts: None, limited: None };
+        let claim =
+            Claim { host, limit, alive_time: ALIVE, alone, ignore_users: false, accepts: None, limited: None, queues: None };
         claim_as(&self.recorder, self.backend(), &claim).await
     }
 

@@ -305,7 +305,7 @@ impl Scene {
 
     fn claim(&self, side: Side) -> Claim {
         let host = self.hosts[side.place()];
-        Claim { host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None }
+        Claim { host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None }
     }
 
     async fn take(&self, queue: &Queue, claim: &Claim) -> Result<Vec<ClaimedTask>, Error> {

@@ -10,7 +10,7 @@ const ORPHANS: [(Database, &str); 3] = [
     (
         Database::Sqlite,
         "CREATE TRIGGER planted AFTER UPDATE ON task WHEN OLD.state = 'waiting' AND NEW.state = 'cancelled' BEGIN
-            INSERT INTO ready (user, turn, task, max_running) VALUES (OLD.user, OLD.turn, OLD.id, OLD.max_running); END",
+            INSERT INTO ready (queue, user, turn, task, max_running) VALUES (OLD.queue, OLD.user, OLD.turn, OLD.id, OLD.max_running); END",
     ),
     (
         Database::Postgres,
@@ -90,7 +90,10 @@ async fn an_account_that_counts_too_high_is_found() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancellation_against_a_task_becoming_due_is_found_on_mariadb_without_its_mends() {
     const MENDS: [(&str, &str); 2] = [
-        ("SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority FROM", "FOR UPDATE SKIP LOCKED"),
+        (
+            "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.queue FROM",
+            "FOR UPDATE SKIP LOCKED",
+        ),
         ("SET t.state = 'running', t.lease = ? + s.place", "t.state = 'waiting' AND"),
     ];
     let mut explorer = Explorer::begin(Fixture::new(Database::MariaDb).await, Database::MariaDb).await;
