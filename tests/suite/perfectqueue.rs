@@ -139,6 +139,9 @@ mod on_mariadb {
         let line = |task_type: &str| told.lines().find(|line| line.starts_with(task_type)).unwrap_or_default().trim_end();
         assert!(line("echo").ends_with(" zoo"), "{told}");
         assert!(line("only-ruby-knows-it").ends_with("left to other workers"), "{told}");
+        let told = site.laelaps(["-c", "laelaps.yml", "stats", "--json"]).await.success().stdout;
+        let told: Value = serde_json::from_str(&told).unwrap();
+        assert_eq!(told["unserved"], Value::Null, "what Ruby's workers serve nobody knows");
     }
 
     /// A row as Ruby wrote it: time, data, and whether it has ended.

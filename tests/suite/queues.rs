@@ -2,7 +2,7 @@
 
 use laelaps_queue::{NewTask, Queue, State, Task};
 use laelaps_tests::{
-    Database, LONG, PATIENCE, Signal, Site, eventually, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats,
+    Database, LONG, PATIENCE, Signal, Site, eventually, guest, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats,
 };
 use serde_json::{Value, json};
 
@@ -181,6 +181,52 @@ laelaps_tests::on_every_native_database! {
         site.configure(json!({ "processors": 4, "queues": { "mail": { "processors": 3 }, "default": {} } }));
         let checked = laelaps(&["check"]).await;
         assert!(checked.contains("queues         default, mail (at most 3)\n"), "{checked}");
+    }
+
+    async fn stats_and_check_name_the_types_that_no_live_host_serves() {
+        let site = Site::new().await;
+        site.plug_guest("zoo");
+        let (routes, absent) = (json!([{ "type": "silent", "plugin": "zoo" }, { "pattern": "^later", "plugin": "absent" }]), "absent");
+        site.configure(json!({ "queues": { "mail": {}, "default": {} }, "routes": routes }));
+        let queue = site.queue().await;
+        let held = |queue: &str, name: &str, key: &str| of(queue, task(key, name, json!({}))).on_hold();
+        submit(&queue, &[held("mail", "silent", "a"), held("mail", "later/1", "b"), held("mail", "later/1", "c"), held("video", "silent", "d"), held("default", "other", "e")]).await;
+        let stats = async || -> Value {
+            serde_json::from_str(&site.laelaps(["-c", "laelaps.yml", "stats", "--json"]).await.success().stdout).unwrap()
+        };
+        let row = |queue: &str, name: &str, tasks: u64| json!({ "queue": queue, "type": name, "tasks": tasks });
+        let all = [row("mail", "later/1", 2), row("default", "other", 1), row("mail", "silent", 1), row("video", "silent", 1)];
+        assert_eq!(stats().await["unserved"], json!(all), "no host is there");
+        let check = async || site.laelaps(["-c", "laelaps.yml", "check"]).await.stderr;
+        assert!(!check().await.contains("no live host serves"), "before the first host there is nothing to warn of");
+
+        let host = site.start().await;
+        let becomes = async |expected: Value| {
+            eventually(PATIENCE, "the host says what it serves", async || {
+                let unserved = stats().await["unserved"].take();
+                if unserved == expected { Ok(()) } else { Err(unserved.to_string()) }
+            })
+            .await;
+        };
+        becomes(json!([all[0], all[1], all[3]])).await;
+        let serves = stats().await["hosts"][0]["serves"].take();
+        let of_zoo = json!({ "type": "silent", "plugin": "zoo", "is_loaded": true });
+        let of_absent = json!({ "pattern": "^later", "plugin": absent, "is_loaded": false });
+        assert_eq!(serves, json!({ "queues": ["default", "mail"], "routes": [of_zoo, of_absent] }));
+        let told = site.laelaps(["-c", "laelaps.yml", "stats"]).await.success().stdout;
+        let head = ["served", "by", "no", "live", "host", "queue", "waiting", "or", "running"];
+        for expected in [&head[..], &["later/1", "mail", "2"], &["other", "default", "1"], &["silent", "video", "1"]] {
+            assert!(told.lines().any(|line| line.split_whitespace().eq(expected.iter().copied())), "{expected:?}: {told}");
+        }
+        let warned = check().await;
+        let expected = "3 types that no live host serves: later/1 in queue mail (2 tasks), other in queue default (1 task), silent in queue video (1 task)";
+        assert!(warned.contains(expected), "{warned}");
+
+        // A plugin that is dropped is served from then on.
+        site.plug(absent, &guest("zoo"));
+        becomes(json!([all[1], all[3]])).await;
+        host.stop().await;
+        assert_eq!(stats().await["unserved"], json!(all));
     }
 
     async fn a_follow_up_of_a_queue_counts_on_its_users_account_there() {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use laelaps_queue::{Backend, HostId, Policy, Worker};
 use tokio::sync::Notify;
 
+use crate::config::Config;
 use crate::leases::Leases;
 use crate::log::chain;
 use crate::plugin;
@@ -17,6 +18,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const PASSED_OVER_MAX: u32 = 10;
 /// Between two looks whether another program has moved the schema on: one small query.
 const SCHEMA_INTERVAL: Duration = Duration::from_secs(10);
+/// After what a host serves could not be noted.
+const TELL_AGAIN: Duration = Duration::from_secs(10);
 /// Tasks whose retention has ended are removed after `cleanup_interval` fruitful claims, and at the latest after this time.
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
 /// Tasks removed in one transaction.
@@ -103,17 +106,39 @@ pub(crate) async fn clean_up(backend: Arc<dyn Worker>, due: Arc<Notify>) {
     }
 }
 
-/// Keep the host's row naming the plugin versions it serves.
-pub(crate) async fn note_plugins(backend: Arc<dyn Worker>, store: Arc<plugin::Store>, host: HostId) {
+/// Keep the host's row naming what it serves: its queues and routes, and the plugin versions.
+pub(crate) async fn tell_what_is_served(backend: Arc<dyn Worker>, config: Config, store: Arc<plugin::Store>, host: HostId) {
     let mut changes = store.changes();
     loop {
         let digests: Vec<String> =
             store.list().iter().filter_map(|status| status.digest.map(|digest| digest.to_string())).collect();
-        if let Err(error) = backend.note_plugins(host, &digests).await {
-            tracing::debug!(error = chain(&error), "cannot note the plugin versions of this host");
+        let serves = crate::serves::of(&config, &store);
+        let told = async {
+            backend.note_serves(host, &serves).await?;
+            backend.note_plugins(host, &digests).await
+        };
+        let again = match told.await {
+            Ok(()) => None,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "cannot note what this host serves; trying again");
+                Some(TELL_AGAIN)
+            }
+        };
+        tokio::select! {
+            changed = changes.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+            () = sleep_some(again) => {}
         }
-        if changes.changed().await.is_err() {
-            return;
-        }
+    }
+}
+
+/// For ever without a length of time.
+async fn sleep_some(length: Option<Duration>) {
+    match length {
+        Some(length) => tokio::time::sleep(length).await,
+        None => std::future::pending().await,
     }
 }

@@ -18,6 +18,7 @@ mod log;
 pub mod plugin;
 mod pulse;
 mod reports;
+mod serves;
 mod service;
 mod settler;
 mod signals;

@@ -21,7 +21,7 @@ use crate::excuses::Excuses;
 use crate::fleet::database::{self, Signs};
 use crate::fleet::{Membership, Presence};
 use crate::host::{self, Options, Parts};
-use crate::housekeeping::{clean_up, look_after, note_plugins, shut_out};
+use crate::housekeeping::{clean_up, look_after, shut_out, tell_what_is_served};
 use crate::leases::Leases;
 use crate::log::{Log, chain};
 use crate::settler::Settler;
@@ -111,7 +111,7 @@ pub(crate) async fn serve(
     let housekeeping = [
         tokio::spawn(look_after(backend.clone(), policy.clone(), leases, versions.clone())),
         tokio::spawn(clean_up(backend.clone(), Arc::clone(&clean_up_due))),
-        tokio::spawn(note_plugins(backend.clone(), Arc::clone(&parts.store), host)),
+        tokio::spawn(tell_what_is_served(backend.clone(), config.clone(), Arc::clone(&parts.store), host)),
         tokio::spawn(excuses.clone().run(backend.clone(), host, policy.clone())),
         tokio::spawn(versions.clone().shrink()),
     ];

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use serde::Serialize;
 
 use crate::{
-    AttemptRecord, ClaimedTask, Filter, HostId, LeaseRef, NewTask, Page, Policy, Progress, Result, Settlement, Sign, Stats,
-    Submitted, Task, TaskId, Timestamp,
+    AttemptRecord, ClaimedTask, Filter, HostId, LeaseRef, NewTask, Page, Policy, Progress, QueuedType, Result, Serves,
+    Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp,
 };
 
 /// Whether a write about an attempt still counted.
@@ -203,6 +203,8 @@ pub struct HostRecord {
     pub alive: Option<bool>,
     /// Who it is to its watchdog, if it has one.
     pub identity: Option<String>,
+    /// What it serves, if it has said so, and this back end has a place for it.
+    pub serves: Option<Serves>,
 }
 
 /// A task that was taken back from a host that lost it.
@@ -502,6 +504,15 @@ pub trait Worker: Debug + Send + Sync {
     /// Note which plugin versions (sha256, hexadecimal) a host serves, so that an attempt lost with it can be traced.
     async fn note_plugins(&self, host: HostId, digests: &[String]) -> Result<()>;
 
+    /// Note what a host serves from now on, in place of what it served before.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownHost`] if the host was struck off, or has left.
+    async fn note_serves(&self, host: HostId, serves: &Serves) -> Result<()> {
+        let _ = (host, serves);
+        Ok(())
+    }
+
     /// Remove at most `limit` tasks whose retention has ended; answers how many.
     async fn clean_up(&self, limit: u32) -> Result<u64>;
 
@@ -556,6 +567,12 @@ pub trait Operator: Debug + Send + Sync {
 
     /// A page of tasks.
     async fn list(&self, filter: &Filter) -> Result<Page>;
+
+    /// How many tasks wait or run of each type in each queue, most first; at most [`QueuedType::MOST`]. None if it is not known who serves a type:
+    /// on PerfectQueue's table, where workers in Ruby say nothing of themselves.
+    async fn types(&self) -> Result<Option<Vec<QueuedType>>> {
+        Ok(None)
+    }
 
     /// What the queue holds.
     async fn stats(&self) -> Result<Stats>;

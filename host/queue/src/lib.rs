@@ -33,6 +33,7 @@ mod postgres;
 mod queue;
 mod retry;
 mod schema;
+mod serves;
 mod settlement;
 mod signs;
 mod sqlite;
@@ -48,6 +49,7 @@ pub use queue::{AcquiredTask, PollOptions, Queue};
 pub use retry::Backoff;
 #[doc(hidden)]
 pub use schema::SchemaStep;
+pub use serves::{QueuedType, ServedRoute, ServedTypes, Serves};
 pub use settlement::{Attempt, Event, FailureKind, Policy, Settlement, Verdict, decide};
 pub use signs::Sign;
 pub use task::{

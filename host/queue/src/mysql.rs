@@ -62,8 +62,9 @@ use crate::schema::Steps;
 use crate::task::stored_queue;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
-    Schema, SchemaStatus, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker, fair,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, QueuedType,
+    Reclaimed, Result, Schema, SchemaStatus, Serves, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction,
+    Update, Worker, fair,
 };
 
 /// Submits at once that somebody may be in the way of: fewer than there are connections.
@@ -336,6 +337,10 @@ impl Worker for MySql {
         self.note_versions(host, digests).await
     }
 
+    async fn note_serves(&self, host: HostId, serves: &Serves) -> Result<()> {
+        self.note_service(host, serves).await
+    }
+
     async fn clean_up(&self, limit: u32) -> Result<u64> {
         self.remove_old(limit).await
     }
@@ -377,6 +382,10 @@ impl Operator for MySql {
 
     async fn list(&self, filter: &Filter) -> Result<Page> {
         self.page_of(filter).await
+    }
+
+    async fn types(&self) -> Result<Option<Vec<QueuedType>>> {
+        self.count_types().await.map(Some)
     }
 
     async fn stats(&self) -> Result<Stats> {

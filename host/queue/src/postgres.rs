@@ -53,8 +53,9 @@ use crate::earlier::Earlier;
 use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
-    Schema, SchemaStatus, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction, Update, Worker,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, QueuedType,
+    Reclaimed, Result, Schema, SchemaStatus, Serves, Settlement, Sign, Stats, Submitted, Task, TaskId, Timestamp, Transaction,
+    Update, Worker,
 };
 
 /// A PostgreSQL database with tasks.
@@ -325,6 +326,15 @@ impl Worker for Postgres {
         noted.await
     }
 
+    async fn note_serves(&self, host: HostId, serves: &Serves) -> Result<()> {
+        let serves = serves.to_text();
+        let noted = self.shared.run("noting what a host serves", move |session| {
+            let serves = serves.clone();
+            Box::pin(async move { hosts::note_serves(session, host, &serves).await })
+        });
+        noted.await
+    }
+
     async fn clean_up(&self, limit: u32) -> Result<u64> {
         let earlier = Earlier::default();
         let removed = self.shared.run("removing old tasks", move |session| {
@@ -388,6 +398,10 @@ impl Operator for Postgres {
             Box::pin(async move { list::list(session, &filter).await })
         });
         read.await
+    }
+
+    async fn types(&self) -> Result<Option<Vec<QueuedType>>> {
+        self.shared.run("counting tasks by type", |session| Box::pin(read::types(session))).await.map(Some)
     }
 
     async fn stats(&self) -> Result<Stats> {

@@ -49,8 +49,8 @@ use crate::batch::Batch;
 use crate::schema::Steps;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
-    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, Reclaimed, Result,
-    Schema, SchemaStatus, Settlement, Stats, Submitted, Task, TaskId, Timestamp, Update, Worker,
+    LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, QueuedType,
+    Reclaimed, Result, Schema, SchemaStatus, Serves, Settlement, Stats, Submitted, Task, TaskId, Timestamp, Update, Worker,
 };
 
 /// Connections that read.
@@ -400,6 +400,12 @@ impl Worker for Sqlite {
             .await
     }
 
+    async fn note_serves(&self, host: HostId, serves: &Serves) -> Result<()> {
+        let serves = serves.to_text();
+        let doing = "noting what a host serves";
+        self.writer.run(doing, move |session| Box::pin(async move { hosts::note_serves(session, host, &serves).await })).await
+    }
+
     async fn clean_up(&self, limit: u32) -> Result<u64> {
         self.repair_accounts().await?;
         if !operate::has_garbage(&self.readers).await.map_err(self.reading("looking for ended retention"))? {
@@ -451,6 +457,10 @@ impl Operator for Sqlite {
 
     async fn list(&self, filter: &Filter) -> Result<Page> {
         list::list(&self.readers, filter).await.map_err(self.reading("listing tasks"))
+    }
+
+    async fn types(&self) -> Result<Option<Vec<QueuedType>>> {
+        read::types(&self.readers).await.map(Some).map_err(self.reading("counting tasks by type"))
     }
 
     async fn stats(&self) -> Result<Stats> {

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use laelaps_queue::{Database, Filter, Kind, Quarantine, Queue, SchemaStatus, State, Task, Timestamp};
+use laelaps_queue::{Database, Filter, Kind, Quarantine, Queue, QueuedType, SchemaStatus, State, Task, Timestamp};
 use laelaps_watchdog::{Root, Session, WatchdogQueue, fleet};
 
 use super::output::{Output, counted, in_one_line, moment, table};
@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::fleet::ZooKeeper;
 use crate::host;
 use crate::plugin::scan;
+use crate::serves;
 
 /// Tasks that ended as failed, looked at for those that were set aside.
 const FAILED_MAX: usize = 100_000;
@@ -202,6 +203,11 @@ async fn look_into(queue: &Queue, config: &Config, data: bool, output: &mut Outp
         Ok(Some(told)) => exit::warn(&format!("{place}: {told}")),
         Err(error) => problems.push(error.into()),
     }
+    match unserved(queue).await {
+        Ok(None) => {}
+        Ok(Some(told)) => exit::warn(&format!("{place}: {told}")),
+        Err(error) => problems.push(error.into()),
+    }
     match backend.quarantined().await {
         Ok(quarantined) => {
             quarantined.iter().for_each(|quarantine| exit::warn(&format!("{place}: {}", in_quarantine(quarantine))))
@@ -262,6 +268,28 @@ async fn set_aside(queue: &Queue) -> laelaps_queue::Result<Option<String>> {
         `laelaps cancel --id N` removes one; then its producer can submit it again",
         counted(found.len() as u64, "task"),
         named.join(", ")
+    )))
+}
+
+/// The types with tasks that no live host serves, in words. Without a live host there is nothing to say: this may be the check before the first start.
+async fn unserved(queue: &Queue) -> laelaps_queue::Result<Option<String>> {
+    let Some(types) = queue.backend().types().await? else { return Ok(None) };
+    let hosts = queue.backend().hosts().await?;
+    let unserved = serves::unserved(&hosts, types);
+    if unserved.is_empty() || !serves::any_lives(&hosts) {
+        return Ok(None);
+    }
+    let named = |QueuedType { queue, task_type, tasks }: &QueuedType| {
+        let tasks = counted(*tasks, "task");
+        format!("{} in queue {} ({tasks})", in_one_line(task_type, 100), in_one_line(queue, 64))
+    };
+    let first: Vec<String> = unserved.iter().take(NAMED_MAX).map(named).collect();
+    let more = if unserved.len() > NAMED_MAX { ", ..." } else { "" };
+    Ok(Some(format!(
+        "{} that no live host serves: {}{more}. Their tasks wait for a host that serves the queue, and has a route for the type and its plugin; \
+        `laelaps stats` lists more",
+        counted(unserved.len() as u64, "type"),
+        first.join(", ")
     )))
 }
 

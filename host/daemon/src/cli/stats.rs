@@ -1,13 +1,17 @@
 //! `laelaps stats`.
 
-use laelaps_queue::{HostRecord, Kind, NewTask, Stats};
+use laelaps_queue::{HostRecord, Kind, NewTask, QueuedType, Serves, Stats};
 
 use super::output::{Output, exact_moment, in_one_line, table};
 use super::{Exit, Place};
 use crate::config::{Config, Routes};
+use crate::serves;
 
 /// The plugin versions of a host that a table shows: the latest. JSON has them all.
 const PLUGINS_SHOWN: usize = 4;
+
+/// The types without host that a table shows: those with the most tasks. JSON has them all.
+const UNSERVED_SHOWN: usize = 20;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -20,17 +24,28 @@ impl Arguments {
     pub(super) async fn run(self, place: &Place) -> anyhow::Result<Exit> {
         let (config, queue) = place.open().await?;
         let stats = queue.backend().stats().await?;
+        let types = queue.backend().types().await?;
+        let known = queue.backend().hosts().await?;
+        let unserved =
+            types.map(|types| Unserved { types: serves::unserved(&known, types), any_lives: serves::any_lives(&known) });
         let mut hosts = Vec::new();
-        for host in queue.backend().hosts().await? {
+        for host in known {
             let plugins = queue.backend().host_plugins(host.id).await?;
             hosts.push((host, plugins));
         }
         queue.backend().close().await;
         let mut output = Output::open();
         if self.json {
-            output.json(&StatsJson { stats: &stats, hosts: hosts.iter().map(HostJson::new).collect() })?;
+            output.json(&StatsJson {
+                stats: &stats,
+                unserved: unserved.as_ref().map(|unserved| &*unserved.types),
+                hosts: hosts.iter().map(HostJson::new).collect(),
+            })?;
         } else {
             write(&mut output, &stats, &config)?;
+            if let Some(unserved) = &unserved {
+                unserved.write(&mut output)?;
+            }
             write_hosts(&mut output, &hosts)?;
         }
         output.close()?;
@@ -42,6 +57,8 @@ impl Arguments {
 struct StatsJson<'a> {
     #[serde(flatten)]
     stats: &'a Stats,
+    /// Null if nobody can know.
+    unserved: Option<&'a [QueuedType]>,
     hosts: Vec<HostJson<'a>>,
 }
 
@@ -54,6 +71,8 @@ struct HostJson<'a> {
     running: u64,
     /// Null if only its leases can tell.
     alive: Option<bool>,
+    /// Null if it has not said, or there is no place for it.
+    serves: Option<&'a Serves>,
     plugins: &'a [String],
 }
 
@@ -66,7 +85,33 @@ impl<'a> HostJson<'a> {
             started_at: exact_moment(host.started_at),
             running: host.running,
             alive: host.alive,
+            serves: host.serves.as_ref(),
             plugins,
+        }
+    }
+}
+
+/// The types that no live host serves.
+struct Unserved {
+    types: Vec<QueuedType>,
+    any_lives: bool,
+}
+
+impl Unserved {
+    fn write(&self, output: &mut Output) -> std::io::Result<()> {
+        // Without a host nothing is served, which the empty table of hosts says.
+        if self.types.is_empty() || !self.any_lives {
+            return Ok(());
+        }
+        output.line("")?;
+        let mut table = table(&["served by no live host", "queue", "waiting or running"]);
+        for QueuedType { queue, task_type, tasks } in self.types.iter().take(UNSERVED_SHOWN) {
+            table.add_row([in_one_line(task_type, 255), in_one_line(queue, 64), tasks.to_string()]);
+        }
+        output.table(&table)?;
+        match self.types.len().saturating_sub(UNSERVED_SHOWN) {
+            0 => Ok(()),
+            more => output.line(&format!("and {more} more; --json has them")),
         }
     }
 }

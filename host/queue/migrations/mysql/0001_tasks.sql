@@ -186,6 +186,8 @@ CREATE TABLE IF NOT EXISTS laelaps_host (
     started_at BIGINT         NOT NULL,
     seen_at    BIGINT         NOT NULL,
     identity   VARBINARY(255),
+    -- Its queues and routes, as JSON.
+    serves     MEDIUMBLOB,
     left_at    BIGINT         NOT NULL DEFAULT 0,
     ended_at   BIGINT         NOT NULL DEFAULT 0,
     -- When it was found dead and that was entered against what it ran.

@@ -164,6 +164,8 @@ CREATE TABLE laelaps.host (
     started_at int8 NOT NULL,
     seen_at    int8 NOT NULL,
     identity   text COLLATE "C",
+    -- Its queues and routes, as JSON.
+    serves     text COLLATE "C",
     left_at    int8,
     ended_at   int8,
     died_at    int8

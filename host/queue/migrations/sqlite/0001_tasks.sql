@@ -147,6 +147,8 @@ CREATE TABLE host (
     process_id INTEGER NOT NULL,
     started_at INTEGER NOT NULL,
     identity   TEXT,
+    -- Its queues and routes, as JSON.
+    serves     TEXT,
     left_at    INTEGER,
     ended_at   INTEGER
 ) STRICT;

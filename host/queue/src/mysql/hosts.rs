@@ -27,7 +27,7 @@ use super::{MySql, locked, signs};
 use crate::earlier::Earlier;
 use crate::outcome::ms;
 use crate::{
-    Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
+    Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result, Serves,
     Settlement, TaskId, Timestamp, Verdict,
 };
 
@@ -321,7 +321,7 @@ async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error
             (SELECT COUNT(*) FROM laelaps_claim AS c
                 STRAIGHT_JOIN JSON_TABLE(IF(JSON_VALID(c.tasks), c.tasks, '[]'), '$[*]' COLUMNS (id BIGINT PATH '$')) AS s
                 STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id
-                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1048576 = c.id), h.left_at <> 0, h.identity
+                WHERE c.host = h.id AND t.state = 'running' AND t.lease DIV 1048576 = c.id), h.left_at <> 0, h.identity, h.serves
         FROM laelaps_host AS h WHERE h.ended_at = 0 ORDER BY h.id";
     let record = |row: &MySqlRow| {
         Ok(HostRecord {
@@ -332,6 +332,7 @@ async fn hosts(session: &mut Session<'_>) -> Result<Vec<HostRecord>, sqlx::Error
             running: row.try_get::<i64, _>(4)?.unsigned_abs(),
             alive: row.try_get::<bool, _>(5)?.then_some(false),
             identity: identity(row, 6)?,
+            serves: Serves::of_text(identity(row, 7)?.as_deref()),
         })
     };
     sqlx::query(HOSTS).fetch_all(session.db()).await?.iter().map(record).collect()
@@ -563,6 +564,7 @@ async fn strike_off(session: &mut Session<'_>, only: Option<&[i64]>) -> Result<V
             running: 0,
             alive: Some(false),
             identity: identity(row, 4)?,
+            serves: None,
         })
     };
     let mut gone: Vec<HostRecord> = gone.iter().map(record).collect::<Result<_, sqlx::Error>>()?;

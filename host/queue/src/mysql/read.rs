@@ -14,7 +14,9 @@ use super::operate::Name;
 use super::rows::{Joined, ids, json};
 use super::session::Session;
 use crate::task::queue_name;
-use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, Result, State, Stats, Task, TaskId, Timestamp, data, fair};
+use crate::{
+    AttemptRecord, HostId, Lease, NewTask, Progress, QueuedType, Result, State, Stats, Task, TaskId, Timestamp, data, fair,
+};
 
 /// The most tasks of a page.
 pub(super) const PAGE_MAX: u32 = 10_000;
@@ -320,6 +322,20 @@ async fn stats(session: &mut Session<'_>) -> Result<Stats, Failure> {
     })
 }
 
+async fn types(session: &mut Session<'_>) -> Result<Vec<QueuedType>, Failure> {
+    const TYPES: &str = "SELECT name, CAST(SUM(tasks) AS SIGNED) AS live, queue FROM laelaps_tally WHERE what = 'type'
+        GROUP BY queue, name HAVING live > 0 ORDER BY live DESC, queue, name LIMIT ?";
+    let rows = sqlx::query(TYPES).bind(QueuedType::MOST).fetch_all(session.db()).await?;
+    let counted = |row: &MySqlRow| {
+        Ok(QueuedType {
+            queue: queue_name(queue_of(row, 2)?),
+            task_type: text(row, 0)?,
+            tasks: row.try_get::<i64, _>(1)?.unsigned_abs(),
+        })
+    };
+    rows.iter().map(counted).collect()
+}
+
 impl MySql {
     pub(super) async fn task_of(&self, name: Name) -> Result<Option<Task>> {
         const GET: &str = concat!("SELECT ", task_columns!(), " FROM laelaps_task AS t", beside!(), " WHERE t.`key` = ?");
@@ -373,6 +389,10 @@ impl MySql {
         let query = || sqlx::query(UNSETTLED).bind(prefix.as_bytes().to_vec()).bind(successor(prefix));
         let found = self.read(doing, query).await?;
         found.try_get(0).map_err(|error| self.runner.place.worded(error, doing))
+    }
+
+    pub(super) async fn count_types(&self) -> Result<Vec<QueuedType>> {
+        self.runner.read_together("counting tasks by type", |session| Box::pin(async move { types(session).await })).await
     }
 
     pub(super) async fn count_all(&self) -> Result<Stats> {

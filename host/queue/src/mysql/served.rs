@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::rows::{ids, json};
 use super::{MySql, failure};
-use crate::{HostId, Result};
+use crate::{HostId, Result, Serves};
 
 impl MySql {
     pub(super) async fn served_by(&self, host: HostId) -> Result<Vec<String>> {
@@ -17,6 +17,26 @@ impl MySql {
             })
         });
         read.await
+    }
+
+    /// Note what a host serves from now on.
+    pub(super) async fn note_service(&self, host: HostId, serves: &Serves) -> Result<()> {
+        const HERE: &str = "SELECT COUNT(*) FROM laelaps_host WHERE id = ? AND left_at = 0 AND ended_at = 0";
+        const NOTE: &str = "UPDATE laelaps_host SET serves = ? WHERE id = ? AND left_at = 0 AND ended_at = 0";
+        let serves = serves.to_text();
+        self.run("noting what a host serves", move |session| {
+            let serves = serves.clone();
+            Box::pin(async move {
+                // A row that says the same already does not count as changed.
+                let here: i64 = sqlx::query_scalar(HERE).bind(host.0).fetch_one(session.db()).await?;
+                if here == 0 {
+                    return Err(failure::unknown_host(host));
+                }
+                sqlx::query(NOTE).bind(serves.into_bytes()).bind(host.0).execute(session.db()).await?;
+                Ok(())
+            })
+        })
+        .await
     }
 
     /// Note which plugin versions a host serves from now on; those it served before stay noted.

@@ -128,6 +128,7 @@ impl Hosts {
             running: running(*id),
             alive: Some(true),
             identity: None,
+            serves: None,
         };
         known.iter().filter(|(id, _)| number(**id) == 0).map(record).collect()
     }
@@ -366,6 +367,7 @@ impl Operation for List {
                 running: running.get(&id.0).copied().unwrap_or(0),
                 alive,
                 identity: Some(text(row, 4)?),
+                serves: None,
             })
         };
         rows.iter().map(record).collect()

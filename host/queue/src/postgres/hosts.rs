@@ -12,13 +12,13 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::excuse;
-use super::failure::Failure;
+use super::failure::{self, Failure};
 use super::session::{Session, Shared};
 use super::settle::{Group, clean};
 use super::{signs, versions};
 use crate::earlier::Earlier;
 use crate::{
-    Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result,
+    Attempt, Event, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy, Reclaimed, Result, Serves,
     Settlement, TaskId, Timestamp, Verdict,
 };
 
@@ -94,6 +94,7 @@ fn record(row: &PgRow) -> Result<HostRecord, sqlx::Error> {
         running: row.try_get::<i64, _>(4)?.unsigned_abs(),
         alive: left.map(|_| false),
         identity: row.try_get(6)?,
+        serves: Serves::of_text(row.try_get(7)?),
     })
 }
 
@@ -101,10 +102,17 @@ pub(super) async fn hosts(session: &mut Session) -> Result<Vec<HostRecord>, Fail
     const HOSTS: &str = "SELECT id, name, process_id, started_at,
             (SELECT count(*) FROM laelaps.task WHERE state = 'running' AND task.host = host.id
                 AND task.id = ANY(ARRAY(SELECT unnest(tasks) FROM laelaps.claim WHERE claim.host = host.id))),
-            left_at, identity
+            left_at, identity, serves
         FROM laelaps.host WHERE ended_at IS NULL ORDER BY id";
     let rows = sqlx::query(HOSTS).fetch_all(session.db()?).await?;
     Ok(rows.iter().map(record).collect::<Result<_, sqlx::Error>>()?)
+}
+
+/// Note what a host serves from now on.
+pub(super) async fn note_serves(session: &mut Session, host: HostId, serves: &str) -> Result<(), Failure> {
+    const NOTE: &str = "UPDATE laelaps.host SET serves = $2 WHERE id = $1 AND left_at IS NULL AND ended_at IS NULL";
+    let noted = sqlx::query(NOTE).bind(host.0).bind(serves).execute(session.db()?).await?;
+    if noted.rows_affected() == 0 { Err(failure::unknown_host(host)) } else { Ok(()) }
 }
 
 /// A task that its host has lost.
@@ -318,7 +326,7 @@ async fn strike_off(session: &mut Session, only: Option<&[i64]>) -> Result<Vec<H
         FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now) AS clock
         WHERE ended_at IS NULL AND (left_at IS NOT NULL OR seen_at < now - $1) AND ($2::int8[] IS NULL OR id = ANY($2))
             AND NOT EXISTS (SELECT FROM laelaps.claim WHERE claim.host = host.id)
-        RETURNING id, name, process_id, started_at, 0::int8, left_at, identity";
+        RETURNING id, name, process_id, started_at, 0::int8, left_at, identity, serves";
     const FORGET: &str = "WITH old AS (
             DELETE FROM laelaps.host WHERE ended_at IS NOT NULL AND id <= (SELECT max(id) FROM laelaps.host) - $1 RETURNING id)
         DELETE FROM laelaps.host_plugin WHERE host = ANY(ARRAY(SELECT id FROM old))";

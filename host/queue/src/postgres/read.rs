@@ -8,7 +8,7 @@ use super::operate::Name;
 use super::session::Session;
 use super::unreadable;
 use crate::task::queue_name;
-use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, QueuedType, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
 pub(super) const PAGE_MAX: u32 = 10_000;
@@ -277,6 +277,20 @@ pub(super) async fn stats(session: &mut Session) -> Result<Stats, Failure> {
         types: named(types),
         queues: named(queues),
     })
+}
+
+pub(super) async fn types(session: &mut Session) -> Result<Vec<QueuedType>, Failure> {
+    const TYPES: &str =
+        "SELECT queue, type, sum(live)::float8 AS live FROM laelaps.tally GROUP BY queue, type HAVING sum(live) > 0
+        ORDER BY live DESC, queue, type LIMIT $1";
+    let counts = sqlx::query_as(TYPES).bind(i64::from(QueuedType::MOST)).fetch_all(session.db()?);
+    let counts: Vec<(String, String, f64)> = counts.await?;
+    let counted = |(queue, task_type, tasks): (String, String, f64)| QueuedType {
+        queue: queue_name(queue),
+        task_type,
+        tasks: u64::try_from(saturated(tasks)).unwrap_or(0),
+    };
+    Ok(counts.into_iter().map(counted).collect())
 }
 
 /// A sum of counts, into which somebody may have written by hand.

@@ -21,7 +21,7 @@ use super::suspicion;
 use super::writer::Session;
 use crate::{
     Attempt, Error, Event, FailureKind, HostDescription, HostId, HostRecord, Lease, LeaseAnswer, LeaseRef, Lost, Policy,
-    Reclaimed, Result, Settlement, TaskId, Timestamp, Verdict,
+    Reclaimed, Result, Serves, Settlement, TaskId, Timestamp, Verdict,
 };
 
 /// Tasks taken back in one transaction.
@@ -154,7 +154,7 @@ impl Sqlite {
 
     pub(super) async fn known_hosts(&self) -> Result<Vec<HostRecord>> {
         const HOSTS: &str = "SELECT id, name, process_id, started_at,
-                (SELECT count(*) FROM task WHERE task.host = host.id AND task.state = 'running'), identity, left_at
+                (SELECT count(*) FROM task WHERE task.host = host.id AND task.state = 'running'), identity, left_at, serves
             FROM host INDEXED BY host_here WHERE ended_at IS NULL ORDER BY id";
         let rows = sqlx::query(HOSTS).fetch_all(&self.readers).await.map_err(self.reading("reading hosts"))?;
         let locks = self.hosts.clone();
@@ -169,6 +169,7 @@ impl Sqlite {
                 running: columns.whole(4, "running").unsigned_abs(),
                 alive: if columns.maybe_whole(6, "left_at").is_some() { Some(false) } else { locks.is_alive(id) },
                 identity: columns.maybe_text(5, "identity"),
+                serves: Serves::of_text(columns.maybe_text(7, "serves").as_deref()),
             }
         };
         Ok(rows.iter().map(record).collect())
@@ -382,4 +383,11 @@ pub(super) async fn note_plugins(session: &mut Session, host: HostId, digests: &
     sqlx::query(ENTER).bind(digests.clone()).execute(session.db()).await?;
     sqlx::query(NOTE).bind(digests).bind(host.0).bind(now).execute(session.db()).await?;
     Ok(())
+}
+
+/// Note what a host serves from now on.
+pub(super) async fn note_serves(session: &mut Session, host: HostId, serves: &str) -> Result<(), Failure> {
+    const NOTE: &str = "UPDATE host SET serves = ?2 WHERE id = ?1 AND left_at IS NULL AND ended_at IS NULL";
+    let noted = sqlx::query(NOTE).bind(host.0).bind(serves).execute(session.db()).await?;
+    if noted.rows_affected() == 0 { Err(failure::unknown_host(host)) } else { Ok(()) }
 }

@@ -7,7 +7,7 @@ use super::failure;
 use super::pieces::{data_bytes, whole_data};
 use super::rows::{Columns, lossy};
 use crate::task::queue_name;
-use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, State, Stats, Task, TaskId, Timestamp, data};
+use crate::{AttemptRecord, HostId, Lease, NewTask, Progress, QueuedType, State, Stats, Task, TaskId, Timestamp, data};
 
 /// The most tasks of a page.
 pub(super) const PAGE_MAX: u32 = 10_000;
@@ -214,6 +214,18 @@ pub(super) async fn has_unsettled(readers: &SqlitePool, prefix: &str) -> Result<
 /// Counts as they are told.
 fn named(rows: Vec<(Vec<u8>, i64)>) -> Vec<(String, u64)> {
     rows.into_iter().map(|(name, tasks)| (lossy(&name), tasks.unsigned_abs())).collect()
+}
+
+pub(super) async fn types(readers: &SqlitePool) -> Result<Vec<QueuedType>, sqlx::Error> {
+    const TYPES: &str = "SELECT CAST(queue AS BLOB), CAST(name AS BLOB), tasks FROM tally WHERE what = 'type' AND tasks > 0
+        ORDER BY tasks DESC, queue, name LIMIT ?1";
+    let counts: Vec<(Vec<u8>, Vec<u8>, i64)> = sqlx::query_as(TYPES).bind(QueuedType::MOST).fetch_all(readers).await?;
+    let counted = |(queue, name, tasks): (Vec<u8>, Vec<u8>, i64)| QueuedType {
+        queue: queue_name(lossy(&queue)),
+        task_type: lossy(&name),
+        tasks: tasks.unsigned_abs(),
+    };
+    Ok(counts.into_iter().map(counted).collect())
 }
 
 pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {

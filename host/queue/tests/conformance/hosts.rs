@@ -1,6 +1,6 @@
 //! Hosts: registered, alive, dead.
 
-use laelaps_queue::{Claim, Error, HostId, LeaseAnswer};
+use laelaps_queue::{Claim, Error, HostId, LeaseAnswer, ServedRoute, ServedTypes, Serves};
 
 use crate::fixture::{Fixture, LONG, finish, settled, task};
 use crate::promises;
@@ -87,6 +87,8 @@ promises! {
             assert!(matches!(refused, Err(Error::UnknownHost(unknown)) if unknown == host));
             let refused = fixture.backend().note_plugins(host, &["d".to_owned()]).await;
             assert!(matches!(refused, Err(Error::UnknownHost(unknown)) if unknown == host));
+            let refused = fixture.backend().note_serves(host, &Serves::default()).await;
+            assert!(matches!(refused, Err(Error::UnknownHost(unknown)) if unknown == host));
         }
         assert_eq!(fixture.queue.stats().await.unwrap().ready, 1);
     }
@@ -99,6 +101,31 @@ promises! {
         fixture.backend().note_plugins(host, &[]).await.unwrap();
         assert_eq!(fixture.backend().host_plugins(host).await.unwrap(), digests(&["d1", "d2", "d3"]));
         assert_eq!(fixture.backend().host_plugins(HostId(999)).await.unwrap(), digests(&[]));
+    }
+
+    async fn a_host_says_what_it_serves(fixture: &Fixture) {
+        let (host, silent) = (fixture.host().await, fixture.host().await);
+        let other = fixture.another().await;
+        let said = async || -> Vec<_> { other.backend().hosts().await.unwrap().into_iter().map(|host| (host.id, host.serves)).collect() };
+        assert_eq!(said().await, [(host, None), (silent, None)]);
+        let route = |types, is_loaded| ServedRoute { types, plugin: "p/1".to_owned(), is_loaded };
+        let routes = vec![
+            route(ServedTypes::Type("gr\u{f6}\u{df}e '\"\\".to_owned()), true),
+            route(ServedTypes::Pattern("^\u{0}[\u{1F43A}]$".to_owned()), false),
+        ];
+        let mut serves = Serves { queues: Some(vec!["mail".to_owned(), "default".to_owned()]), routes };
+        // As many and as large as a configuration may have them, the first time.
+        let mut large = serves.clone();
+        large.routes.extend((0..998).map(|_| route(ServedTypes::Type("t".repeat(255)), true)));
+        for serves in [&large, &serves, &serves, &Serves::default()] {
+            fixture.backend().note_serves(host, serves).await.unwrap();
+            assert_eq!(said().await, [(host, Some(serves.clone())), (silent, None)]);
+        }
+        serves.routes.clear();
+        fixture.backend().note_serves(silent, &serves).await.unwrap();
+        fixture.backend().unregister_host(host).await.unwrap();
+        assert_eq!(said().await, [(silent, Some(serves))]);
+        other.close().await;
     }
 
     async fn two_hosts_settle_each_of_many_tasks_once(fixture: &Fixture) {

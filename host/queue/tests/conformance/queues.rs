@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use laelaps_queue::{Claim, ClaimedTask, Error, Event, Filter, HostId, NewTask, Timestamp};
+use laelaps_queue::{Claim, ClaimedTask, Error, Event, Filter, HostId, NewTask, QueuedType, Timestamp};
 
 use crate::fixture::{Fixture, LONG, finish, keys, settled, task, task_of};
 use crate::promises;
@@ -189,6 +189,32 @@ promises! {
         fixture.queue.drop_held("d").await.unwrap();
         let queues = fixture.queue.stats().await.unwrap().queues;
         assert_eq!(queues, [("default".to_owned(), 1), ("mail".to_owned(), 1)]);
+    }
+
+    async fn types_are_counted_by_queue(fixture: &Fixture) {
+        let host = fixture.host().await;
+        assert_eq!(fixture.backend().types().await.unwrap(), Some(Vec::new()));
+        let typed = |queue: &str, name: &str, key: &str| NewTask { task_type: name.to_owned(), ..of(queue, task(key)) };
+        fixture
+            .submit(&[
+                typed("mail", "a", "1"),
+                typed("mail", "a", "2"),
+                typed("mail", "a", "3").on_hold(),
+                typed("default", "a", "4"),
+                typed("default", "b", "5"),
+                typed("default", "b", "6"),
+            ])
+            .await;
+        let counted = async || -> Vec<(String, String, u64)> {
+            let types = fixture.backend().types().await.unwrap().unwrap();
+            types.into_iter().map(|QueuedType { queue, task_type, tasks }| (queue, task_type, tasks)).collect()
+        };
+        let row = |queue: &str, name: &str, tasks: u64| (queue.to_owned(), name.to_owned(), tasks);
+        assert_eq!(counted().await, [row("mail", "a", 3), row("default", "b", 2), row("default", "a", 1)]);
+        let claimed = claim(fixture, host, 2, &["mail"]).await;
+        assert_eq!(counted().await[0], row("mail", "a", 3), "running ones count as well");
+        fixture.backend().settle(&claimed.iter().map(|task| settled(task, finish())).collect::<Vec<_>>()).await.unwrap();
+        assert_eq!(counted().await, [row("default", "b", 2), row("default", "a", 1), row("mail", "a", 1)]);
     }
 
     async fn a_name_that_no_queue_can_have_is_refused(fixture: &Fixture) {
