@@ -10,6 +10,7 @@ mod bounded;
 mod chaos;
 mod contention;
 mod descent;
+mod documented;
 mod documents;
 mod encryption;
 mod ends;
