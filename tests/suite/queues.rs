@@ -2,7 +2,8 @@
 
 use laelaps_queue::{NewTask, Queue, State, Task};
 use laelaps_tests::{
-    Database, LONG, PATIENCE, Signal, Site, eventually, guest, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats,
+    Database, LONG, PATIENCE, Signal, Site, eventually, guest, output, submit, task, wait_for_finished, wait_for_state,
+    wait_for_stats,
 };
 use serde_json::{Value, json};
 

@@ -14,6 +14,7 @@ mod path;
 mod perfectqueue;
 mod pinned;
 mod producers;
+mod queues;
 mod raw;
 mod report;
 mod statements;
@@ -59,6 +60,7 @@ async fn measure(database: &'static str, words: &Words, report: &mut Report) {
             "path" => path::measure(&home, words, report).await,
             "backlog" => backlog::measure(&home, words, report).await,
             "finished" => finished::measure(&home, words, report).await,
+            "queues" => queues::measure(&home, words, report).await,
             "pinned" => pinned::measure(&home, words, report).await,
             _ => perfectqueue::measure(&home, words, report).await,
         }

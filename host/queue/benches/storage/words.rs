@@ -1,7 +1,7 @@
 //! What the bench was asked for: words behind `--`.
 
 pub(crate) const DATABASES: [&str; 3] = ["sqlite", "postgres", "mariadb"];
-pub(crate) const PARTS: [&str; 7] = ["submit", "producers", "path", "backlog", "finished", "pinned", "perfectqueue"];
+pub(crate) const PARTS: [&str; 8] = ["submit", "producers", "path", "backlog", "queues", "finished", "pinned", "perfectqueue"];
 const OPTIONS: [&str; 3] = ["quick", "--json", "--check"];
 
 /// What was asked for.

@@ -209,13 +209,17 @@ impl MySql {
     /// Take waiting tasks under new leases, of the queues that are asked for. Runs on the task of the caller, which must not be dropped. Those whose names cannot be read are set
     /// aside, and others taken instead.
     pub(super) async fn take_tasks(&self, claim: &Claim) -> Result<Taken> {
-        let mut folded = false;
+        let (mut folded, mut went_on) = (false, false);
         for _ in 0..ASIDE_ROUNDS_MAX {
             let (taken, unreadable, unfolded) = self.take_some(claim).await?;
             // What is left to fold in may be what other queues' users have changed, and hide what changed in these.
             if unfolded && claim.queues.is_some() && !folded && taken.tasks.is_empty() && unreadable.is_empty() {
                 self.fold_some_changes(FOLDS_OF_CLAIM).await?;
                 folded = true;
+                continue;
+            }
+            if unreadable.is_empty() && taken.tasks.is_empty() && !went_on && locked(&self.marks).goes_on(&asked(claim)) {
+                went_on = true;
                 continue;
             }
             if unreadable.is_empty() {

@@ -88,6 +88,10 @@ struct Fronts {
     took: Duration,
     /// The next look from the head goes on behind this queue.
     behind: Option<Vec<u8>>,
+    /// There are more queues than a look finds: others may have something when these have nothing.
+    is_part: bool,
+    /// All that the last look found is taken, and others may have something.
+    goes_on: bool,
 }
 
 impl Fronts {
@@ -109,6 +113,7 @@ impl Fronts {
             self.looked_at = Some(Instant::now());
             // Each queue costs a look.
             self.took = if looked.fronts.len() > ARMS { looked.took.max(QUICK) } else { looked.took };
+            self.is_part = self.behind.is_some() || looked.behind.is_some();
             self.behind.clone_from(&looked.behind);
         }
         if looked.learnt {
@@ -119,7 +124,7 @@ impl Fronts {
                 room || found.contains(queue.as_slice()) || front.entered.is_some_and(|(_, at)| at > entered)
             });
         }
-        let many = self.queues.len() > ARMS;
+        let many = self.queues.len() > ARMS || self.is_part;
         for (queue, place) in &looked.fronts {
             match (place, self.queues.get_mut(queue)) {
                 (Some(place), Some(front)) => front.looked(*place, entered),
@@ -131,8 +136,8 @@ impl Fronts {
                 (None, None) => {}
             }
         }
-        if looked.behind.is_some() && self.queues.is_empty() {
-            // All that the last look found is taken, and there is more.
+        self.goes_on = self.is_part && self.queues.is_empty();
+        if self.goes_on {
             self.hint();
         }
     }
@@ -212,6 +217,12 @@ impl Marks {
                 fronts.entered(queue, *turn, self.entered);
             }
         }
+    }
+
+    /// Whether a claim that found nothing should look once more, since it knew some of the queues only. Says so once.
+    pub(super) fn goes_on(&mut self, asked: &Asked) -> bool {
+        let Some(known) = self.known.get_mut(asked) else { return false };
+        [&mut known.ready, &mut known.of_users].map(|fronts| std::mem::take(&mut fronts.goes_on)).contains(&true)
     }
 
     /// Where to begin with users' changes.

@@ -7,11 +7,13 @@ use std::time::Instant;
 use super::claim::count;
 use super::failure::Failure;
 use super::heads::{Place, Sort};
-use super::mark::{Found, From};
+use super::mark::{self, Found, From};
 use super::session::Session;
 
 /// Queues of one look; the next one goes on behind them.
 const QUEUES_MAX: usize = 1_000;
+/// Looks of one claim, where all that is thought of its queues is older than what others took of them: enough for all queues that are remembered.
+pub(super) const LOOKS_MAX: usize = mark::QUEUES_MAX / QUEUES_MAX + 1;
 
 /// $1 the least name, $2 how many queues, $3 whether also the first task of a user is asked for. The first task without user is the first of its queue.
 pub(super) const AROUND: &str = "WITH RECURSIVE first AS (
@@ -47,13 +49,20 @@ pub(super) async fn look(session: &mut Session, from: &mut From) -> Result<(), F
         let rows: Vec<Row> = sqlx::query_as(AROUND_SOME).bind(&**queues).bind(users).fetch_all(session.db()?).await?;
         shared.marks.found_of(from, rows.into_iter().map(found).collect());
     } else {
-        let behind = shared.marks.around();
-        // The least text behind another one has the least character more.
-        let first = behind.as_deref().map_or_else(String::new, |behind| format!("{behind}\u{1}"));
-        let rows: Vec<Row> =
-            sqlx::query_as(AROUND).bind(first).bind(count(QUEUES_MAX)).bind(users).fetch_all(session.db()?).await?;
-        let last = rows.last().filter(|_| rows.len() == QUEUES_MAX).map(|(queue, ..)| queue.clone());
-        shared.marks.found(from, behind.as_deref(), last, rows.into_iter().map(found).collect());
+        let mut behind = shared.marks.around();
+        loop {
+            // The least text behind another one has the least character more.
+            let first = behind.as_deref().map_or_else(String::new, |behind| format!("{behind}\u{1}"));
+            let rows: Vec<Row> =
+                sqlx::query_as(AROUND).bind(first).bind(count(QUEUES_MAX)).bind(users).fetch_all(session.db()?).await?;
+            let last = rows.last().filter(|_| rows.len() == QUEUES_MAX).map(|(queue, ..)| queue.clone());
+            let is_end = last.is_none();
+            shared.marks.found(from, behind.as_deref(), last, rows.into_iter().map(found).collect());
+            // Behind the last queue comes the first: a look that came to the end has looked at few, or at none.
+            if !(is_end && behind.take().is_some()) {
+                break;
+            }
+        }
     }
     from.looked_around = Some(started.elapsed());
     shared.marks.begin_anew(from);

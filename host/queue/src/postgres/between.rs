@@ -17,7 +17,7 @@ use super::failure::Failure;
 use super::heads::{Heads, Place, Sort, TOGETHER};
 use super::mark::From;
 use super::session::Session;
-use super::{mend, several};
+use super::{around, mend, several};
 use crate::ClaimedTask;
 use crate::fair::{self, Account, Candidate, Rest};
 
@@ -491,8 +491,21 @@ async fn first(session: &mut Session, limit: usize, from: &From) -> Result<Selec
             selection.chosen.push(Chosen { task, place, bytes, owner, pick: None });
         }
     } else {
+        let sorts = [Sort::Nobodys, Sort::Users];
         let (mut heads, mut stood) = (from.heads.clone(), HashMap::with_capacity(limit));
-        for read in several::read(session, &mut heads, &[Sort::Nobodys, Sort::Users], limit).await? {
+        let mut read = several::read(session, &mut heads, &sorts, limit).await?;
+        let mut around = from.clone();
+        for _ in 0..around::LOOKS_MAX {
+            // Nothing may be taken behind where other queues are thought to begin, and that is older than what was taken of them between users, or by
+            // another host.
+            if !read.is_empty() || heads.rest.is_none() {
+                break;
+            }
+            around::look(session, &mut around).await?;
+            heads = around.heads.clone();
+            read = several::read(session, &mut heads, &sorts, limit).await?;
+        }
+        for read in read {
             stood.insert(read.place.1, (read.queue.clone(), read.sort, read.place));
             let owner = Owner { queue: read.queue, user: read.user };
             selection.chosen.push(Chosen { task: read.place.1, place: read.row, bytes: read.bytes, owner, pick: None });

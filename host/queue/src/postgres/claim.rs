@@ -384,7 +384,7 @@ async fn claim_from(session: &mut Session, asked: &Asked, from: &mut From) -> Re
     let mut rounds = Rounds { due: true, suspects: asked.claim.alone };
     let (mut entered, mut waited, mut mended) = (0, false, 0);
     let entered_max = if asked.queues().is_some() && !asked.claim.ignore_users { ENTERED_MAX } else { 1 };
-    let mut searched = 0;
+    let (mut searched, mut looks) = (0, 0);
     if from.has_to_look_around() {
         around::look(session, from).await?;
     }
@@ -405,6 +405,12 @@ async fn claim_from(session: &mut Session, asked: &Asked, from: &mut From) -> Re
         }
         if look.is_free(rounds) && searched < rounds_max(asked.limit) && goes_on(session, from) {
             searched += 1;
+            continue;
+        }
+        // All that was thought of so many queues is older than what others took of them.
+        if look.is_free(rounds) && looks < around::LOOKS_MAX && goes_on(session, from) && from.heads.rest.is_some() {
+            around::look(session, from).await?;
+            (searched, looks) = (0, looks + 1);
             continue;
         }
         if rounds.due && look.next_due.is_some_and(|due| due <= look.now) {

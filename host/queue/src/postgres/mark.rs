@@ -22,7 +22,7 @@ const CHEAP: Duration = Duration::from_millis(5);
 /// A queue where nothing was found for so long is forgotten.
 const FORGOTTEN: Duration = Duration::from_secs(60);
 /// Queues remembered, and ways to ask for them. Beyond that all are forgotten, and looked for again.
-const QUEUES_MAX: usize = 20_000;
+pub(super) const QUEUES_MAX: usize = 20_000;
 const WAYS_MAX: usize = 100;
 
 /// What a claim asks for.

@@ -173,8 +173,10 @@ async fn suspect(session: &mut Session, claim: &Claim) -> Result<Found, Failure>
 
 /// The queues that a claim asks for.
 struct Queues {
-    names: Vec<String>,
+    /// Their names as the tables have them, each once.
     json: String,
+    /// The only one, if it is one.
+    only: Option<String>,
 }
 
 impl Queues {
@@ -183,7 +185,7 @@ impl Queues {
         names.sort_unstable();
         names.dedup();
         let json = json(&names);
-        Self { names, json }
+        Self { json, only: names.pop().filter(|_| names.is_empty()) }
     }
 
     /// At most so many of them, from another one on with each number, so that each has its turn.
@@ -265,15 +267,54 @@ async fn nobodys(session: &mut Session, heads: &[Nobodys], limit: usize) -> Resu
     Ok(rows.iter().map(nobodys).collect::<Result<_, sqlx::Error>>()?)
 }
 
-pub(super) const QUEUES_OF_USERS: &str = "WITH RECURSIVE queues (queue) AS (
-            SELECT * FROM (SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' ORDER BY queue LIMIT 1)
+/// The first and the last queue in which users have ready tasks.
+pub(super) const ENDS_OF_USERS: &str =
+    "SELECT CAST((SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' ORDER BY queue LIMIT 1) AS BLOB),
+        CAST((SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' ORDER BY queue DESC LIMIT 1) AS BLOB)";
+
+pub(super) const FIRST_OF_USERS: &str =
+    "SELECT turn, task, CAST(queue AS BLOB), CAST(user AS BLOB) FROM ready INDEXED BY ready_in_turn
+        WHERE queue = ?2 AND user <> '' ORDER BY turn, task LIMIT ?1";
+
+/// The first tasks of users in some queues: the first of each queue, and from there on in the order of the turns as in [`NOBODYS_OF_SEVERAL`].
+macro_rules! first_of_users {
+    ($queues:literal) => {
+        concat!(
+            "WITH RECURSIVE queues (queue) AS (",
+            $queues,
+            "),
+        head (queue, turn, task) AS MATERIALIZED (
+            SELECT * FROM (SELECT queue,
+                    (SELECT turn FROM ready INDEXED BY ready_in_turn WHERE ready.queue = queues.queue AND user <> ''
+                        ORDER BY turn, task LIMIT 1) AS turn,
+                    (SELECT task FROM ready INDEXED BY ready_in_turn WHERE ready.queue = queues.queue AND user <> ''
+                        ORDER BY turn, task LIMIT 1) AS task
+                FROM queues WHERE queue IS NOT NULL) WHERE task IS NOT NULL ORDER BY turn, task LIMIT ?1),
+        walk (queue, turn, task) AS (
+            SELECT queue, turn, task FROM head
+            UNION ALL
+            SELECT next.queue, next.turn, next.task
+            FROM walk CROSS JOIN ready AS next INDEXED BY ready_in_turn ON next.queue = walk.queue AND next.user <> ''
+                AND (next.turn, next.task) = (SELECT later.turn, later.task FROM ready AS later INDEXED BY ready_in_turn
+                    WHERE later.queue = walk.queue AND later.user <> '' AND (later.turn, later.task) > (+walk.turn, +walk.task)
+                    ORDER BY later.turn, later.task LIMIT 1)
+            ORDER BY 2, 3)
+        SELECT first.turn, first.task, CAST(first.queue AS BLOB), CAST(place.user AS BLOB)
+        FROM (SELECT queue, turn, task FROM walk LIMIT ?1) AS first
+            CROSS JOIN ready AS place INDEXED BY ready_in_turn
+            ON place.queue = first.queue AND place.turn = first.turn AND place.task = first.task AND place.user <> ''"
+        )
+    };
+}
+
+pub(super) const FIRST_OF_USERS_OF_ALL: &str = first_of_users!(
+    "SELECT * FROM (SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' ORDER BY queue LIMIT 1)
             UNION ALL
             SELECT (SELECT queue FROM ready INDEXED BY ready_in_turn WHERE user <> '' AND queue > queues.queue ORDER BY queue LIMIT 1)
-            FROM queues WHERE queue IS NOT NULL LIMIT ?1)
-        SELECT CAST(queue AS BLOB) FROM queues WHERE queue IS NOT NULL";
+            FROM queues WHERE queue IS NOT NULL"
+);
 
-pub(super) const FIRST_OF_USERS: &str = "SELECT turn, task, max_running, CAST(user AS BLOB) FROM ready INDEXED BY ready_in_turn
-        WHERE queue = ?1 AND user <> '' ORDER BY turn, task LIMIT ?2";
+pub(super) const FIRST_OF_USERS_OF_QUEUES: &str = first_of_users!("SELECT value FROM json_each(?2)");
 
 /// The first ready tasks, whosever they are.
 async fn first(
@@ -295,21 +336,29 @@ async fn first(
             pick: None,
         })
         .collect();
-    let mut nameless = Vec::new();
-    let names: Vec<Vec<u8>> = match queues {
-        Some(queues) => queues.names.iter().map(|name| name.clone().into_bytes()).collect(),
-        None => sqlx::query_scalar(QUEUES_OF_USERS).bind(count(Claim::QUEUES_MAX)).fetch_all(session.db()).await?,
-    };
-    for name in names {
-        // As text it finds the row, whatever its bytes are: SQLite does not look at them.
-        let queue = lossy(&name);
-        let rows = sqlx::query(FIRST_OF_USERS).bind(queue.clone()).bind(count(limit)).fetch_all(session.db()).await?;
-        for row in &rows {
-            let (turn, task) = (row.try_get(0)?, row.try_get(1)?);
-            match String::from_utf8(row.try_get(3)?) {
-                Ok(user) => chosen.push(Chosen { task, turn, owner: Owner { queue: queue.clone(), user }, pick: None }),
-                Err(error) => nameless.push((name.clone(), error.into_bytes())),
+    // Most have one queue, where nothing has to be merged.
+    let only = match queues {
+        None => {
+            let ends: (Option<Vec<u8>>, Option<Vec<u8>>) = sqlx::query_as(ENDS_OF_USERS).fetch_one(session.db()).await?;
+            match ends {
+                (Some(first), Some(last)) if first == last => String::from_utf8(first).ok(),
+                (None, None) => Some(String::new()),
+                _ => None,
             }
+        }
+        Some(queues) => queues.only.clone(),
+    };
+    let query = match (only, queues) {
+        (Some(only), _) => sqlx::query(FIRST_OF_USERS).bind(count(limit)).bind(only),
+        (None, None) => sqlx::query(FIRST_OF_USERS_OF_ALL).bind(count(limit)),
+        (None, Some(queues)) => sqlx::query(FIRST_OF_USERS_OF_QUEUES).bind(count(limit)).bind(queues.json.clone()),
+    };
+    let mut nameless = Vec::new();
+    for row in &query.fetch_all(session.db()).await? {
+        let (turn, task) = (row.try_get(0)?, row.try_get(1)?);
+        match (String::from_utf8(row.try_get(2)?), String::from_utf8(row.try_get(3)?)) {
+            (Ok(queue), Ok(user)) => chosen.push(Chosen { task, turn, owner: Owner { queue, user }, pick: None }),
+            _ => nameless.push((row.try_get(2)?, row.try_get(3)?)),
         }
     }
     chosen.sort_unstable_by_key(|chosen| (chosen.turn, chosen.task));

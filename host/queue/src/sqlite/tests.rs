@@ -25,7 +25,7 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else; with what their plan has to contain.
-const LOOKED_UP: [(&str, &str, &str); 31] = [
+const LOOKED_UP: [(&str, &str, &str); 35] = [
     ("due", claim::DUE, "SEARCH scheduled USING PRIMARY KEY (run_at=? AND task=?)"),
     ("suspect", choose::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN"),
     ("heads", choose::HEADS, "SCAN account USING INDEX account_without_user"),
@@ -36,8 +36,20 @@ const LOOKED_UP: [(&str, &str, &str); 31] = [
         choose::NOBODYS_OF_SEVERAL,
         "SEARCH later USING PRIMARY KEY (queue=? AND user=? AND (turn,task)>(?,?))",
     ),
-    ("first of users", choose::FIRST_OF_USERS, "SEARCH ready USING INDEX ready_in_turn (queue=?)"),
-    ("queues of users", choose::QUEUES_OF_USERS, "SEARCH ready USING COVERING INDEX ready_in_turn (queue>?)"),
+    ("ends of users", choose::ENDS_OF_USERS, "SCAN ready USING COVERING INDEX ready_in_turn"),
+    ("users of one", choose::FIRST_OF_USERS, "SEARCH ready USING COVERING INDEX ready_in_turn (queue=?)"),
+    ("queues of users", choose::FIRST_OF_USERS_OF_ALL, "SEARCH ready USING COVERING INDEX ready_in_turn (queue>?)"),
+    ("first of users", choose::FIRST_OF_USERS_OF_ALL, "SEARCH ready USING COVERING INDEX ready_in_turn (queue=?)"),
+    (
+        "later of users",
+        choose::FIRST_OF_USERS_OF_QUEUES,
+        "SEARCH later USING COVERING INDEX ready_in_turn (queue=? AND (turn,task)>(?,?))",
+    ),
+    (
+        "places of users",
+        choose::FIRST_OF_USERS_OF_QUEUES,
+        "SEARCH place USING COVERING INDEX ready_in_turn (queue=? AND turn=? AND task=?)",
+    ),
     ("open accounts", choose::OPEN_ACCOUNTS, "SCAN account USING INDEX account_by_weight"),
     ("open queues", choose::OPEN_QUEUES, "SEARCH account EXISTS USING INDEX account_of_queue_by_age (queue=?)"),
     (

@@ -172,6 +172,32 @@ promises! {
         assert_eq!(sorted.len(), 1_000);
     }
 
+    async fn what_was_taken_between_users_keeps_no_claim_by_time_from_many_queues(fixture: &Fixture) {
+        const QUEUES: usize = 1_100;
+        let host = fixture.host().await;
+        let names: Vec<String> = (0..QUEUES).map(|number| format!("queue-{number:04}")).collect();
+        for round in 0..2 {
+            for batch in names.chunks(275) {
+                let tasks = batch.iter().map(|queue| of(queue, task_of("u", &format!("{round} {queue}"), None)));
+                fixture.submit(&tasks.collect::<Vec<_>>()).await;
+            }
+        }
+        let by_time = Claim { ignore_users: true, queues: None, ..asking(host, 10, &[]) };
+        let mut found = fixture.backend().claim(&by_time).await.unwrap().tasks.len();
+        // What stands first in the queues goes, one task of each.
+        while found < QUEUES {
+            let between = fixture.claim(host, 100).await.len();
+            assert!(between > 0, "{found} were found");
+            found += between;
+        }
+        while found < 2 * QUEUES {
+            let more = fixture.backend().claim(&by_time).await.unwrap().tasks.len();
+            assert!(more > 0, "{found} were found");
+            found += more;
+        }
+        assert_eq!(fixture.backend().claim(&by_time).await.unwrap().tasks.len(), 0);
+    }
+
     async fn lists_and_stats_tell_queues(fixture: &Fixture) {
         let host = fixture.host().await;
         fixture.submit(&[task("a"), of("mail", task("b")), of("mail", task("c")), of("video", task("d")).on_hold()]).await;

@@ -7,11 +7,14 @@ use crate::site::{Site, Turn};
 
 const COUNT: usize = 200;
 const USERS: usize = 7;
+const QUEUES: usize = 5;
 
 pub(crate) async fn a_backlog_that_was_filled_is_one_that_was_submitted(turn: &Turn) {
     let filled = turn.site().await;
     fill::waiting(&filled.url, 0..COUNT, 0).await;
     fill::waiting(&filled.url, COUNT..2 * COUNT, USERS).await;
+    fill::waiting_in(&filled.url, 2 * COUNT..3 * COUNT, 0, QUEUES).await;
+    fill::waiting_in(&filled.url, 3 * COUNT..4 * COUNT, USERS, QUEUES).await;
     let submitted = turn.site().await;
     let task = |number: usize| NewTask::new(format!("task-{number}"), "bench", fill::DATA);
     let nobodys: Vec<NewTask> = (0..COUNT).map(task).collect();
@@ -19,9 +22,18 @@ pub(crate) async fn a_backlog_that_was_filled_is_one_that_was_submitted(turn: &T
     let of_user = |number: usize| NewTask { user: Some(format!("user-{}", number % USERS)), ..task(number) };
     let users: Vec<NewTask> = (COUNT..2 * COUNT).map(of_user).collect();
     submitted.queue.submit_many(&users).await.unwrap();
+    let queued = |number: usize| {
+        let place = number % QUEUES;
+        NewTask { task_type: format!("bench-{place}"), queue: Some(format!("queue-{place}")), ..task(number) }
+    };
+    let nobodys: Vec<NewTask> = (2 * COUNT..3 * COUNT).map(queued).collect();
+    submitted.queue.submit_many(&nobodys).await.unwrap();
+    let of_user = |number: usize| NewTask { user: Some(format!("user-{}", number / QUEUES % USERS)), ..queued(number) };
+    let users: Vec<NewTask> = (3 * COUNT..4 * COUNT).map(of_user).collect();
+    submitted.queue.submit_many(&users).await.unwrap();
     let (filled, submitted) = (work_off(&filled).await, work_off(&submitted).await);
     assert_eq!(filled, submitted);
-    assert!(filled.len() > 2 * COUNT);
+    assert!(filled.len() > 4 * COUNT);
 }
 
 /// Everything that can be seen of a backlog, and in which order it is claimed: between users, by time, and between users again.
@@ -29,11 +41,17 @@ async fn work_off(site: &Site) -> Vec<String> {
     site.enter_changes().await;
     let mut seen = Vec::new();
     for task in list(site, State::Waiting).await {
-        seen.push(format!("{} {} {:?} {:?} {:?}", task.key, task.task_type, task.user, task.max_running, task.data));
+        seen.push(format!(
+            "{} {} {} {:?} {:?} {:?}",
+            task.key, task.queue, task.task_type, task.user, task.max_running, task.data
+        ));
     }
     let stats = site.queue.stats().await.unwrap();
-    seen.push(format!("{} ready, {} scheduled, {} running, {:?}", stats.ready, stats.scheduled, stats.running, stats.types));
-    for (ignore_users, claims) in [(false, 5), (true, 10), (false, 2 * COUNT)] {
+    seen.push(format!(
+        "{} ready, {} scheduled, {} running, {:?}, {:?}",
+        stats.ready, stats.scheduled, stats.running, stats.types, stats.queues
+    ));
+    for (ignore_users, claims) in [(false, 5), (true, 10), (false, 4 * COUNT)] {
         let claim = site.claim_of(10, ignore_users).await;
         for _ in 0..claims {
             let claimed = site.claim(&claim).await;

@@ -19,12 +19,19 @@ const ENDED_TOGETHER: i64 = 500;
 /// Waiting tasks `task-N` for each number. N modulo `users` is the user's number; without users they are nobody's, and with as many users as
 /// there are numbers each is another one's.
 pub(crate) async fn waiting(url: &str, numbers: Range<usize>, users: usize) {
+    waiting_in(url, numbers, users, 1).await;
+}
+
+/// As [`waiting`], of so many types in so many queues: N modulo `queues` is the number of both, and what remains of N counts for the user. One
+/// queue is the default one.
+pub(crate) async fn waiting_in(url: &str, numbers: Range<usize>, users: usize, queues: usize) {
+    let number = |number| i64::try_from(number).unwrap_or(i64::MAX);
+    let (users, queues) = (number(users), number(queues));
     for (first, last) in chunks(numbers) {
-        let users = i64::try_from(users).unwrap_or(i64::MAX);
         match url.split(':').next() {
-            Some("sqlite") => sqlite::waiting(url, first, last, users).await,
-            Some("postgres") => postgres::waiting(url, first, last, users).await,
-            _ => mariadb::waiting(url, first, last, users).await,
+            Some("sqlite") => sqlite::waiting(url, first, last, users, queues).await,
+            Some("postgres") => postgres::waiting(url, first, last, users, queues).await,
+            _ => mariadb::waiting(url, first, last, users, queues).await,
         }
     }
 }
