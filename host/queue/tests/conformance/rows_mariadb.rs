@@ -1,7 +1,7 @@
 //! Rows that others have written on a MariaDB server and that cannot be read, or contradict each other: they stop nobody, and are found, shown and
 //! removed by their numbers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use laelaps_queue::{
     Beat, Claim, ClaimedTask, Error, Event, Filter, HostId, LeaseAnswer, NewTask, PluginVersion, Quarantine, State, TaskId,
@@ -22,10 +22,14 @@ async fn number(fixture: &Fixture, sql: &'static str) -> i64 {
     sqlx::query_scalar(sql).fetch_one(&mut beside(fixture).await).await.unwrap()
 }
 
-/// Claim until nothing is left, by users, by age and alone; answers the keys.
-async fn drain(fixture: &Fixture, host: HostId) -> Vec<String> {
-    let mut keys = Vec::new();
-    for round in 0..20 {
+/// Claim until nothing is left, by users, by age and alone; answers the keys. What was moved by hand is found by a look from the head, which on a busy
+/// machine comes a second after the last one: so as many as are expected are waited for.
+async fn drain(fixture: &Fixture, host: HostId, expected: usize) -> Vec<String> {
+    let (mut keys, began) = (Vec::new(), Instant::now());
+    for round in 0.. {
+        if round >= 20 && (keys.len() >= expected || began.elapsed() > PATIENCE) {
+            break;
+        }
         let claim = Claim {
             host,
             limit: 7,
@@ -84,7 +88,7 @@ async fn a_task_whose_names_cannot_be_read_is_set_aside_with_its_number_and_stop
     for id in ids {
         assert!(findings.iter().any(|finding| finding == &format!("names are text in UTF-8: task {}", id.0)), "{findings:?}");
     }
-    assert_eq!(drain(&fixture, host).await, ["good", "other"]);
+    assert_eq!(drain(&fixture, host, 2).await, ["good", "other"]);
     for id in ids {
         let aside = fixture.backend().get_by_id(id).await.unwrap().unwrap();
         assert_eq!((aside.state, aside.error_code.as_deref()), (State::Failed, Some("unreadable")), "{aside:?}");
@@ -100,7 +104,7 @@ async fn a_task_whose_names_cannot_be_read_is_set_aside_with_its_number_and_stop
     run(&fixture, "UPDATE laelaps_task SET type = 'type' WHERE `key` = 'type'").await;
     fixture.backend().retry_by_id(ids[1]).await.unwrap();
     fixture.backend().cancel_by_id(ids[2], LONG).await.unwrap();
-    assert_eq!(drain(&fixture, host).await, ["type"]);
+    assert_eq!(drain(&fixture, host, 1).await, ["type"]);
     assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
     let nowhere = TaskId(999);
     assert!(matches!(fixture.backend().cancel_by_id(nowhere, LONG).await, Err(Error::NoSuchId(id)) if id == nowhere));
@@ -158,7 +162,7 @@ async fn places_that_contradict_their_tasks_are_put_right_and_stop_nobody() {
         run(&fixture, contradiction).await;
         assert_ne!(fixture.backend().audit().await.unwrap(), [] as [&str; 0], "{contradiction}");
         all_can_be_read(&fixture).await;
-        assert_eq!(drain(&fixture, host).await, ["good", "mine", "next"], "{contradiction}");
+        assert_eq!(drain(&fixture, host, 3).await, ["good", "mine", "next"], "{contradiction}");
         let held = fixture.get("held").await;
         assert!(held.is_held(), "{contradiction}");
         fixture.audit().await;
@@ -233,7 +237,7 @@ async fn a_task_in_a_queue_that_there_cannot_be_is_set_aside_with_its_number_and
         let expected = format!("a queue's name is one that can be submitted: task {}", id.0);
         assert!(findings.contains(&expected), "{findings:?}");
     }
-    assert_eq!(drain(&fixture, host).await, ["good", "said"]);
+    assert_eq!(drain(&fixture, host, 2).await, ["good", "said"]);
     for id in &ids {
         let aside = fixture.backend().get_by_id(*id).await.unwrap().unwrap();
         assert_eq!((aside.state, aside.error_code.as_deref()), (State::Failed, Some("unreadable")), "{aside:?}");
@@ -247,7 +251,7 @@ async fn a_task_in_a_queue_that_there_cannot_be_is_set_aside_with_its_number_and
     for id in &ids[1..] {
         fixture.backend().cancel_by_id(*id, LONG).await.unwrap();
     }
-    assert_eq!(drain(&fixture, host).await, ["row"]);
+    assert_eq!(drain(&fixture, host, 1).await, ["row"]);
     fixture.audit().await;
 }
 
@@ -300,7 +304,7 @@ async fn a_row_that_breaks_the_tables_checks_stops_nobody() {
     fixture.submit_some("a", 3).await;
     run(&fixture, "SET check_constraint_checks = 0; UPDATE laelaps_task SET finished_at = 5, until = 7 WHERE `key` = 'a1'").await;
     all_can_be_read(&fixture).await;
-    assert_eq!(drain(&fixture, host).await, ["a0", "a1", "a2"]);
+    assert_eq!(drain(&fixture, host, 3).await, ["a0", "a1", "a2"]);
     fixture.audit().await;
 }
 
@@ -386,7 +390,7 @@ async fn turns_at_the_end_of_their_range_stop_nobody() {
     )
     .await;
     all_can_be_read(&fixture).await;
-    assert_eq!(drain(&fixture, host).await, ["a", "b", "c", "d"]);
+    assert_eq!(drain(&fixture, host, 4).await, ["a", "b", "c", "d"]);
     fixture.audit().await;
 }
 
@@ -401,7 +405,7 @@ async fn numbers_at_the_end_of_their_range_stop_nobody() {
     let group = [settled(&claimed[0], finish()), settled(&claimed[1], Event::Retry { delay: None })];
     fixture.backend().settle(&group).await.unwrap();
     all_can_be_read(&fixture).await;
-    assert_eq!(drain(&fixture, host).await, ["b"]);
+    assert_eq!(drain(&fixture, host, 1).await, ["b"]);
     fixture.audit().await;
 }
 
@@ -415,7 +419,7 @@ async fn an_account_that_counts_wrongly_is_put_right() {
     run(&fixture, "INSERT INTO laelaps_account_change (user, running) VALUES ('u', 3), ('v', -1), ('x', 2)").await;
     fixture.backend().clean_up(100).await.unwrap();
     fixture.backend().settle(&[settled(&running[0], finish())]).await.unwrap();
-    assert_eq!(drain(&fixture, host).await.len(), 2);
+    assert_eq!(drain(&fixture, host, 2).await.len(), 2);
     fixture.audit().await;
 }
 
