@@ -26,6 +26,7 @@ mod list;
 mod mark;
 mod mend;
 mod operate;
+mod outlook;
 mod read;
 pub(crate) mod rehearse;
 mod repair;

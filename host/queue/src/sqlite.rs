@@ -10,6 +10,7 @@
 mod accounts;
 mod aside;
 mod audit;
+mod by_time;
 mod checkpoint;
 mod choose;
 mod claim;

@@ -125,8 +125,8 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 
 /// Statements whose cost may grow with their batch, and with nothing else.
 const LOOKED_UP: [(&str, &str); 39] = [
-    ("look", claim::LOOK),
-    ("look at some", claim::LOOK_AT_SOME),
+    ("look", outlook::LOOK),
+    ("look at some", outlook::LOOK_AT_SOME),
     ("first", fronts::FIRST),
     ("first of users", fronts::FIRST_OF_USERS),
     ("first of queues", fronts::FIRST_OF_QUEUES),

@@ -7,7 +7,6 @@
 //! Whatever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims under way, and
 //! claims that come later find it. What a host may have is then seen by whoever takes it back.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,41 +14,25 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::failure::{self, Failure};
-use super::heads::{END, Ended, HEAD, Met, Place, Scope, Sort};
+use super::got::{Got, in_order, last_places, taken_columns};
+use super::heads::{END, Ended, Met, Scope, Sort};
 use super::mark::{From, Way};
 use super::session::{Session, Shared};
 use super::settle::Group;
 use super::several::{branch, branches, most, rounds_max};
 use super::unreadable::{self, Broken};
-use super::{accounts, around, between, mend, suspects};
+use super::{accounts, around, between, due, mend, suspects};
 use crate::outcome::ms;
-use crate::{
-    Attempt, Claim, Claimed, ClaimedTask, Descent, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
-    Timestamp, data, task,
-};
+use crate::{Attempt, Claim, Claimed, ClaimedTask, Event, HostId, NewTask, Policy, Settlement, Timestamp, data, task};
 
 /// The most tasks of one claim.
 const CLAIMED_MAX: u32 = 1_000;
-/// Tasks whose time has come that one claim moves over.
-const DUE_MAX: i64 = 1_000;
 /// How often one claim looks again because all that it met were places of tasks that do not wait there.
 const MENDED_MAX: usize = 20;
 /// How often one claim of some queues enters changes of accounts: those of other queues may stand before its own.
 const ENTERED_MAX: usize = 10;
 /// Data of a claim beyond which it takes from no further queues.
 const ENOUGH_BYTES: usize = 16 << 20;
-
-/// A claimed task's columns, after those of the look. Data far larger than its row says is left where it is: claims are bounded by what rows say.
-macro_rules! taken_columns {
-    () => {
-        "id, lease, key, type, user_name, attempts, max_attempts, coalesce(lost, 0) AS lost, coalesce(lost_alone, 0) AS lost_alone, alone,
-            coalesce(releases, 0) AS releases, created_at, run_at, until, max_running, coalesce(root, id) AS root,
-            coalesce(depth, 0) AS depth, bytes, turn, (SELECT stored FROM (
-                SELECT coalesce(data, (SELECT data FROM laelaps.task_data WHERE task_data.task = task.id)) AS stored) AS either
-                WHERE octet_length(stored) <= 2 * greatest(bytes, 0)::int8 + 1048576) AS data, queue"
-    };
-}
-pub(super) use taken_columns;
 
 /// A new lease: it grows with every claim, and does not repeat one that a promoted standby never heard of, but for one case in a million.
 macro_rules! next_lease {
@@ -414,7 +397,7 @@ async fn claim_from(session: &mut Session, asked: &Asked, from: &mut From) -> Re
             continue;
         }
         if rounds.due && look.next_due.is_some_and(|due| due <= look.now) {
-            move_due(session, from).await?;
+            due::move_due(session, from).await?;
             rounds.due = false;
             continue;
         }
@@ -580,167 +563,6 @@ fn met(row: &PgRow) -> Result<Vec<Met>, sqlx::Error> {
         Met { head, sort: Sort::Nobodys, place }
     });
     Ok(met.collect())
-}
-
-/// The last place of each queue and sort of which something was taken.
-pub(super) fn last_places(got: &Got) -> HashMap<(&str, Sort), Place> {
-    let mut last: HashMap<(&str, Sort), Place> = HashMap::new();
-    for (place, task) in &got.placed {
-        let sort = if task.user.is_none() { Sort::Nobodys } else { Sort::Users };
-        let place_of = last.entry((task::stored_queue(Some(&task.queue)), sort)).or_insert(HEAD);
-        *place_of = (*place_of).max(*place);
-    }
-    last
-}
-
-/// What a claim took.
-#[derive(Default)]
-pub(super) struct Got {
-    /// The tasks, each with its place.
-    pub(super) placed: Vec<(Place, ClaimedTask)>,
-    /// And those that nobody can read.
-    pub(super) broken: Vec<Broken>,
-}
-
-impl Got {
-    pub(super) fn is_empty(&self) -> bool {
-        self.placed.is_empty() && self.broken.is_empty()
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.placed.len() + self.broken.len()
-    }
-
-    /// So much data.
-    fn bytes(&self) -> usize {
-        self.placed.iter().map(|(_, task)| task.data.len()).sum()
-    }
-
-    fn add(&mut self, other: Self) {
-        self.placed.extend(other.placed);
-        self.broken.extend(other.broken);
-    }
-
-    /// Remember what was claimed together.
-    fn note(&self, shared: &Shared, claim: i64) {
-        let broken = self.broken.iter().map(|broken| broken.lease_ref.lease);
-        let leases: Vec<Lease> = self.placed.iter().map(|(_, task)| task.lease_ref.lease).chain(broken).collect();
-        shared.held.claimed(claim, leases.into_iter());
-    }
-
-    fn into_tasks(self) -> (Vec<ClaimedTask>, Vec<Broken>) {
-        (self.placed.into_iter().map(|(_, task)| task).collect(), self.broken)
-    }
-}
-
-/// The tasks of the rows with their places, in the order of claims. Each row is read by itself.
-pub(super) fn in_order(rows: &[PgRow], first: usize, now: i64) -> Result<Got, sqlx::Error> {
-    let mut got = Got { placed: Vec::with_capacity(rows.len()), broken: Vec::new() };
-    for row in rows {
-        match taken(row, first, now)? {
-            Ok(task) => got.placed.push(task),
-            Err(row) => got.broken.push(row),
-        }
-    }
-    got.placed.sort_unstable_by_key(|(place, _)| *place);
-    Ok(got)
-}
-
-/// A claimed task and its place, or what nobody can read.
-fn taken(row: &PgRow, first: usize, now: i64) -> Result<Result<(Place, ClaimedTask), Broken>, sqlx::Error> {
-    let lease_ref = LeaseRef { task: TaskId(row.try_get(first)?), lease: Lease(row.try_get(first + 1)?) };
-    let read = read(row, first, now, lease_ref);
-    Ok(read.map_err(|error| error.to_string()).and_then(|read| read).map_err(|problem| Broken::by_row(lease_ref, &problem)))
-}
-
-fn read(row: &PgRow, first: usize, now: i64, lease_ref: LeaseRef) -> Result<Result<(Place, ClaimedTask), String>, sqlx::Error> {
-    let number = |place: usize| row.try_get::<i32, _>(first + place).map(i64::from);
-    let (key, task_type, user): (String, String, String) =
-        (row.try_get(first + 2)?, row.try_get(first + 3)?, row.try_get(first + 4)?);
-    let queue: String = row.try_get(first + 20)?;
-    let [attempts, lost, lost_alone, releases, depth] = [number(5)?, number(7)?, number(8)?, number(10)?, number(16)?];
-    let (max_attempts, max_running): (Option<i64>, Option<i64>) = (row.try_get(first + 6)?, row.try_get(first + 14)?);
-    let (created_at, run_at): (i64, i64) = (row.try_get(first + 11)?, row.try_get(first + 12)?);
-    let numbers = [
-        ("attempts", Some(attempts), unreadable::COUNTER),
-        ("lost", Some(lost), unreadable::COUNTER),
-        ("lost_alone", Some(lost_alone), unreadable::COUNTER),
-        ("releases", Some(releases), unreadable::COUNTER),
-        ("depth", Some(depth), unreadable::COUNTER),
-        ("bytes", Some(number(17)?), unreadable::BYTES),
-        ("max_attempts", max_attempts, unreadable::MAX_ATTEMPTS),
-        ("max_running", max_running, unreadable::MAX_RUNNING),
-        ("created_at", Some(created_at), unreadable::MOMENT),
-        ("run_at", Some(run_at), unreadable::MOMENT),
-    ];
-    if let Some(problem) = unreadable::problem([("key", &key), ("type", &task_type), ("user", &user)], &queue, numbers) {
-        return Ok(Err(problem));
-    }
-    let whole = |number: i64| u32::try_from(number).unwrap_or(u32::MAX);
-    let claimed = ClaimedTask {
-        lease_ref,
-        key,
-        task_type,
-        queue: task::queue_name(queue),
-        data: row.try_get::<Option<Vec<u8>>, _>(first + 19)?.unwrap_or_default(),
-        user: Some(user).filter(|user| !user.is_empty()),
-        max_running: max_running.map(whole),
-        descent: Descent { root: TaskId(row.try_get(first + 15)?), depth: whole(depth) },
-        compression: crate::Compression::None,
-        attempt: whole(attempts).saturating_add(1),
-        max_attempts: max_attempts.map(whole),
-        lost: whole(lost),
-        lost_alone: whole(lost_alone),
-        alone: row.try_get(first + 9)?,
-        releases: whole(releases),
-        created_at: Timestamp(created_at),
-        claimed_at: Timestamp(now),
-        until: Timestamp(row.try_get(first + 13)?),
-    };
-    Ok(Ok(((row.try_get(first + 18)?, lease_ref.task.0), claimed)))
-}
-
-/// Move what has become due to where it can be claimed. A task's row is as its place says: whoever changes it takes the place away first. If
-/// somebody did not, the row is right: the task goes where it belongs, and what does not wait goes nowhere.
-pub(super) const MOVE_DUE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
-    due AS (
-        DELETE FROM laelaps.scheduled WHERE ctid = ANY(ARRAY(
-            SELECT ctid FROM laelaps.scheduled WHERE run_at >= $1 AND run_at <= (SELECT now FROM clock)
-            ORDER BY run_at, task LIMIT $2 FOR UPDATE SKIP LOCKED))
-        RETURNING task),
-    found AS MATERIALIZED (
-        SELECT id, run_at, turn, bytes, max_running, user_name, queue, type, alone, run_at <= (SELECT now FROM clock) AS is_due
-        FROM laelaps.task WHERE id = ANY(ARRAY(SELECT task FROM due)) AND state = 'waiting'),
-    moved AS MATERIALIZED (SELECT * FROM found WHERE is_due),
-    back AS (INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM found WHERE NOT is_due ON CONFLICT DO NOTHING),
-    ready AS (
-        INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
-        SELECT turn, id, bytes, max_running, user_name, queue FROM moved WHERE NOT alone ON CONFLICT DO NOTHING),
-    suspect AS (INSERT INTO laelaps.suspect (turn, task, queue) SELECT turn, id, queue FROM moved WHERE alone ON CONFLICT DO NOTHING),
-    changed AS (
-        INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running)
-        SELECT DISTINCT ON (queue, user_name) user_name, queue, turn, id, max_running FROM moved WHERE user_name <> '' AND NOT alone
-        ORDER BY queue, user_name, turn, id),
-    counted AS (INSERT INTO laelaps.tally (type, queue, scheduled) SELECT type, queue, -count(*) FROM moved GROUP BY type, queue),
-    firsts AS MATERIALIZED (SELECT DISTINCT ON (queue) queue, turn, id FROM moved ORDER BY queue, turn, id)
-    SELECT (SELECT min(run_at) FROM moved), ARRAY(SELECT queue FROM firsts ORDER BY queue), ARRAY(SELECT turn FROM firsts ORDER BY queue),
-        ARRAY(SELECT id FROM firsts ORDER BY queue), CASE WHEN (SELECT count(*) FROM due) <> (SELECT count(*) FROM found)
-        THEN ARRAY(SELECT task FROM due WHERE task NOT IN (SELECT id FROM found)) END";
-
-/// Move what is due; the claim begins where it has to now.
-async fn move_due(session: &mut Session, from: &mut From) -> Result<(), Failure> {
-    type Moved = (Option<i64>, Vec<String>, Vec<i64>, Vec<i64>, Option<Vec<i64>>);
-    let moved: Moved = sqlx::query_as(MOVE_DUE).bind(from.due).bind(DUE_MAX).fetch_one(session.db()?).await?;
-    let (run_at, queues, turns, tasks, strangers) = moved;
-    mend::told(strangers.as_deref().unwrap_or_default());
-    let Some(run_at) = run_at else { return Ok(()) };
-    let marks = &session.shared.marks;
-    marks.moved_due(from, run_at);
-    for (queue, place) in queues.iter().zip(turns.into_iter().zip(tasks)) {
-        marks.lower(queue, place);
-    }
-    marks.begin_anew(from);
-    Ok(())
 }
 
 /// Hold the row of a host that is about to be given tasks.

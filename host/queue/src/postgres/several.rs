@@ -187,8 +187,9 @@ mod tests {
     use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
     use super::*;
-    use crate::postgres::between::{OPEN_ACCOUNTS, OPEN_ACCOUNTS_OF, PICKS};
+    use crate::postgres::between::PICKS;
     use crate::postgres::claim::{self, Asked};
+    use crate::postgres::open_accounts::{OPEN_ACCOUNTS, OPEN_ACCOUNTS_OF};
     use crate::postgres::suspects::RESERVE;
     use crate::postgres::{Connections, Shared};
     use crate::{Claim, Config, HostDescription, HostId};

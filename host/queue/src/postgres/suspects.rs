@@ -7,8 +7,9 @@ use std::collections::HashMap;
 
 use super::accounts::{self, Owner};
 use super::between::{Named, Taking, take_tasks};
-use super::claim::{Asked, Got};
+use super::claim::Asked;
 use super::failure::Failure;
+use super::got::Got;
 use super::mend;
 use super::session::Session;
 

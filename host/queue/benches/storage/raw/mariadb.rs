@@ -7,6 +7,7 @@ use super::{ALIVE_MS, RETENTION_MS};
 use crate::statements::statement;
 
 const CLAIM: &str = include_str!("../../../src/mysql/claim.rs");
+const OUTLOOK: &str = include_str!("../../../src/mysql/outlook.rs");
 const CHOOSE: &str = include_str!("../../../src/mysql/choose.rs");
 const FRONTS: &str = include_str!("../../../src/mysql/fronts.rs");
 const MEND: &str = include_str!("../../../src/mysql/mend.rs");
@@ -14,7 +15,7 @@ const SETTLE: &str = include_str!("../../../src/mysql/settle.rs");
 const ACCOUNTS: &str = include_str!("../../../src/mysql/accounts.rs");
 const SESSION: &str = include_str!("../../../src/mysql/session.rs");
 const ROWS: &str = include_str!("../../../src/mysql/rows.rs");
-const SOURCES: [&str; 8] = [CLAIM, CHOOSE, FRONTS, MEND, SETTLE, ACCOUNTS, SESSION, ROWS];
+const SOURCES: [&str; 9] = [CLAIM, OUTLOOK, CHOOSE, FRONTS, MEND, SETTLE, ACCOUNTS, SESSION, ROWS];
 /// As the crate's connections are set.
 const SETTINGS: &str = "SET NAMES utf8mb4; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SET SESSION time_zone = '+00:00', sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', autocommit = 1, max_statement_time = 60";
@@ -44,7 +45,7 @@ impl Statements {
         let sql = |source: &'static str, name: &str| AssertSqlSafe(of(source, name)).into_sql_str();
         Self {
             begin: of(SESSION, "BEGIN"),
-            look: sql(CLAIM, "LOOK"),
+            look: sql(OUTLOOK, "LOOK"),
             first: sql(FRONTS, "FIRST"),
             sum: sql(CHOOSE, "SUM"),
             out: sql(CLAIM, "READY"),

@@ -8,8 +8,9 @@ use super::{ALIVE_MS, RETENTION_MS};
 use crate::statements::statement;
 
 const CLAIM: &str = include_str!("../../../src/postgres/claim.rs");
+const GOT: &str = include_str!("../../../src/postgres/got.rs");
 const SETTLE: &str = include_str!("../../../src/postgres/settle.rs");
-const SOURCES: [&str; 2] = [CLAIM, SETTLE];
+const SOURCES: [&str; 3] = [CLAIM, GOT, SETTLE];
 static CLAIMS: AtomicI64 = AtomicI64::new(1);
 /// Of a claimed row: number, lease, key, type, when it became ready, data.
 const COLUMNS: [usize; 6] = [9, 10, 11, 12, 27, 28];
