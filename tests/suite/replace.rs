@@ -146,7 +146,8 @@ laelaps_tests::on_every_database! {
 
     async fn a_new_file_name_is_a_new_plugin_without_a_restart() {
         let site = Site::new().await;
-        site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "pattern": ".", "plugin": "late" }))] }));
+        // What waits for a plugin begins when it comes, not after a time.
+        site.configure(json!({ "retry_wait": 36_000, "routes": [site.route(json!({ "pattern": ".", "plugin": "late" }))] }));
         let queue = site.queue().await;
         let host = site.start().await;
         submit(&queue, &[task("early", "silent", json!({}))]).await;
@@ -163,7 +164,7 @@ laelaps_tests::on_every_database! {
     async fn a_deleted_file_takes_its_plugin_out_of_service_until_it_is_back() {
         let site = Site::new().await;
         site.plug_guest("zoo");
-        site.configure(json!({ "retry_wait": 0.3 }));
+        site.configure(json!({ "retry_wait": 36_000 }));
         let queue = site.queue().await;
         let host = site.start().await;
         submit(&queue, &[task("running", "silent", json!({ "mark": "/marks/begun", "gate": "/marks/gate" }))]).await;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{Compression, Queue, State, Task, Timestamp};
+use laelaps_queue::{Compression, NewTask, Queue, State, Task, Timestamp};
 use laelaps_tests::{
     Database, Host, PATIENCE, Site, eventually, output, submit, task, wait_for_finished, wait_for_state, wait_for_stats,
 };
@@ -29,14 +29,6 @@ async fn waits_after(queue: &Queue, key: &str, attempts: usize) -> Task {
         if task.state == State::Waiting && history.len() == attempts { Ok(task) } else { Err(format!("{task:?}, {history:?}")) }
     })
     .await
-}
-
-async fn waits_after_unrouted(queue: &Queue) {
-    eventually(PATIENCE, "the stranger was tried three times and waits", async || {
-        let history = queue.backend().attempts("stranger").await.unwrap();
-        if history.len() >= 3 { Ok(()) } else { Err(format!("tried {} times", history.len())) }
-    })
-    .await;
 }
 
 laelaps_tests::on_every_database! {
@@ -380,21 +372,60 @@ mod unrouted {
     laelaps_tests::on_every_native_database! {
         async fn an_unknown_type_waits_with_a_warning_until_a_route_takes_it() {
             let (site, queue, host) = zoo(json!({})).await;
-            site.configure(json!({ "retry_wait": 0.3, "routes": [site.route(json!({ "type": "echo" }))] }));
+            site.configure(json!({ "routes": [site.route(json!({ "type": "echo" }))] }));
             host.signal(laelaps_tests::Signal::USR1);
             host.logged_times("ready", 2, PATIENCE).await;
             let submitted = Instant::now();
             submit(&queue, &[task("stranger", "silent", json!({}))]).await;
             let line = host.logged("wait for a plugin", PATIENCE).await;
             assert!(line.contains("WARN") && line.contains("no route takes the type"), "{line}");
-            waits_after_unrouted(&queue).await;
+            submit(&queue, &[task("known", "echo", json!({}))]).await;
+            wait_for_state(&queue, "known", State::Finished, PATIENCE).await;
+            assert_eq!(get(&queue, "stranger").await.state, State::Waiting);
             site.configure(json!({}));
             host.signal(laelaps_tests::Signal::USR1);
             let stranger = wait_for_state(&queue, "stranger", State::Finished, PATIENCE).await;
             assert_eq!((stranger.attempts, stranger.lost), (1, 0), "the waiting counted for nothing");
+            assert_eq!(queue.backend().attempts("stranger").await.unwrap().len(), 1, "nothing happened to it before");
             let minutes = usize::try_from(submitted.elapsed().as_secs() / 60).unwrap();
-            assert!(host.lines_with("wait for a plugin").len() <= 1 + minutes, "one warning a minute, not one for every try");
+            assert!(host.lines_with("wait for a plugin").len() <= 1 + minutes, "one warning a minute, not one for every claim");
             host.stop().await;
+        }
+
+        async fn hosts_with_different_routes_share_a_queue_and_each_runs_its_own() {
+            let site = Site::new().await;
+            site.plug_guest("zoo");
+            let queue = site.queue().await;
+            let mut hosts = Vec::new();
+            for name in ["echo", "silent"] {
+                let routes = [site.route(json!({ "type": name }))];
+                site.configure(json!({ "retry_wait": 36_000, "host_name": name, "routes": routes }));
+                hosts.push(site.start().await);
+            }
+            eventually(PATIENCE, "both say what they serve", async || {
+                let hosts = queue.backend().hosts().await.unwrap();
+                if hosts.iter().filter(|host| host.serves.is_some()).count() == 2 { Ok(()) } else { Err(format!("{hosts:?}")) }
+            })
+            .await;
+            let of = |number: usize| {
+                let user = number.is_multiple_of(3).then(|| format!("user {}", number % 5));
+                let name = if number.is_multiple_of(2) { "echo" } else { "silent" };
+                NewTask { user, ..task(format!("{number}"), name, json!({})) }
+            };
+            for batch in 0..4 {
+                submit(&queue, &(batch * 50..(batch + 1) * 50).map(of).collect::<Vec<_>>()).await;
+            }
+            wait_for_finished(&queue, 200, PATIENCE).await;
+            for number in 0..200 {
+                let key = number.to_string();
+                let finished = get(&queue, &key).await;
+                assert_eq!((finished.attempts, finished.lost), (1, 0), "{key}");
+                assert_eq!(queue.backend().attempts(&key).await.unwrap().len(), 1, "{key} was begun by nobody else");
+            }
+            for host in hosts {
+                assert!(host.lines_with("wait for a plugin").is_empty(), "another one serves what this one does not");
+                host.stop().await;
+            }
         }
     }
 }

@@ -33,6 +33,7 @@ use crate::plugin::{self, Control};
 use crate::pulse::Turning;
 use crate::settler::Settler;
 use crate::signals::Manner;
+use crate::strangers::Strangers;
 use crate::unstored::Unstored;
 use crate::updates::Updates;
 use crate::versions::Versions;
@@ -83,6 +84,8 @@ pub(crate) struct Shared {
     pub opened: Arc<Notify>,
     /// Follow-ups that are submitted and not stored yet.
     pub unstored: Unstored,
+    /// Types that this host does not serve and was offered.
+    pub strangers: Arc<Strangers>,
 }
 
 /// The claimed tasks of one host, and what happens to them.
@@ -222,6 +225,10 @@ impl Dispatcher {
                 Some(order) = orders.recv() => self.obey(order),
                 () = self.shared.backend.wakeup(), if may_claim => self.claim_now(),
                 () = self.shared.opened.notified(), if may_claim => self.claim_now(),
+                Ok(()) = self.plugins.changed(), if may_claim => {
+                    self.accepts = accepts(&self.shared);
+                    self.claim_now();
+                }
                 () = sleep_until_some(claim_at), if may_claim => {}
                 () = sleep_until_some(deadline) => self.end(Manner::Immediate),
                 _ = looks.tick(), if self.may_have_stuck() => self.look_for_stuck(),
@@ -509,13 +516,27 @@ pub(crate) enum Broken {
 fn accepts(shared: &Arc<Shared>) -> Accepts {
     let shared = Arc::clone(shared);
     Accepts::new(move |task_type| {
-        let Some(route) = shared.routes.route(task_type) else { return false };
+        let Some(route) = shared.routes.route(task_type) else {
+            // On PerfectQueue's table most rows may be others' business.
+            if matches!(shared.config.queue.kind, Kind::Native) {
+                shared.strangers.met(task_type, || no_route(task_type));
+            }
+            return false;
+        };
         let is_served = shared.store.current(&route.plugin).is_some();
         if !is_served {
-            crate::reports::unserved(task_type, &route.plugin);
+            shared.strangers.met(task_type, || not_loaded(&route.plugin));
         }
         is_served
     })
+}
+
+fn no_route(task_type: &str) -> String {
+    format!("no route takes the type {task_type:?}")
+}
+
+fn not_loaded(plugin: &str) -> String {
+    format!("plugin {plugin:?} is not loaded")
 }
 
 /// Three quarters to five quarters of the interval's length, evenly, so that hosts which started together do not poll together.

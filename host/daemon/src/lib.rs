@@ -23,6 +23,7 @@ mod service;
 mod settler;
 mod signals;
 mod start;
+mod strangers;
 #[cfg(test)]
 mod trial;
 mod unstored;

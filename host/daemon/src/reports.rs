@@ -4,38 +4,30 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use laelaps_queue::{ClaimedTask, Event, FailureKind, Quarantine, Reclaimed};
+use laelaps_queue::{ClaimedTask, Event, FailureKind, Quarantine, QueuedType, Reclaimed};
 
 use crate::plugin::{Captured, Level, Version};
 
-/// One line about the same type, or the same version under quarantine, in this time.
-const UNROUTED_INTERVAL: Duration = Duration::from_secs(60);
-/// Types, and versions, remembered for that; beyond it the memory starts anew.
-const UNROUTED_TYPES_MAX: usize = 1_000;
+/// One line about the same version under quarantine in this time.
+const QUARANTINED_INTERVAL: Duration = Duration::from_secs(60);
+/// Versions remembered for that; beyond it the memory starts anew.
+const QUARANTINED_MAX: usize = 1_000;
 
-static UNROUTED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex::default);
-
-/// A task found no plugin. Said once a minute for each type.
-pub(crate) fn unrouted(task_type: &str, message: &str) {
-    if is_worth_saying(&UNROUTED, task_type) {
-        tracing::warn!(
-            task_type,
-            reason = message,
-            "tasks of this type wait for a plugin; they are tried again after retry_wait"
-        );
-    }
+/// Tasks of this type were left to other workers of PerfectQueue's table, since the plugin of its route is not there.
+pub(crate) fn left_to_others(task_type: &str, reason: &str) {
+    tracing::warn!(task_type, reason, "tasks of this type wait for a plugin; they are left to other workers until it is loaded");
 }
 
-/// A task was left to other workers, since the plugin of its route is not there. Said once a minute for each type.
-pub(crate) fn unserved(task_type: &str, plugin: &str) {
-    if is_worth_saying(&UNROUTED, task_type) {
-        let reason = format!("plugin {plugin:?} is not loaded");
-        tracing::warn!(
-            task_type,
-            reason,
-            "tasks of this type wait for a plugin; they are left to other workers until it is loaded"
-        );
-    }
+/// Tasks wait of a type that no live host serves; why this host does not.
+pub(crate) fn served_by_nobody(queued: &QueuedType, reason: &str) {
+    let QueuedType { queue, task_type, tasks } = queued;
+    tracing::warn!(
+        task_type,
+        queue,
+        tasks,
+        reason,
+        "no live host serves this type; its tasks wait for a plugin and begin as soon as a host has it"
+    );
 }
 
 static QUARANTINED: LazyLock<Mutex<HashMap<String, Instant>>> = LazyLock::new(Mutex::default);
@@ -64,10 +56,10 @@ pub(crate) fn quarantined(quarantine: &Quarantine) -> String {
 fn is_worth_saying(said: &Mutex<HashMap<String, Instant>>, what: &str) -> bool {
     let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
     let now = Instant::now();
-    if said.get(what).is_some_and(|last| now.duration_since(*last) < UNROUTED_INTERVAL) {
+    if said.get(what).is_some_and(|last| now.duration_since(*last) < QUARANTINED_INTERVAL) {
         return false;
     }
-    if said.len() >= UNROUTED_TYPES_MAX {
+    if said.len() >= QUARANTINED_MAX {
         said.clear();
     }
     said.insert(what.to_owned(), now);
@@ -135,7 +127,8 @@ pub(crate) fn ended(task: &ClaimedTask, version: &Version, event: &Event) {
         | Event::TimedOut { .. }
         | Event::OutOfMemory { .. }
         | Event::Malformed { .. }
-        | Event::Unrouted { .. } => {
+        | Event::Unrouted { .. }
+        | Event::Quarantined { .. } => {
             let message = event.error().map(|(_, message)| message).unwrap_or_default();
             tracing::warn!(task = key, task_type, plugin, digest = %version.digest().short(), attempt, event = event_name, "attempt failed: {message}");
         }

@@ -27,6 +27,7 @@ use crate::log::{Log, chain};
 use crate::settler::Settler;
 use crate::signals::{Manner, Signals, Verb};
 use crate::start::{self, START_INTERVAL, Waiting};
+use crate::strangers::{Strangers, tell_what_nobody_serves};
 use crate::unstored::Unstored;
 use crate::updates::Updates;
 use crate::versions::Versions;
@@ -91,6 +92,7 @@ pub(crate) async fn serve(
         tracing::warn!(error = chain(&error), "cannot ask which plugin versions are under quarantine; trying again");
     }
     let clean_up_due = Arc::new(Notify::new());
+    let strangers = Arc::<Strangers>::default();
     let shared = Arc::new(Shared {
         config: config.clone(),
         routes: Arc::new(Routes::new(config.routes.clone())),
@@ -106,6 +108,7 @@ pub(crate) async fn serve(
         clean_up_due: Arc::clone(&clean_up_due),
         opened,
         unstored: Unstored::default(),
+        strangers: Arc::clone(&strangers),
     });
     let policy = &config.queue.policy;
     let housekeeping = [
@@ -114,6 +117,7 @@ pub(crate) async fn serve(
         tokio::spawn(tell_what_is_served(backend.clone(), config.clone(), Arc::clone(&parts.store), host)),
         tokio::spawn(excuses.clone().run(backend.clone(), host, policy.clone())),
         tokio::spawn(versions.clone().shrink()),
+        tokio::spawn(tell_what_nobody_serves(backend.clone(), strangers)),
     ];
     parts.store.note_admissions(Some(Box::new(versions.clone())));
     let signs = give_signs(config, parts, host);

@@ -40,8 +40,8 @@ pub struct Claim {
     pub alone: bool,
     /// Hand out tasks without looking at users (PerfectQueue's `disable_resource_limit`).
     pub ignore_users: bool,
-    /// Which types the claimer can run. Only PerfectQueue's own table looks at it, where workers in Ruby can run what is left; a native queue
-    /// hands out every type, and a host answers one that it cannot run by letting it wait. None: all.
+    /// Which types the claimer can run: it is given no others. They wait apart for hosts that can, and on PerfectQueue's own table for workers in
+    /// Ruby. None: all.
     pub accepts: Option<Accepts>,
 }
 

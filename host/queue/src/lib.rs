@@ -38,6 +38,7 @@ mod settlement;
 mod signs;
 mod sqlite;
 mod task;
+mod unserved;
 
 pub use backend::{
     Accepts, Backend, Beat, Claim, Claimed, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, Operator, PlannedStep,

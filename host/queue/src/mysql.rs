@@ -39,6 +39,7 @@ mod signs;
 mod submit;
 mod suspects;
 mod together;
+mod unserved;
 
 #[cfg(test)]
 mod tests;
@@ -57,10 +58,12 @@ use self::claims::Claims;
 use self::connect::Access;
 use self::mark::{Mark, Marks};
 use self::operate::Name;
+use self::repair::Repaired;
 use self::session::{Entered, Runner, Session, Waiting, Work, now};
 use crate::batch::Batch;
 use crate::schema::Steps;
 use crate::task::stored_queue;
+use crate::unserved::Watch;
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, QueuedType,
@@ -82,7 +85,7 @@ pub(crate) struct MySql {
     /// When a server took no writes, and another was looked for.
     looked_for_primary: Arc<Mutex<Option<Instant>>>,
     /// When accounts were compared with tasks.
-    repaired: Arc<Mutex<Option<Instant>>>,
+    repaired: Arc<Mutex<Repaired>>,
     tally: Arc<Mutex<Mark<i64>>>,
     /// The numbers of plugin versions.
     plugins: Arc<Mutex<HashMap<String, i64>>>,
@@ -91,6 +94,8 @@ pub(crate) struct MySql {
     submits: Arc<together::Together>,
     /// For submits that somebody may be in the way of.
     alone: Arc<Semaphore>,
+    /// When claims looked for what waits apart.
+    unserved: Arc<Watch>,
     /// Leases of settlements that failed in a way that leaves open whether they were committed.
     in_doubt: Arc<Mutex<HashSet<LeaseRef>>>,
 }
@@ -120,6 +125,7 @@ impl MySql {
             hosts: Arc::default(),
             submits: Arc::default(),
             alone: Arc::new(Semaphore::new(ALONE_MAX)),
+            unserved: Arc::default(),
             in_doubt: Arc::default(),
         })
     }
@@ -157,7 +163,7 @@ impl MySql {
         let (mysql, claim) = (self.clone(), claim.clone());
         let host = claim.host;
         tokio::spawn(async move {
-            let taken = mysql.take_tasks(&claim).await;
+            let taken = mysql.take_served(&claim).await;
             if let Err(Ok(unheard)) = answer.send(taken) {
                 mysql.give_back(&unheard).await;
             }
@@ -275,7 +281,9 @@ impl Worker for MySql {
         if settlements.is_empty() {
             return Ok(Vec::new());
         }
-        self.settle_group(settlements).await
+        let answers = self.settle_group(settlements).await;
+        self.unserved.settled(settlements);
+        answers
     }
 
     async fn update_many(&self, updates: &[Update]) -> Result<Vec<Result<LeaseAnswer>>> {

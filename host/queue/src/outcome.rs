@@ -22,6 +22,8 @@ pub(crate) struct Outcome {
     pub(crate) event: &'static str,
     pub(crate) counted: bool,
     pub(crate) after_ms: Option<i64>,
+    /// It waits where only hosts that serve its type look.
+    pub(crate) unserved: bool,
     pub(crate) counters: Counters,
 }
 
@@ -43,6 +45,7 @@ impl Outcome {
                 event,
                 counted: true,
                 after_ms: Some(ms(*retention)),
+                unserved: false,
                 counters: Counters::default(),
             },
             Verdict::Wait { delay, counted, releases, lost, lost_alone, alone } => Self {
@@ -50,6 +53,7 @@ impl Outcome {
                 event,
                 counted: *counted,
                 after_ms: delay.map(ms),
+                unserved: false,
                 counters: Counters {
                     releases: Some(*releases),
                     lost: Some(*lost),
@@ -57,11 +61,20 @@ impl Outcome {
                     alone: Some(*alone),
                 },
             },
+            Verdict::Unserved { lost, lost_alone, alone, .. } => Self {
+                state: State::Waiting,
+                event,
+                counted: false,
+                after_ms: None,
+                unserved: true,
+                counters: Counters { releases: Some(0), lost: Some(*lost), lost_alone: Some(*lost_alone), alone: Some(*alone) },
+            },
             Verdict::Fail { retention, lost, lost_alone, counted } => Self {
                 state: State::Failed,
                 event,
                 counted: *counted,
                 after_ms: Some(ms(*retention)),
+                unserved: false,
                 counters: Counters { lost: Some(*lost), lost_alone: Some(*lost_alone), ..Counters::default() },
             },
         }
@@ -88,15 +101,18 @@ pub(crate) fn entries(settlements: &[Settlement]) -> Result<Vec<Entry>> {
     let mut seen = HashSet::with_capacity(settlements.len());
     let first = settlements.iter().filter(|settlement| seen.insert(settlement.lease_ref));
     let entry = |settlement: &Settlement| {
+        let row = Outcome::of(settlement);
+        // That a host does not serve a type is nothing that happened to the task.
+        let failure = (!row.unserved).then_some(settlement);
         Ok(Entry {
             lease_ref: settlement.lease_ref,
-            row: Outcome::of(settlement),
+            row,
             output: match settlement.verdict() {
                 Verdict::Finish { output, .. } => output.clone(),
                 _ => None,
             },
-            error_code: settlement.error_code.clone(),
-            error_message: settlement.error_message.clone(),
+            error_code: failure.and_then(|settlement| settlement.error_code.clone()),
+            error_message: failure.and_then(|settlement| settlement.error_message.clone()),
             plugin_digest: settlement.plugin_digest.clone(),
             follow_ups: Batch::new(&settlement.follow_ups)?,
         })

@@ -39,6 +39,7 @@ mod submit;
 mod suspects;
 mod tally;
 mod unreadable;
+mod unserved;
 mod versions;
 
 use std::collections::HashSet;
@@ -46,6 +47,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::task::JoinHandle;
 
 use self::connections::Connections;
 use self::operate::Name;
@@ -54,6 +56,7 @@ use self::session::Shared;
 use crate::batch::Batch;
 use crate::earlier::Earlier;
 use crate::schema::Steps;
+use crate::unserved::{ROUNDS_MAX, Sieve};
 use crate::{
     AttemptRecord, Backend, Beat, Claim, Claimed, Config, Error, Filter, HostDescription, HostId, HostRecord, LeaseAnswer,
     LeaseRef, Migration, NewTask, Operator, Page, PlannedStep, PluginVersion, Policy, Producer, Quarantine, QueuedType,
@@ -192,26 +195,22 @@ impl Producer for Postgres {
 #[async_trait]
 impl Worker for Postgres {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
-        let asked = Arc::new(claim::Asked::new(claim.clone()));
-        let taken = self.shared.run_or_give_back(
-            "claiming tasks",
-            move |session| {
-                let asked = Arc::clone(&asked);
-                Box::pin(async move { claim::claim(session, &asked).await })
-            },
-            |shared, taken: claim::Taken| Box::pin(async move { taken.give_back(&shared).await }),
-        );
-        let mut taken = taken.await?;
-        let found = taken.value_mut().map_or(0, |taken| taken.len());
-        self.shared.listener.claimed(found, claim.limit);
-        let broken = taken.value_mut().map(claim::Taken::open).unwrap_or_default();
-        // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
-        if !broken.is_empty()
-            && let Err(error) = self.set_aside(broken).await
-        {
-            tracing::error!(%error, "damaged tasks cannot be set aside yet");
+        let mut claimed = Claimed::default();
+        let mut sieve = Sieve::new(claim);
+        for _ in 0..ROUNDS_MAX {
+            let asked = sieve.asked().into_owned();
+            let (found, apart) = self.claim_once(asked, &mut sieve).await?;
+            claimed = found;
+            let Some(apart) = apart.filter(|_| claimed.tasks.is_empty()) else { return Ok(claimed) };
+            // What was met is out of the way then. Whether it could be written was told.
+            let _ = apart.await;
+            if sieve.is_enough() {
+                break;
+            }
         }
-        Ok(taken.take().map(claim::Taken::into_claimed).unwrap_or_default())
+        // The next claim goes on.
+        self.shared.hint();
+        Ok(claimed)
     }
 
     async fn heartbeat(&self, beats: &[Beat]) -> Result<Vec<LeaseAnswer>> {
@@ -230,7 +229,9 @@ impl Worker for Postgres {
         if settlements.is_empty() {
             return Ok(Vec::new());
         }
-        settle::Group::new(settlements)?.write(&self.shared, "settling attempts").await
+        let answers = settle::Group::new(settlements)?.write(&self.shared, "settling attempts").await;
+        self.shared.unserved.settled(settlements);
+        answers
     }
 
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {
@@ -447,6 +448,33 @@ impl Backend for Postgres {
 }
 
 impl Postgres {
+    /// Claim. Beside what the claimer serves it may be given other tasks, which are put apart: also answers when that is done.
+    async fn claim_once(&self, claim: Claim, sieve: &mut Sieve<'_>) -> Result<(Claimed, Option<JoinHandle<()>>)> {
+        let limit = claim.limit;
+        let asked = Arc::new(claim::Asked::new(claim));
+        let taken = self.shared.run_or_give_back(
+            "claiming tasks",
+            move |session| {
+                let asked = Arc::clone(&asked);
+                Box::pin(async move { claim::claim(session, &asked).await })
+            },
+            |shared, taken: claim::Taken| Box::pin(async move { taken.give_back(&shared).await }),
+        );
+        let mut taken = taken.await?;
+        let found = taken.value_mut().map_or(0, |taken| taken.len());
+        self.shared.listener.claimed(found, limit);
+        let broken = taken.value_mut().map(claim::Taken::open).unwrap_or_default();
+        let others = taken.value_mut().map(|taken| taken.sift(sieve)).unwrap_or_default();
+        let apart = (!others.is_empty()).then(|| unserved::put_apart(&self.shared, others));
+        // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
+        if !broken.is_empty()
+            && let Err(error) = self.set_aside(broken).await
+        {
+            tracing::error!(%error, "damaged tasks cannot be set aside yet");
+        }
+        Ok((taken.take().map(claim::Taken::into_claimed).unwrap_or_default(), apart))
+    }
+
     async fn end(&self, doing: &'static str, name: Name, by: operate::ByHand, retention: Duration) -> Result<()> {
         let asked = Arc::new((name, Earlier::default()));
         let ended = self.shared.run(doing, move |session| {

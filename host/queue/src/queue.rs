@@ -87,7 +87,7 @@ pub struct PollOptions {
     pub limit: u32,
     /// Acquire tasks without looking at users. PerfectQueue's `disable_resource_limit`.
     pub ignore_users: bool,
-    /// Which types to acquire; only PerfectQueue's own table looks at it. None: all.
+    /// Which types to acquire; others wait apart for programs that do. None: all.
     pub accepts: Option<Accepts>,
     /// Only tasks of these queues: 1 to [`Claim::QUEUES_MAX`] names, each once. None: of all.
     pub queues: Option<Arc<[String]>>,

@@ -56,9 +56,14 @@ pub enum Event {
     },
     /// The host gave the task back without an outcome: it drains, stops the attempt, or replaces its plugin. Also what was never begun.
     Stopped,
-    /// No route, or the route's plugin is not loaded.
+    /// This host has no route for the type, or the route's plugin is not loaded here.
     Unrouted {
         /// What is missing.
+        message: String,
+    },
+    /// The plugin version is under quarantine.
+    Quarantined {
+        /// Why.
         message: String,
     },
     /// The host that had the task is gone, or, where nobody can tell, its lease ran out.
@@ -82,6 +87,7 @@ impl Event {
             Self::Malformed { .. } => "malformed",
             Self::Stopped => "stop",
             Self::Unrouted { .. } => "unrouted",
+            Self::Quarantined { .. } => "quarantined",
             Self::Lost => "lost",
             Self::Overdue => "overdue",
         }
@@ -99,7 +105,7 @@ impl Event {
         match self {
             Self::Finish { .. } | Self::Retry { .. } | Self::Release { .. } | Self::Stopped => None,
             Self::Failure { code, message, .. } => Some((code.clone(), message.clone())),
-            Self::Trap { message } | Self::Malformed { message } | Self::Unrouted { message } => {
+            Self::Trap { message } | Self::Malformed { message } | Self::Unrouted { message } | Self::Quarantined { message } => {
                 Some((self.name().to_owned(), message.clone()))
             }
             Self::TimedOut { limit } => Some((self.name().to_owned(), format!("stopped at its time limit of {limit:?}"))),
@@ -171,7 +177,8 @@ impl Attempt {
 pub struct Policy {
     /// How long to wait before another attempt.
     pub backoff: Backoff,
-    /// How long to wait for a route or plugin, and after too many releases. PerfectQueue's `retry_wait`.
+    /// How long to wait where a plugin version is under quarantine, and after too many releases; on PerfectQueue's table also for a route or
+    /// plugin. PerfectQueue's `retry_wait`.
     pub retry_wait: Duration,
     /// How long to keep finished and cancelled tasks.
     pub retention: Duration,
@@ -225,6 +232,18 @@ pub enum Verdict {
         counted: bool,
         /// Releases in a row from now on.
         releases: u32,
+        /// Losses from now on.
+        lost: u32,
+        /// Losses while alone from now on.
+        lost_alone: u32,
+        /// It has to run alone from now on.
+        alone: bool,
+    },
+    /// Waiting, in its old place, for a host that serves its type: no other is given it. PerfectQueue's table has no such place: there it waits from
+    /// `delay` on.
+    Unserved {
+        /// On PerfectQueue's table.
+        delay: Duration,
         /// Losses from now on.
         lost: u32,
         /// Losses while alone from now on.
@@ -332,8 +351,14 @@ pub fn decide(event: &Event, attempt: Attempt, policy: &Policy, random: f64) -> 
         // A handler that hands its task back lets others pass; one that was stopped by its host did not ask for that.
         Event::Release { delay } => hand_back(Some(delay.unwrap_or_default()), attempt.cleared(), policy),
         Event::Stopped | Event::Overdue => hand_back(None, attempt, policy),
+        Event::Unrouted { .. } => Verdict::Unserved {
+            delay: policy.retry_wait,
+            lost: attempt.lost,
+            lost_alone: attempt.lost_alone,
+            alone: attempt.alone,
+        },
         // Another outcome than a release: the row of releases ends.
-        Event::Unrouted { .. } => wait_uncounted(Some(policy.retry_wait), 0, attempt),
+        Event::Quarantined { .. } => wait_uncounted(Some(policy.retry_wait), 0, attempt),
         Event::Lost => lose(attempt, policy),
     }
 }

@@ -29,6 +29,7 @@ mod settle;
 mod submit;
 mod suspicion;
 mod together;
+mod unserved;
 mod writer;
 
 #[cfg(test)]
@@ -79,6 +80,8 @@ pub(crate) struct Sqlite {
     repaired: Mutex<Option<Instant>>,
     file: Arc<Original>,
     seen: Arc<Seen>,
+    /// When claims look for tasks that wait apart.
+    unserved: Arc<crate::unserved::Watch>,
     /// Begun by the first who waits for a hint: producers do not.
     watch: Mutex<Option<Watch>>,
 }
@@ -138,6 +141,7 @@ impl Sqlite {
             steps: Arc::new(Steps::new(&schema::STEPS, config)),
             file,
             seen,
+            unserved: Arc::default(),
             watch: Mutex::default(),
         })
     }
@@ -300,13 +304,13 @@ impl Producer for Sqlite {
 #[async_trait]
 impl Worker for Sqlite {
     async fn claim(&self, claim: &Claim) -> Result<Claimed> {
-        let (claim, host) = (claim.clone(), claim.host);
+        let (claim, host, unserved) = (claim.clone(), claim.host, Arc::clone(&self.unserved));
         let taken = self
             .writer
             .run_or_give_back(
                 Flush::Later,
                 "claiming tasks",
-                move |session| Box::pin(async move { claim::claim(session, &claim).await }),
+                move |session| Box::pin(async move { claim::claim(session, &claim, &unserved).await }),
                 claim::Taken::give_back,
             )
             .await;
@@ -335,7 +339,9 @@ impl Worker for Sqlite {
             return Ok(Vec::new());
         }
         let group = settle::Group::new(settlements)?;
-        self.writer.run("settling attempts", move |session| Box::pin(group.write(session))).await
+        let answers = self.writer.run("settling attempts", move |session| Box::pin(group.write(session))).await;
+        self.unserved.settled(settlements);
+        answers
     }
 
     async fn update_data(&self, lease_ref: LeaseRef, members: &[u8]) -> Result<LeaseAnswer> {

@@ -477,7 +477,8 @@ pub struct Stats {
     pub failed: u64,
     /// Cancelled tasks that are retained.
     pub cancelled: u64,
-    /// How long the oldest ready task has been ready, in milliseconds.
+    /// How long the oldest ready task has been ready, in milliseconds. What hosts met and do not serve is not among them, although it counts as
+    /// ready: it waits for a plugin, not for a free processor.
     pub oldest_ready_ms: Option<u64>,
     /// Tasks waiting or running, by type, most first; at most 100.
     pub types: Vec<(String, u64)>,

@@ -173,7 +173,7 @@ fn write(output: &mut Output, stats: &Stats, config: &Config) -> std::io::Result
         let mut table = table(&["type", "waiting or running", "plugin"]);
         let routes = Routes::new(config.routes.clone());
         let without_route = match config.queue.kind {
-            Kind::Native => "no route here: retried until there is one",
+            Kind::Native => "no route here: left to hosts that have one",
             Kind::PerfectQueue(_) => "no route here: left to other workers",
         };
         for (task_type, count) in &stats.types {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use laelaps_queue::{Attempt, ClaimedTask, Event, Settlement};
 
 use super::buffer::is_limited;
-use super::{Held, Shared};
+use super::{Held, Shared, no_route, not_loaded};
 use crate::config::Route;
 use crate::leases::LeasedTask;
 use crate::plugin::{self, Invocation};
@@ -20,17 +20,14 @@ pub(super) async fn attempt(
     version: Option<Arc<plugin::Version>>,
 ) {
     let (Some(route), Some(version)) = (&route, version) else {
-        let message = match &route {
-            None => format!("no route takes the type {:?}", held.task.task_type),
-            Some(route) => format!("plugin {:?} is not loaded", route.plugin),
-        };
-        crate::reports::unrouted(&held.task.task_type, &message);
+        let message = route.as_ref().map_or_else(|| no_route(&held.task.task_type), |route| not_loaded(&route.plugin));
+        shared.strangers.met(&held.task.task_type, || message.clone());
         let policy = route.as_ref().map_or(&shared.config.queue.policy, |route| &route.policy);
         return settle(shared, &held, policy, Event::Unrouted { message }, None, Submitted::default()).await;
     };
     let digest = version.digest();
     if let Some(quarantine) = shared.versions.quarantine(digest) {
-        let event = Event::Unrouted { message: crate::reports::quarantined(&quarantine) };
+        let event = Event::Quarantined { message: crate::reports::quarantined(&quarantine) };
         return settle(shared, &held, &route.policy, event, None, Submitted::default()).await;
     }
     let Some(running) = shared.versions.begin(version.plugin_shared(), digest, &held.control).await else {

@@ -165,7 +165,7 @@ impl<K> Lane<K> {
 pub(super) fn bytes_of(settlement: &Settlement) -> usize {
     let output = match settlement.verdict() {
         Verdict::Finish { output, .. } => output.as_ref().map_or(0, Vec::len),
-        Verdict::Wait { .. } | Verdict::Fail { .. } => 0,
+        Verdict::Wait { .. } | Verdict::Unserved { .. } | Verdict::Fail { .. } => 0,
     };
     let words = settlement.error_message.as_ref().map_or(0, String::len);
     output + words + settlement.follow_ups.iter().map(|task| task.data.len()).sum::<usize>()

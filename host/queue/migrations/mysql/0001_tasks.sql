@@ -2,7 +2,7 @@
 -- 0 is no host, no plugin version, no time. Names are bytes of UTF-8: VARBINARY, because the collations that compare bytes and do not pad are called
 -- differently on MySQL and MariaDB.
 --
--- A waiting task stands in exactly one of ready, ready_of_user, scheduled and suspect; no other task stands in any of them.
+-- A waiting task stands in exactly one of ready, ready_of_user, scheduled, suspect and unserved; no other task stands in any of them.
 -- A running task has a lease that ends at its `until`. Every write of an attempt checks both.
 --
 -- Every statement can be run again: a step that broke off is done once more, from its beginning.
@@ -33,8 +33,8 @@ CREATE TABLE IF NOT EXISTS laelaps_task (
     host           BIGINT         NOT NULL DEFAULT 0,
     until          BIGINT         NOT NULL DEFAULT 0,
     -- How the last attempt ended, and the plugin version that settled it.
-    event          ENUM('', 'finish', 'retry', 'release', 'failure', 'trap', 'time-out', 'memory', 'malformed', 'stop', 'unrouted', 'lost',
-                       'overdue', 'unreadable', 'force-finish', 'cancel') NOT NULL DEFAULT '',
+    event          ENUM('', 'finish', 'retry', 'release', 'failure', 'trap', 'time-out', 'memory', 'malformed', 'stop', 'unrouted', 'quarantined',
+                       'lost', 'overdue', 'unreadable', 'force-finish', 'cancel') NOT NULL DEFAULT '',
     plugin         BIGINT         NOT NULL DEFAULT 0,
     finished_at    BIGINT         NOT NULL DEFAULT 0,
     retained_until BIGINT         NOT NULL DEFAULT 0,
@@ -102,6 +102,16 @@ CREATE TABLE IF NOT EXISTS laelaps_suspect (
     until  BIGINT        NOT NULL DEFAULT 0,
     PRIMARY KEY (turn, task),
     KEY in_queue (queue, turn, task)
+) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
+
+-- What is due, and was met by a host that does not serve its type. Hosts that do take it back to where it is ready, or to suspect, some at a time.
+CREATE TABLE IF NOT EXISTS laelaps_unserved (
+    queue VARBINARY(64)  NOT NULL,
+    type  VARBINARY(255) NOT NULL,
+    user  VARBINARY(255) NOT NULL,
+    turn  BIGINT         NOT NULL,
+    task  BIGINT         NOT NULL,
+    PRIMARY KEY (queue, type, user, turn, task)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_bin;
 
 -- A user with work that is ready or running in a queue: each queue has accounts of its own. Only who holds the counter's row writes here, so that

@@ -2,7 +2,7 @@
 -- one that people know as default.
 -- The view laelaps.tasks shows the same for people.
 --
--- A waiting task stands in exactly one of ready, scheduled and suspect; no other task stands in any of them.
+-- A waiting task stands in exactly one of ready, scheduled, suspect and unserved; no other task stands in any of them.
 -- A running task has a lease that ends at its `until`. Every write of an attempt checks both.
 
 CREATE TYPE laelaps.state AS ENUM ('waiting', 'running', 'finished', 'failed', 'cancelled');
@@ -99,6 +99,16 @@ CREATE TABLE laelaps.suspect (
 
 -- For who looks at all queues; the condition, which always holds, keeps it from being taken where one queue is looked at.
 CREATE INDEX suspect_in_turn ON laelaps.suspect (turn, task) WHERE octet_length(queue) >= 0;
+
+-- What is due, and was met by a host that does not serve its type. Hosts that do take it back to ready or suspect, some at a time.
+CREATE TABLE laelaps.unserved (
+    turn      int8 NOT NULL,
+    task      int8 NOT NULL,
+    queue     text COLLATE "C" NOT NULL,
+    type      text COLLATE "C" NOT NULL,
+    user_name text COLLATE "C" NOT NULL,
+    PRIMARY KEY (queue, type, user_name, turn, task)
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 
 -- What was claimed together, so that the running tasks of a host and those whose leases have ended are found without an index on the task.
 -- Goes when all of its tasks are settled, or when it is looked at, at `check_at`, and none of them runs any more.

@@ -1,7 +1,7 @@
 -- Tasks, who has them, and what became of them. Times are milliseconds since 1970 by this database's clock; '' is no user, and as a queue
 -- the default one.
 --
--- A waiting task stands in exactly one of ready, scheduled and suspect; no other task stands in any of them.
+-- A waiting task stands in exactly one of ready, scheduled, suspect and unserved; no other task stands in any of them.
 -- A running task has a lease that ends at its `until`. Every write of an attempt checks both.
 
 CREATE TABLE task (
@@ -101,6 +101,16 @@ CREATE TABLE suspect (
     host   INTEGER,
     until  INTEGER,
     PRIMARY KEY (turn, task)
+) STRICT, WITHOUT ROWID;
+
+-- What is due, and was met by a host that does not serve its type. Hosts that do take it back to ready or suspect, some at a time.
+CREATE TABLE unserved (
+    queue TEXT    NOT NULL,
+    type  TEXT    NOT NULL,
+    user  TEXT    NOT NULL,
+    turn  INTEGER NOT NULL,
+    task  INTEGER NOT NULL,
+    PRIMARY KEY (queue, type, user, turn, task)
 ) STRICT, WITHOUT ROWID;
 
 -- A user with work that is ready or running in a queue. Changed with every change of its tasks there, in the same transaction. The head is the

@@ -63,10 +63,17 @@ pub(super) struct Waiting {
 
 impl Waiting {
     /// Where it stands once it is due.
-    fn turn(&self) -> i64 {
+    pub(super) fn turn(&self) -> i64 {
         fair::turn(self.priority, self.run_at)
     }
 }
+
+/// The type and the turn are those of the row: what is read of a type may be less.
+pub(super) const INTO_UNSERVED: &str = "INSERT IGNORE INTO laelaps_unserved (queue, type, user, turn, task)
+    SELECT s.queue, t.type, s.user, t.turn, t.id FROM JSON_TABLE(?, '$[*]' COLUMNS (
+        task BIGINT PATH '$[0]', queue VARCHAR(64) CHARACTER SET utf8mb4 PATH '$[1]',
+        user VARCHAR(255) CHARACTER SET utf8mb4 PATH '$[2]')) AS s
+    STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.task";
 
 /// What an operation changed.
 #[derive(Default)]
@@ -194,6 +201,16 @@ impl Changes {
         }
         // Also a task for later: the claimer has to learn when it is due.
         self.woken |= !waiting.is_empty();
+        Ok(())
+    }
+
+    /// Put due tasks, whose rows are written, apart for hosts that serve their types: each with its queue and its user as places name them. A host
+    /// of this process may be one.
+    pub(super) async fn put_apart(&mut self, session: &mut Session<'_>, tasks: &[(i64, &str, &str)]) -> Result<(), Failure> {
+        for rows in session.chunks(tasks) {
+            sqlx::query(INTO_UNSERVED).bind(rows).execute(session.db()).await?;
+        }
+        self.woken |= !tasks.is_empty();
         Ok(())
     }
 

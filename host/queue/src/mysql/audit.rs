@@ -21,7 +21,8 @@ const RULES: [(&str, &str); 18] = [
         "a waiting task stands in exactly one place, any other in none",
         "SELECT CONCAT('task ', t.id, ', ', t.state, ', in ', COUNT(p.task)) FROM laelaps_task AS t LEFT JOIN (
                 SELECT task FROM laelaps_ready UNION ALL SELECT task FROM laelaps_ready_of_user
-                UNION ALL SELECT task FROM laelaps_scheduled UNION ALL SELECT task FROM laelaps_suspect) AS p ON p.task = t.id
+                UNION ALL SELECT task FROM laelaps_scheduled UNION ALL SELECT task FROM laelaps_suspect
+                UNION ALL SELECT task FROM laelaps_unserved) AS p ON p.task = t.id
             GROUP BY t.id, t.state HAVING (t.state = 'waiting') <> COUNT(p.task) LIMIT ?",
     ),
     (
@@ -35,7 +36,9 @@ const RULES: [(&str, &str); 18] = [
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_scheduled') FROM laelaps_scheduled AS r
                 LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.run_at = r.run_at WHERE t.id IS NULL
             UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_suspect') FROM laelaps_suspect AS r
-                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.queue = r.queue AND t.turn = r.turn AND t.alone WHERE t.id IS NULL) AS found LIMIT ?",
+                LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.queue = r.queue AND t.turn = r.turn AND t.alone WHERE t.id IS NULL
+            UNION ALL SELECT CONCAT('task ', r.task, ' in laelaps_unserved') FROM laelaps_unserved AS r LEFT JOIN laelaps_task AS t ON t.id = r.task
+                AND t.queue = r.queue AND t.type = r.type AND t.user = r.user AND t.turn = r.turn WHERE t.id IS NULL) AS found LIMIT ?",
     ),
     (
         "an account and its changes count what runs",

@@ -49,9 +49,9 @@ const FIRST_LOOK: Duration = Duration::from_secs(10);
 /// What a claim took out of the database, data as it is stored.
 #[derive(Default)]
 pub(super) struct Taken {
-    tasks: Vec<ClaimedTask>,
+    pub(super) tasks: Vec<ClaimedTask>,
     alone_waiting: bool,
-    next_due_in: Option<Duration>,
+    pub(super) next_due_in: Option<Duration>,
 }
 
 /// A claimed task that nobody can read.
@@ -98,6 +98,11 @@ fn asked(claim: &Claim) -> Asked {
     queues.sort_unstable();
     queues.dedup();
     Some(Arc::from(queues))
+}
+
+/// The most tasks of a claim.
+pub(super) fn limit_of(claim: &Claim) -> usize {
+    usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1)
 }
 
 impl MySql {
@@ -243,7 +248,7 @@ fn first_lease((tasks, unreadable, _): &Took) -> Option<LeaseRef> {
 /// Choose tasks and put them under new leases. Those whose names cannot be read come second.
 async fn take(session: &mut Session<'_>, way: Way, claim: &Claim, starts: &Starts) -> Result<Took, Failure> {
     const PICKED: &str = "UPDATE laelaps_counter SET pick = ? WHERE id = 1";
-    let tasks = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
+    let tasks = limit_of(claim);
     let limited = claim.limited.map_or(tasks, |limited| usize::try_from(limited).unwrap_or(tasks)).min(tasks);
     let mut choice = choose(session, way, Limits { tasks, limited }, starts).await?;
     let looks = looks(&mut choice, starts);

@@ -92,18 +92,20 @@ pub(super) const HEADS_OF_USERS: &str = concat!(
     queues!()
 );
 
-/// Steps from one queue to the next, each the look-up of one row: no join of these servers begins at a place that another table says, unless it says
-/// the whole of it.
+/// Steps from one queue to the next.
 fn steps_in(index: &str) -> String {
+    let next = |queue: &str| format!("SELECT queue FROM {index} WHERE queue > {queue} ORDER BY queue LIMIT 1");
+    steps(next, |queue| format!("HEX({queue})"))
+}
+
+/// Steps from each of something to the next, each the look-up of one row: no join of these servers begins at a place that another table says, unless
+/// it says the whole of it. `next` is the look-up behind the one that a variable has, and `word` how that one is told.
+pub(super) fn steps(next: impl Fn(&str) -> String, word: impl Fn(&str) -> String) -> String {
     let mut steps = String::new();
     let mut all = Vec::with_capacity(STEPS);
-    for step in 0..STEPS {
-        let next = step + 1;
-        let _ = write!(
-            steps,
-            "SET @laelaps_{next} = (SELECT queue FROM {index} WHERE queue > @laelaps_{step} ORDER BY queue LIMIT 1); "
-        );
-        all.push(format!("HEX(@laelaps_{next})"));
+    for step in 1..=STEPS {
+        let _ = write!(steps, "SET @laelaps_{step} = ({}); ", next(&format!("@laelaps_{}", step - 1)));
+        all.push(word(&format!("@laelaps_{step}")));
     }
     format!("{steps}SET @laelaps_0 = @laelaps_{STEPS}; SELECT CONCAT_WS(',', {})", all.join(", "))
 }
@@ -202,29 +204,40 @@ pub(super) struct Found {
 
 /// The names of queues that have something in a table, in order: from one on, which is among them, and at most so many.
 pub(super) async fn names(session: &mut Session<'_>, table: &Table, first: &[u8], most: usize) -> Result<Vec<Vec<u8>>, Failure> {
-    walk(session, table.steps, first, most).await
+    queues_from(session, table.steps, first, most).await
 }
 
 /// As [`names`], of tasks that must run alone.
 pub(super) async fn names_of_suspects(session: &mut Session<'_>, first: &[u8], most: usize) -> Result<Vec<Vec<u8>>, Failure> {
-    walk(session, &STEPS_IN_SUSPECT, first, most).await
+    queues_from(session, &STEPS_IN_SUSPECT, first, most).await
 }
 
-async fn walk(session: &mut Session<'_>, steps: &'static str, first: &[u8], most: usize) -> Result<Vec<Vec<u8>>, Failure> {
+async fn queues_from(session: &mut Session<'_>, steps: &'static str, first: &[u8], most: usize) -> Result<Vec<Vec<u8>>, Failure> {
+    let behind = walk(session, steps, first.to_vec(), most.saturating_sub(1)).await?;
+    Ok(std::iter::once(first.to_vec()).chain(behind.iter().map(|queue| bytes(queue))).collect())
+}
+
+/// What [`steps`] find behind a place, in their words and at most so many.
+pub(super) async fn walk(
+    session: &mut Session<'_>,
+    steps: &'static str,
+    behind: Vec<u8>,
+    most: usize,
+) -> Result<Vec<String>, Failure> {
     const BEGIN: &str = "SET @laelaps_0 = ?";
-    let mut names = vec![first.to_vec()];
-    sqlx::query(BEGIN).bind(first.to_vec()).execute(session.db()).await?;
-    while names.len() < most {
+    let mut words: Vec<String> = Vec::new();
+    sqlx::query(BEGIN).bind(behind).execute(session.db()).await?;
+    while words.len() < most {
         let rows = sqlx::raw_sql(AssertSqlSafe(steps)).fetch_all(session.db()).await?;
         let found: Option<String> = rows.last().map(|row| row.try_get(0)).transpose()?;
-        let before = names.len();
-        names.extend(found.iter().flat_map(|found| found.split(',')).filter(|name| !name.is_empty()).map(bytes));
-        if names.len() < before + STEPS {
+        let before = words.len();
+        words.extend(found.iter().flat_map(|found| found.split(',')).filter(|word| !word.is_empty()).map(ToOwned::to_owned));
+        if words.len() < before + STEPS {
             break;
         }
     }
-    names.truncate(most);
-    Ok(names)
+    words.truncate(most);
+    Ok(words)
 }
 
 /// Bytes in hexadecimal digits.
@@ -232,7 +245,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn bytes(hex: &str) -> Vec<u8> {
+pub(super) fn bytes(hex: &str) -> Vec<u8> {
     let digit = |place: usize| hex.get(place..place + 2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
     (0..hex.len()).step_by(2).filter_map(digit).collect()
 }

@@ -43,6 +43,7 @@ pub(super) const WANTED: &str = concat!(
 pub(super) const UNSORTED: &str = "(SELECT task AS id FROM laelaps_ready WHERE ? LIMIT ?)
     UNION ALL (SELECT task FROM laelaps_ready_of_user WHERE ? LIMIT ?)
     UNION ALL (SELECT task FROM laelaps_scheduled WHERE ? LIMIT ?) UNION ALL (SELECT task FROM laelaps_suspect WHERE ? LIMIT ?)
+    UNION ALL (SELECT task FROM laelaps_unserved WHERE ? LIMIT ?)
     UNION ALL (SELECT s.id FROM laelaps_claim AS c
         STRAIGHT_JOIN JSON_TABLE(IF(JSON_VALID(c.tasks), c.tasks, '[]'), '$[*]' COLUMNS (id BIGINT PATH '$')) AS s WHERE ? LIMIT ?)";
 
@@ -109,7 +110,7 @@ impl Look for Lister<'_, '_> {
         let mut places = Places::default();
         if waiting || running {
             let mut query = sqlx::query_scalar(UNSORTED);
-            for asked in [waiting, waiting, waiting, waiting, running] {
+            for asked in [waiting, waiting, waiting, waiting, waiting, running] {
                 query = query.bind(asked).bind(most);
             }
             places.unsorted = query.fetch_all(self.session.db()).await?;

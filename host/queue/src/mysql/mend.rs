@@ -9,9 +9,11 @@ use sqlx::mysql::MySqlRow;
 use super::MySql;
 use super::accounts::{Changes, Owner, Waiting};
 use super::claim::Broken;
+use super::due::Standing;
 use super::failure::Failure;
 use super::rows::{ids, json, lockable, places};
 use super::session::Session;
+use super::unserved::{Apart, OUT_OF_UNSERVED};
 use crate::task::{check_queue, stored_queue};
 use crate::{Attempt, Event, FailureKind, HostId, Policy, Result, Settlement};
 
@@ -89,7 +91,7 @@ pub(super) async fn mend(session: &mut Session<'_>, found: &[Spot], changes: &mu
 /// Take tasks out of places, and put those that wait where their own rows say.
 pub(super) async fn place_anew(session: &mut Session<'_>, found: &[Spot], changes: &mut Changes) -> Result<(), Failure> {
     const TASKS: &str = concat!(
-        "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.turn, t.queue FROM ",
+        "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.turn, t.queue, t.type FROM ",
         lockable!(ids!()),
         " STRAIGHT_JOIN laelaps_task AS t FORCE INDEX (PRIMARY) ON t.id = s.id FOR UPDATE"
     );
@@ -132,12 +134,19 @@ pub(super) async fn place_anew(session: &mut Session<'_>, found: &[Spot], change
     tasks.dedup();
     let mut places = found.to_vec();
     let mut waiting: HashMap<i64, Waiting> = HashMap::new();
+    let mut apart: Vec<Apart> = Vec::new();
     for row in sqlx::query(TASKS).bind(json(&tasks)).fetch_all(session.db()).await? {
         let (task, run_at, turn): (i64, i64, i64) = (row.try_get(0)?, row.try_get(2)?, row.try_get(7)?);
         let (queue, user) = (queue_of(&row, 8)?, user_of(&row, 3)?);
         // Where it could stand by its row, as the row is written and as it counts.
         places.push(Spot { queue: row.try_get(8)?, at: turn, task });
         places.extend([run_at, turn].map(|at| Spot::new(&queue, at, task)));
+        let task_type: Vec<u8> = row.try_get(9)?;
+        for (queue, user) in [(row.try_get(8)?, row.try_get(3)?), (queue.as_bytes().to_vec(), user.as_bytes().to_vec())] {
+            let turns = found.iter().filter(|spot| spot.task == task).map(|spot| spot.at).chain([turn]);
+            let at = |turn| Apart { queue: queue.clone(), task_type: task_type.clone(), user: user.clone(), turn, task };
+            apart.extend(turns.map(at));
+        }
         if !user.is_empty() {
             changes.unready(&Owner::new(&queue, &user));
         }
@@ -150,6 +159,9 @@ pub(super) async fn place_anew(session: &mut Session<'_>, found: &[Spot], change
         for places in session.chunks(places.iter().map(Spot::row)) {
             sqlx::query(sql).bind(places).execute(session.db()).await?;
         }
+    }
+    for places in session.chunks(apart.iter().map(Standing::row)) {
+        sqlx::query(OUT_OF_UNSERVED).bind(places).execute(session.db()).await?;
     }
     let waiting: Vec<Waiting> = waiting.into_values().collect();
     changes.enqueue(session, &waiting).await

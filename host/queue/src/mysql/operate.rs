@@ -79,7 +79,7 @@ struct Found {
     max_running: Option<u32>,
     run_at: i64,
     priority: i64,
-    /// Where it stands if it is ready or a suspect.
+    /// Where it stands if it is ready, a suspect, or apart.
     turn: i64,
     lease: i64,
     host: i64,
@@ -138,6 +138,11 @@ async fn look_up(session: &mut Session<'_>, name: &Name) -> Result<Option<Found>
     }))
 }
 
+/// As the row names its type, readable or not.
+pub(super) const OUT_OF_UNSERVED: &str =
+    "DELETE r FROM laelaps_task AS t STRAIGHT_JOIN laelaps_unserved AS r FORCE INDEX (PRIMARY)
+    ON r.queue = ? AND r.type = t.type AND r.user = ? AND r.turn = t.turn AND r.task = t.id WHERE t.id = ?";
+
 /// Take a waiting task from where it waits.
 async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes) -> Result<(), Failure> {
     const OF_USER: &str = "DELETE FROM laelaps_ready_of_user WHERE queue = ? AND user = ? AND turn = ? AND task = ?";
@@ -159,9 +164,11 @@ async fn unqueue(session: &mut Session<'_>, found: &Found, changes: &mut Changes
     for (sql, at) in [(SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
         let query = sqlx::query(sql).bind(at).bind(found.task);
         if query.execute(session.db()).await?.rows_affected() == 1 {
-            break;
+            return Ok(());
         }
     }
+    let query = sqlx::query(OUT_OF_UNSERVED).bind(found.queue.as_bytes().to_vec()).bind(found.user.as_bytes().to_vec());
+    query.bind(found.task).execute(session.db()).await?;
     Ok(())
 }
 

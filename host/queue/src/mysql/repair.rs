@@ -6,16 +6,21 @@ use std::time::{Duration, Instant};
 use sqlx::Row as _;
 
 use super::accounts::Changes;
+use super::due::{Standing as _, move_over};
 use super::failure::Failure;
 use super::mend::{Spot, is_no_queue, mend};
 use super::session::{Session, Waiting};
+use super::unserved::Apart;
 use super::{MySql, locked};
 use crate::Result;
+use crate::unserved::Kind;
 
 /// Between two looks of a process. It costs as much as users and running tasks are many, and holds nobody up.
 const INTERVAL: Duration = Duration::from_secs(60);
 /// Users put right in one go.
 const USERS_MAX: i64 = 1_000;
+/// Places apart that one look compares with their tasks.
+const APART_MAX: i64 = 10_000;
 
 /// What accounts and their changes count, less what runs under the leases of claims.
 const DRIFT: &str = concat!(
@@ -44,34 +49,78 @@ const NO_SUSPECTS: &str = concat!(
     ", '', t.queue) WHERE t.id IS NULL LIMIT ?"
 );
 
+/// What waits apart behind a kind, in order.
+macro_rules! apart {
+    ($columns:literal) => {
+        concat!(
+            "SELECT ",
+            $columns,
+            " FROM laelaps_unserved FORCE INDEX (PRIMARY) WHERE (queue = ? AND type > ?) OR queue > ?
+            ORDER BY queue, type, user, turn, task LIMIT "
+        )
+    };
+}
+
+/// Places apart that a host which serves their tasks would not look at.
+const NOT_OF_KIND: &str = concat!(
+    "SELECT r.queue, r.type, r.user, r.turn, r.task FROM (",
+    apart!("queue, type, user, turn, task"),
+    "?) AS r LEFT JOIN laelaps_task AS t ON t.id = r.task AND t.state = 'waiting' AND t.type = r.type AND r.queue = IF(",
+    is_no_queue!(),
+    ", '', t.queue) WHERE t.id IS NULL LIMIT ?"
+);
+
+/// The kind at which a look at so many places ends.
+const LAST_KIND: &str = concat!(apart!("queue, type"), "1 OFFSET ?");
+
 /// Queues and users, each with how much its account counts too much, and places.
 #[derive(Default)]
 struct Wrong {
     users: Vec<(Vec<u8>, Vec<u8>, i64)>,
     places: Vec<Spot>,
+    apart: Vec<Apart>,
+    /// Behind which kind to look at places apart the next time: of every kind the first ones at least are seen.
+    next: Kind,
+}
+
+/// What was compared, and when.
+#[derive(Debug, Default)]
+pub(super) struct Repaired {
+    at: Option<Instant>,
+    /// Behind which kind places apart are looked at next.
+    behind: Kind,
 }
 
 impl MySql {
     /// Compare accounts with tasks, unless that was done lately, and correct them.
     pub(super) async fn repair_accounts(&self) -> Result<()> {
-        {
+        let behind = {
             let mut last = locked(&self.repaired);
-            if last.is_some_and(|last| last.elapsed() < INTERVAL) {
+            if last.at.is_some_and(|at| at.elapsed() < INTERVAL) {
                 return Ok(());
             }
-            *last = Some(Instant::now());
-        }
-        let doing = "comparing accounts with tasks";
-        let seen = self.runner.read_together(doing, |session| Box::pin(async move { wrong(session).await })).await?;
-        if seen.users.is_empty() && seen.places.is_empty() {
+            last.at = Some(Instant::now());
+            last.behind.clone()
+        };
+        let (doing, from) = ("comparing accounts with tasks", behind.clone());
+        let looking = self.runner.read_together(doing, move |session| {
+            let from = from.clone();
+            Box::pin(async move { wrong(session, &from).await })
+        });
+        let seen = looking.await?;
+        locked(&self.repaired).behind = seen.next;
+        if seen.users.is_empty() && seen.places.is_empty() && seen.apart.is_empty() {
             return Ok(());
         }
-        self.run_waiting(Waiting::AtOneMoment, "correcting accounts", |session| Box::pin(async move { correct(session).await }))
-            .await
+        let corrected = self.run_waiting(Waiting::AtOneMoment, "correcting accounts", move |session| {
+            let behind = behind.clone();
+            Box::pin(async move { correct(session, &behind).await })
+        });
+        corrected.await
     }
 }
 
-async fn wrong(session: &mut Session<'_>) -> Result<Wrong, Failure> {
+async fn wrong(session: &mut Session<'_>, behind: &Kind) -> Result<Wrong, Failure> {
     let mut wrong = Wrong::default();
     for sql in [DRIFT, UNKNOWN] {
         for row in sqlx::query(sql).bind(USERS_MAX).fetch_all(session.db()).await? {
@@ -80,18 +129,27 @@ async fn wrong(session: &mut Session<'_>) -> Result<Wrong, Failure> {
     }
     let places: Vec<(i64, i64)> = sqlx::query_as(NO_SUSPECTS).bind(USERS_MAX).fetch_all(session.db()).await?;
     wrong.places = places.into_iter().map(|(at, task)| Spot::anywhere(at, task)).collect();
+    let Kind { queue, task_type } = behind;
+    let query = sqlx::query(NOT_OF_KIND).bind(queue).bind(task_type).bind(queue).bind(APART_MAX).bind(USERS_MAX);
+    for row in query.fetch_all(session.db()).await? {
+        wrong.apart.push(Apart::read(&row)?);
+    }
+    let query = sqlx::query_as(LAST_KIND).bind(queue).bind(task_type).bind(queue).bind(APART_MAX - 1);
+    let last: Option<(Vec<u8>, Vec<u8>)> = query.fetch_optional(session.db()).await?;
+    wrong.next = last.map(|(queue, task_type)| Kind { queue, task_type }).unwrap_or_default();
     Ok(wrong)
 }
 
 /// One after the other: the next one sees what the last one has corrected.
-async fn correct(session: &mut Session<'_>) -> Result<(), Failure> {
+async fn correct(session: &mut Session<'_>, behind: &Kind) -> Result<(), Failure> {
     const HOLD: &str = "SELECT pick FROM laelaps_counter WHERE id = 1 FOR UPDATE";
     const CHANGE: &str = "INSERT INTO laelaps_account_change (queue, user, running) VALUES (?, ?, ?)";
     sqlx::query(HOLD).fetch_one(session.db()).await?;
-    let Wrong { users, places } = wrong(session).await?;
+    let Wrong { users, places, apart, .. } = wrong(session, behind).await?;
     let mut changes = Changes::default();
     mend(session, &places, &mut changes).await?;
     changes.write(session).await?;
+    move_over(session, apart).await?;
     for (queue, user, drift) in users {
         let (in_queue, of_user) = (String::from_utf8_lossy(&queue), String::from_utf8_lossy(&user));
         tracing::error!(queue = %in_queue, user = %of_user, drift, "a user's account counted wrongly; it is corrected");

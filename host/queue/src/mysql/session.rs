@@ -244,6 +244,12 @@ impl Runner {
         }
     }
 
+    /// Wake the hosts of this process that wait for tasks, and the next one that would.
+    pub(super) fn wake(&self) {
+        self.wakeup.notify_waiters();
+        self.wakeup.notify_one();
+    }
+
     /// Close all connections; those that do not answer are given up.
     pub(super) async fn close(&self) {
         if tokio::time::timeout(GOODBYE, self.pool.close()).await.is_err() {
@@ -334,8 +340,7 @@ impl Runner {
                     Err(_) => return Err(Trouble::Unknown(silence(self.limit))),
                 }
                 if wake {
-                    self.wakeup.notify_waiters();
-                    self.wakeup.notify_one();
+                    self.wake();
                 }
                 Ok(done)
             }

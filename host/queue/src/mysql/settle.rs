@@ -150,7 +150,9 @@ impl Group {
             if entry.error_code.is_some() || entry.error_message.is_some() {
                 failures.push((task, &entry.error_code, &entry.error_message));
             }
+            // That a host does not serve a type is no attempt.
             if entry.row.state != State::Finished
+                && !entry.row.unserved
                 && let Some(found) = settled.get(&entry.lease_ref)
             {
                 records.push(Record {
@@ -335,7 +337,7 @@ pub(super) const SETTLE: &str = concat!(
 
 /// A task's row as it will be; what [`SETTLE`] unfolds.
 fn row(entry: &Entry, plugin: Option<i64>, now: i64) -> serde_json::Value {
-    let Outcome { state, event, counted, after_ms, counters } = &entry.row;
+    let Outcome { state, event, counted, after_ms, counters, .. } = &entry.row;
     let Counters { releases, lost, lost_alone, alone } = counters;
     let after = after_ms.map(|after_ms| now + after_ms);
     let waits = *state == State::Waiting;
@@ -369,6 +371,7 @@ async fn place(
 ) -> Result<(), Failure> {
     let now = session.now;
     let mut waiting = Vec::new();
+    let mut apart: Vec<(i64, &str, &str)> = Vec::new();
     let mut ended = Vec::with_capacity(kept.len());
     let mut failed = Vec::new();
     let mut descendants = Vec::new();
@@ -378,7 +381,9 @@ async fn place(
         changes.stopped(&Owner::of_task(&found.queue, &found.user), found.max_running);
         // As the statement has written it: run_at of what waits, retained_until of what has ended.
         let moment = entry.row.after_ms.map_or(found.run_at, |after_ms| now + after_ms);
-        if entry.row.state == State::Waiting {
+        if entry.row.unserved {
+            apart.push((task, &found.queue, &found.user));
+        } else if entry.row.state == State::Waiting {
             let alone = entry.row.counters.alone.unwrap_or_default();
             let Settled { priority, max_running, .. } = *found;
             let (queue, user) = (found.queue.clone(), found.user.clone());
@@ -395,6 +400,7 @@ async fn place(
         }
     }
     changes.enqueue(session, &waiting).await?;
+    changes.put_apart(session, &apart).await?;
     set_aside(session, &failed, State::Failed).await?;
     end_descent(session, &descendants).await?;
     retain(session, ended).await

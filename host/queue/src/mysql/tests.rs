@@ -1,5 +1,7 @@
 //! What only this database promises: how statements find their rows, and what a repeated operation finds of its first try.
 
+mod apart;
+
 use laelaps_test_databases::mariadb;
 use sqlx::{AssertSqlSafe, Connection as _, MySqlConnection};
 
@@ -124,7 +126,7 @@ async fn a_submit_whose_answer_was_lost_is_known_to_have_been_made() {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else.
-const LOOKED_UP: [(&str, &str); 39] = [
+const LOOKED_UP: [(&str, &str); 41] = [
     ("look", outlook::LOOK),
     ("look at some", outlook::LOOK_AT_SOME),
     ("first", fronts::FIRST),
@@ -153,6 +155,8 @@ const LOOKED_UP: [(&str, &str); 39] = [
     ("set aside", list::ASIDE),
     ("of keys", list::OF_KEYS),
     ("due", due::DUE),
+    ("apart of nobody", unserved::OF_NOBODY),
+    ("apart of users", unserved::OF_USERS),
     ("lease", claim::LEASE),
     ("leased", claim::LEASED),
     ("held", settle::HELD),
@@ -168,7 +172,7 @@ const LOOKED_UP: [(&str, &str); 39] = [
 
 /// Statements that lock rows of a table that producers write to as well, or other hosts: they find each row by its number, however few rows there
 /// are, and never look at those of others.
-const LOCKING: [(&str, &str); 21] = [
+const LOCKING: [(&str, &str); 25] = [
     ("ready", claim::READY),
     ("ready of users", claim::READY_OF_USER),
     ("still of users", claim::STILL_OF_USER),
@@ -177,6 +181,10 @@ const LOCKING: [(&str, &str); 21] = [
     ("due tasks", due::DUE_TASKS),
     ("still due", due::STILL_DUE),
     ("out of scheduled", due::OUT_OF_SCHEDULED),
+    ("still unserved", unserved::STILL_UNSERVED),
+    ("out of unserved", unserved::OUT_OF_UNSERVED),
+    ("into unserved", accounts::INTO_UNSERVED),
+    ("out of unserved by hand", operate::OUT_OF_UNSERVED),
     ("held", settle::HELD),
     ("finish", settle::FINISH),
     ("settle", settle::SETTLE),
@@ -197,12 +205,13 @@ const SIZES: [usize; 3] = [0, 5, 100_000];
 
 /// Fill every table that a locking statement looks at.
 async fn fill(connection: &mut MySqlConnection, rows: usize) {
-    const FILL: [&str; 10] = [
+    const FILL: [&str; 11] = [
         "INSERT INTO laelaps_task (id, `key`, type, created_at, run_at, lease) SELECT seq, seq, 't', 1, seq, seq FROM",
         "INSERT INTO laelaps_ready (turn, task) SELECT seq, seq FROM",
         "INSERT INTO laelaps_ready_of_user (user, turn, task) SELECT seq DIV 100, seq, seq FROM",
         "INSERT INTO laelaps_scheduled (run_at, task) SELECT seq, seq FROM",
         "INSERT INTO laelaps_suspect (turn, task) SELECT seq, seq FROM",
+        "INSERT INTO laelaps_unserved (queue, type, user, turn, task) SELECT '', 't', seq DIV 100, seq, seq FROM",
         "INSERT INTO laelaps_account (user, running) SELECT seq DIV 100, 1 FROM",
         "INSERT INTO laelaps_claim (host, look_at, tasks) SELECT seq DIV 100, seq, '[]' FROM",
         "INSERT INTO laelaps_attempt (task, lease, attempt, host, plugin, ended_at, event) SELECT seq, seq, 1, 1, 0, 1, 'lost' FROM",
@@ -215,9 +224,8 @@ async fn fill(connection: &mut MySqlConnection, rows: usize) {
             sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await.unwrap();
         }
     }
-    let analyze =
-        "ANALYZE TABLE laelaps_task, laelaps_ready, laelaps_ready_of_user, laelaps_scheduled, laelaps_suspect, laelaps_account,
-        laelaps_claim, laelaps_attempt, laelaps_host_running, laelaps_task_data";
+    let analyze = "ANALYZE TABLE laelaps_task, laelaps_ready, laelaps_ready_of_user, laelaps_scheduled, laelaps_suspect,
+        laelaps_unserved, laelaps_account, laelaps_claim, laelaps_attempt, laelaps_host_running, laelaps_task_data";
     sqlx::raw_sql(analyze).execute(connection).await.unwrap();
 }
 
@@ -274,6 +282,7 @@ fn every_join_says_by_which_index_it_finds_its_rows() {
         include_str!("settle.rs"),
         include_str!("submit.rs"),
         include_str!("suspects.rs"),
+        include_str!("unserved.rs"),
     ];
     for source in sources {
         for join in source.split("STRAIGHT_JOIN laelaps_").skip(1) {

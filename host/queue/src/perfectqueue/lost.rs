@@ -130,7 +130,7 @@ fn count(side: &mut Side, ready: &Ready, policy: &Policy, now_ms: i64) -> Option
             (side.state, side.timeout) = (Some(State::Waiting), Some(timeout));
             Some((timeout, false))
         }
-        Verdict::Finish { .. } => None,
+        Verdict::Finish { .. } | Verdict::Unserved { .. } => None,
     }
 }
 

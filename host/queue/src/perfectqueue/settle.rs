@@ -80,9 +80,8 @@ impl Outcome {
                 Self::Ended { state: State::Finished, kept: seconds(*retention), output: output.clone() }
             }
             Verdict::Fail { retention, .. } => Self::Ended { state: State::Failed, kept: seconds(*retention), output: None },
-            Verdict::Wait { delay, .. } => {
-                Self::Waiting { delay_ms: i64::try_from(delay.unwrap_or_default().as_millis()).unwrap_or(i64::MAX) }
-            }
+            Verdict::Wait { delay, .. } => Self::Waiting { delay_ms: whole_ms(delay.unwrap_or_default()) },
+            Verdict::Unserved { delay, .. } => Self::Waiting { delay_ms: whole_ms(*delay) },
         }
     }
 
@@ -94,6 +93,10 @@ impl Outcome {
             Self::Waiting { delay_ms } => second_from(now_ms.saturating_add(*delay_ms)),
         }
     }
+}
+
+fn whole_ms(delay: Duration) -> i64 {
+    i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)
 }
 
 impl Shared {
@@ -419,6 +422,11 @@ impl Entry {
                 (side.releases, side.alone) = (*releases, *alone);
                 side.count_losses(*lost, *lost_alone, now_ms);
                 *counted
+            }
+            Verdict::Unserved { lost, lost_alone, alone, .. } => {
+                (side.releases, side.alone) = (0, *alone);
+                side.count_losses(*lost, *lost_alone, now_ms);
+                false
             }
             Verdict::Fail { counted, lost, lost_alone, .. } => {
                 side.count_losses(*lost, *lost_alone, now_ms);

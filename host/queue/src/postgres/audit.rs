@@ -37,7 +37,8 @@ const RULES: [(&str, &str); 23] = [
     (
         "a waiting task waits in exactly one place, any other in none",
         "SELECT 'task ' || id FROM laelaps.task LEFT JOIN (SELECT task, count(*) AS places FROM (SELECT task FROM laelaps.ready
-                UNION ALL SELECT task FROM laelaps.scheduled UNION ALL SELECT task FROM laelaps.suspect) AS waits GROUP BY task) AS waits
+                UNION ALL SELECT task FROM laelaps.scheduled UNION ALL SELECT task FROM laelaps.suspect
+                UNION ALL SELECT task FROM laelaps.unserved) AS waits GROUP BY task) AS waits
             ON waits.task = task.id WHERE (state = 'waiting')::int <> coalesce(places, 0) LIMIT $1",
     ),
     (
@@ -48,7 +49,10 @@ const RULES: [(&str, &str); 23] = [
             UNION ALL SELECT 'scheduled ' || scheduled.task FROM laelaps.scheduled LEFT JOIN laelaps.task ON task.id = scheduled.task
                 WHERE (task.run_at = scheduled.run_at) IS NOT TRUE
             UNION ALL SELECT 'suspect ' || suspect.task FROM laelaps.suspect LEFT JOIN laelaps.task ON task.id = suspect.task
-                WHERE (task.turn = suspect.turn AND task.queue = suspect.queue AND task.alone) IS NOT TRUE LIMIT $1",
+                WHERE (task.turn = suspect.turn AND task.queue = suspect.queue AND task.alone) IS NOT TRUE
+            UNION ALL SELECT 'unserved ' || unserved.task FROM laelaps.unserved LEFT JOIN laelaps.task ON task.id = unserved.task
+                WHERE (task.queue = unserved.queue AND task.type = unserved.type AND task.user_name = unserved.user_name
+                    AND task.turn = unserved.turn) IS NOT TRUE LIMIT $1",
     ),
     (
         "an account and its changes count what runs",

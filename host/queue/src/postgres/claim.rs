@@ -21,8 +21,9 @@ use super::session::{Session, Shared};
 use super::settle::Group;
 use super::several::{branch, branches, most, rounds_max};
 use super::unreadable::{self, Broken};
-use super::{accounts, around, between, due, mend, suspects};
+use super::{accounts, around, between, due, mend, suspects, unserved};
 use crate::outcome::ms;
+use crate::unserved::Sieve;
 use crate::{Attempt, Claim, Claimed, ClaimedTask, Event, HostId, NewTask, Policy, Settlement, Timestamp, data, task};
 
 /// The most tasks of one claim.
@@ -255,6 +256,13 @@ impl Taken {
         broken
     }
 
+    /// Take out what the claimer does not serve; answers what puts it apart.
+    pub(super) fn sift(&mut self, sieve: &mut Sieve<'_>) -> Vec<Settlement> {
+        let (served, others) = sieve.sift(std::mem::take(&mut self.tasks));
+        self.tasks = served;
+        others
+    }
+
     pub(super) fn into_claimed(self) -> Claimed {
         Claimed { tasks: self.tasks, alone_waiting: self.alone_waiting, next_due_in: self.next_due_in }
     }
@@ -347,8 +355,9 @@ pub(super) async fn claim(session: &mut Session, asked: &Asked) -> Result<Taken,
             return Ok(Taken { tasks, broken, alone_waiting: false, next_due_in: None });
         }
     }
-    let asked = &asked.with_number();
     let shared = Arc::clone(&session.shared);
+    let look_in = unserved::see_to(session, asked).await?;
+    let asked = &asked.with_number();
     let mut from = shared.marks.begin(&asked.way, asked.limit);
     let started = Instant::now();
     let mut taken = claim_from(session, asked, &mut from).await?;
@@ -360,6 +369,7 @@ pub(super) async fn claim(session: &mut Session, asked: &Asked) -> Result<Taken,
         taken = claim_from(session, asked, &mut from).await?;
         shared.marks.looked(&from, started.elapsed());
     }
+    taken.next_due_in = [taken.next_due_in, look_in].into_iter().flatten().min();
     Ok(taken)
 }
 

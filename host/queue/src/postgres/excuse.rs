@@ -76,16 +76,19 @@ pub(super) async fn excuse(
     Ok(count)
 }
 
-/// $1 task, $2 losses from which on a task runs alone. Its place is taken away before its row is looked at under its lock, which this
-/// transaction holds.
+/// $1 task, $2 losses from which on a task runs alone. Its place is taken away, or held where it stays right, before its row is looked at under its
+/// lock, which this transaction holds.
 pub(super) const CALM: &str = "WITH found AS MATERIALIZED (
-        SELECT id, run_at, turn, queue FROM laelaps.task WHERE id = $1 AND state = 'waiting' AND alone AND coalesce(lost, 0) < $2),
+        SELECT id, run_at, turn, queue, type, user_name FROM laelaps.task WHERE id = $1 AND state = 'waiting' AND alone AND coalesce(lost, 0) < $2),
     due AS (
         DELETE FROM laelaps.suspect WHERE queue = (SELECT queue FROM found) AND turn = (SELECT turn FROM found) AND task = (SELECT id FROM found) RETURNING task),
     later AS MATERIALIZED (
         SELECT task FROM laelaps.scheduled WHERE run_at = (SELECT run_at FROM found) AND task = (SELECT id FROM found) FOR UPDATE),
+    apart AS MATERIALIZED (
+        SELECT task FROM laelaps.unserved WHERE queue = (SELECT queue FROM found) AND type = (SELECT type FROM found)
+            AND user_name = (SELECT user_name FROM found) AND turn = (SELECT turn FROM found) AND task = (SELECT id FROM found) FOR UPDATE),
     calm AS (
-        UPDATE laelaps.task SET alone = false WHERE id = ANY(ARRAY(SELECT task FROM due UNION ALL SELECT task FROM later))
+        UPDATE laelaps.task SET alone = false WHERE id = ANY(ARRAY(SELECT task FROM due UNION ALL SELECT task FROM later UNION ALL SELECT task FROM apart))
         RETURNING id, run_at, turn, bytes, max_running, user_name, queue),
     ready AS (
         INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
@@ -93,7 +96,8 @@ pub(super) const CALM: &str = "WITH found AS MATERIALIZED (
     changed AS (
         INSERT INTO laelaps.account_change (user_name, queue, turn, task, max_running)
         SELECT user_name, queue, turn, id, max_running FROM calm WHERE user_name <> '' AND id IN (SELECT task FROM due))
-    SELECT EXISTS (SELECT FROM found) AND NOT EXISTS (SELECT FROM due) AND NOT EXISTS (SELECT FROM later)";
+    SELECT EXISTS (SELECT FROM found) AND NOT EXISTS (SELECT FROM due) AND NOT EXISTS (SELECT FROM later)
+        AND NOT EXISTS (SELECT FROM apart)";
 
 async fn calm(session: &mut Session, task: i64) -> Result<(), Failure> {
     let lost_max = i32::try_from(Policy::LOST_MAX).unwrap_or(i32::MAX);

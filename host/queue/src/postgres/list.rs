@@ -37,6 +37,7 @@ pub(super) const WANTED: &str =
 /// What waits or runs; the tables have it in the order of its turn.
 pub(super) const UNSORTED: &str = "(SELECT task FROM laelaps.ready WHERE $1 LIMIT $3)
     UNION ALL (SELECT task FROM laelaps.scheduled WHERE $1 LIMIT $3) UNION ALL (SELECT task FROM laelaps.suspect WHERE $1 LIMIT $3)
+    UNION ALL (SELECT task FROM laelaps.unserved WHERE $1 LIMIT $3)
     UNION ALL (SELECT unnest(tasks) FROM laelaps.claim WHERE $2 LIMIT $3)";
 
 pub(super) const FAILED: &str = "SELECT task FROM laelaps.failure WHERE task > $1 ORDER BY task LIMIT $2";

@@ -16,10 +16,12 @@ const FROM_SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE ctid = ANY($2::tex
 /// Tasks whose place was taken away although they do not wait there go where their rows say.
 const PUT: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     waiting AS MATERIALIZED (
-        SELECT id, run_at, turn, bytes, max_running, user_name, queue, alone, run_at <= (SELECT now FROM clock) AS is_due
+        SELECT id, run_at, turn, bytes, max_running, user_name, queue, type, alone, run_at <= (SELECT now FROM clock) AS is_due
         FROM laelaps.task WHERE id = ANY($1) AND state = 'waiting' ORDER BY id FOR UPDATE),
     missing AS MATERIALIZED (
-        SELECT * FROM waiting WHERE NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = waiting.run_at AND scheduled.task = id)),
+        SELECT * FROM waiting WHERE NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = waiting.run_at AND scheduled.task = id)
+            AND NOT EXISTS (SELECT FROM laelaps.unserved WHERE unserved.queue = waiting.queue AND unserved.type = waiting.type
+                AND unserved.user_name = waiting.user_name AND unserved.turn = waiting.turn AND unserved.task = id)),
     ready AS (
         INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
         SELECT turn, id, bytes, max_running, user_name, queue FROM missing WHERE is_due AND NOT alone ON CONFLICT DO NOTHING),

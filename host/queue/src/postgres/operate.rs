@@ -55,8 +55,10 @@ struct Found {
     state: State,
     owner: Owner,
     run_at: i64,
-    /// Where it stands if it is ready or a suspect.
+    /// Where it stands if it is due.
     turn: i64,
+    /// And if it waits for a host that serves this.
+    task_type: String,
     lease: i64,
 }
 
@@ -66,6 +68,7 @@ enum Waited {
     Ready,
     Scheduled,
     Suspect,
+    Unserved,
 }
 
 /// How a task is named.
@@ -94,8 +97,8 @@ impl Name {
 }
 
 async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failure> {
-    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, turn, lease, queue FROM laelaps.task WHERE key = $1
-        UNION ALL SELECT id, key, state::text, user_name, run_at, turn, lease, queue FROM laelaps.task WHERE id = $2";
+    const FIND: &str = "SELECT id, key, state::text, user_name, run_at, turn, lease, queue, type FROM laelaps.task WHERE key = $1
+        UNION ALL SELECT id, key, state::text, user_name, run_at, turn, lease, queue, type FROM laelaps.task WHERE id = $2";
     let (key, id) = name.parts();
     let row = sqlx::query(FIND).bind(key).bind(id).fetch_optional(session.db()?).await?;
     let Some(row) = row else { return Ok(None) };
@@ -107,6 +110,7 @@ async fn find(session: &mut Session, name: &Name) -> Result<Option<Found>, Failu
         run_at: row.try_get(4)?,
         turn: row.try_get(5)?,
         lease: row.try_get(6)?,
+        task_type: row.try_get(8)?,
     }))
 }
 
@@ -115,6 +119,8 @@ async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>,
     const READY: &str = "DELETE FROM laelaps.ready WHERE queue = $4 AND user_name = $3 AND turn = $1 AND task = $2";
     const SCHEDULED: &str = "DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2";
     const SUSPECT: &str = "DELETE FROM laelaps.suspect WHERE turn = $1 AND task = $2 AND queue = $3";
+    const UNSERVED: &str =
+        "DELETE FROM laelaps.unserved WHERE queue = $4 AND type = $5 AND user_name = $3 AND turn = $1 AND task = $2";
     let ready = sqlx::query(READY).bind(found.turn).bind(found.task).bind(&found.owner.user).bind(&found.owner.queue);
     if ready.execute(session.db()?).await?.rows_affected() == 1 {
         if !found.owner.is_nobody() {
@@ -131,6 +137,10 @@ async fn unqueue(session: &mut Session, found: &Found) -> Result<Option<Waited>,
     if suspect.execute(session.db()?).await?.rows_affected() == 1 {
         return Ok(Some(Waited::Suspect));
     }
+    let unserved = sqlx::query(UNSERVED).bind(found.turn).bind(found.task).bind(&found.owner.user).bind(&found.owner.queue);
+    if unserved.bind(&found.task_type).execute(session.db()?).await?.rows_affected() == 1 {
+        return Ok(Some(Waited::Unserved));
+    }
     // It may stand somewhere else than its row says, or nowhere: somebody wrote into the tables.
     Ok(stray_place(session, found).await?.then_some(Waited::Ready))
 }
@@ -143,6 +153,8 @@ async fn stray_place(session: &mut Session, found: &Found) -> Result<bool, Failu
             AND NOT EXISTS (SELECT FROM laelaps.scheduled WHERE scheduled.run_at = task.run_at AND scheduled.task = task.id)
             AND NOT EXISTS (SELECT FROM laelaps.suspect WHERE suspect.queue = task.queue AND suspect.turn = task.turn
                 AND suspect.task = task.id)
+            AND NOT EXISTS (SELECT FROM laelaps.unserved WHERE unserved.queue = task.queue AND unserved.type = task.type
+                AND unserved.user_name = task.user_name AND unserved.turn = task.turn AND unserved.task = task.id)
         FROM laelaps.task WHERE id = $1 AND state = 'waiting'";
     const LOCK: &str = "SELECT FROM laelaps.task WHERE id = $1 FOR UPDATE";
     sqlx::query(LOCK).bind(found.task).execute(session.db()?).await?;
@@ -363,7 +375,8 @@ fn refused(found: Found, problem: &'static str) -> Failure {
 async fn make_due(session: &mut Session, found: &Found) -> Result<bool, Failure> {
     const WAITS: &str =
         "SELECT EXISTS (SELECT FROM laelaps.ready WHERE queue = $4 AND user_name = $3 AND turn = $1 AND task = $2)
-        OR EXISTS (SELECT FROM laelaps.suspect WHERE queue = $4 AND turn = $1 AND task = $2)";
+        OR EXISTS (SELECT FROM laelaps.suspect WHERE queue = $4 AND turn = $1 AND task = $2)
+        OR EXISTS (SELECT FROM laelaps.unserved WHERE queue = $4 AND type = $5 AND user_name = $3 AND turn = $1 AND task = $2)";
     const DUE: &str = "WITH unscheduled AS (DELETE FROM laelaps.scheduled WHERE run_at = $1 AND task = $2 RETURNING task),
         due AS (
             UPDATE laelaps.task SET run_at = least(run_at, (extract(epoch FROM clock_timestamp()) * 1000)::int8)
@@ -382,7 +395,7 @@ async fn make_due(session: &mut Session, found: &Found) -> Result<bool, Failure>
         return Ok(true);
     }
     let waits = sqlx::query_scalar(WAITS).bind(found.turn).bind(found.task).bind(&found.owner.user).bind(&found.owner.queue);
-    Ok(waits.fetch_one(session.db()?).await?)
+    Ok(waits.bind(&found.task_type).fetch_one(session.db()?).await?)
 }
 
 async fn revive(session: &mut Session, found: &Found) -> Result<bool, Failure> {

@@ -24,6 +24,7 @@ use super::{accounts, tally};
 use crate::outcome::ms;
 use crate::patience::Patience;
 use crate::schema::Steps;
+use crate::unserved::Watch;
 use crate::{Error, HostId, LeaseRef, Result};
 
 /// Operations at once, those that wait for a connection included.
@@ -94,6 +95,8 @@ pub(super) struct Shared {
     pub(super) bell: Bell,
     pub(super) listener: Listener,
     pub(super) marks: Marks,
+    /// When claims looked at what waits apart.
+    pub(super) unserved: Watch,
     pub(super) held: Held,
     /// The numbers of plugin versions, which never change.
     pub(super) plugins: RwLock<HashMap<String, i32>>,
@@ -228,6 +231,7 @@ impl Shared {
             bell: Bell::new(),
             listener,
             marks: Marks::default(),
+            unserved: Watch::default(),
             held: Held::default(),
             plugins: RwLock::default(),
             nobody_picked: AtomicI64::new(0),

@@ -264,20 +264,21 @@ async fn finish(
     Ok(Written { held: held.into_iter().flatten().map(Lease).collect(), wakes: opens, places: Places::default() })
 }
 
-/// $1 tasks in ascending order; for each in its place: $2 lease, $3 state (1 waiting, 2 finished, 3 failed), $5 event (a place in $4), $6 whether
+/// $1 tasks in ascending order; for each in its place: $2 lease, $3 state (1 waiting, 2 finished, 3 failed, 4 waiting apart for a host that serves
+/// its type, of which no attempt is recorded: nothing has happened to it), $5 event (a place in $4), $6 whether
 /// it counts, $7 delay or retention, $8 plugin version, $9 to $12 counters, $13 and $14 failure, $15 output. $16 they are lost: leases that have
 /// ended count too, and losses are as given; else they only ever get fewer, since one may have been excused meanwhile. $17 and $18 as $6 and $7 of [`FINISH`].
 pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epoch FROM clock_timestamp()) * 1000)::int8 AS now),
     done AS (
         UPDATE laelaps.task SET
-            state = (ARRAY['waiting', 'finished', 'failed']::laelaps.state[])[($3::int4[])[width_bucket(id, $1::int8[])]],
+            state = (ARRAY['waiting', 'finished', 'failed', 'waiting']::laelaps.state[])[($3::int4[])[width_bucket(id, $1::int8[])]],
             until = NULL, event = ($4::text[])[($5::int4[])[width_bucket(id, $1::int8[])]],
             plugin = coalesce(($8::int4[])[width_bucket(id, $1::int8[])], plugin),
             attempts = least(attempts::int8 + ($6::int4[])[width_bucket(id, $1::int8[])], 2147483647),
             run_at = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] = 1
                 THEN coalesce((SELECT now FROM clock) + ($7::int8[])[width_bucket(id, $1::int8[])], run_at) ELSE run_at END,
-            finished_at = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] > 1 THEN (SELECT now FROM clock) END,
-            retained_until = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] > 1
+            finished_at = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] IN (2, 3) THEN (SELECT now FROM clock) END,
+            retained_until = CASE WHEN ($3::int4[])[width_bucket(id, $1::int8[])] IN (2, 3)
                 THEN (SELECT now FROM clock) + ($7::int8[])[width_bucket(id, $1::int8[])] END,
             releases = coalesce(($9::int4[])[width_bucket(id, $1::int8[])], releases),
             lost = CASE WHEN $16 THEN ($10::int4[])[width_bucket(id, $1::int8[])]
@@ -292,13 +293,17 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
         RETURNING id, lease, state, type, queue, user_name, run_at, turn, bytes, max_running, alone, host, retained_until, event, root,
             width_bucket(id, $1::int8[]) AS place, (SELECT now FROM clock) AS now,
             least(attempts::int8 - ($6::int4[])[width_bucket(id, $1::int8[])] + 1, 2147483647)::int4 AS attempt,
-            state = 'waiting' AND NOT alone AND run_at <= (SELECT now FROM clock) AS is_ready),
+            ($3::int4[])[width_bucket(id, $1::int8[])] = 4 AS is_unserved, ($3::int4[])[width_bucket(id, $1::int8[])] = 1 AND NOT alone
+                AND run_at <= (SELECT now FROM clock) AS is_ready),
     ready AS (
         INSERT INTO laelaps.ready (turn, task, bytes, max_running, user_name, queue)
         SELECT turn, id, bytes, max_running, user_name, queue FROM done WHERE is_ready ON CONFLICT DO NOTHING),
     suspect AS (
-        INSERT INTO laelaps.suspect (turn, task, queue) SELECT turn, id, queue FROM done WHERE state = 'waiting' AND alone AND run_at <= now
-        ON CONFLICT DO NOTHING),
+        INSERT INTO laelaps.suspect (turn, task, queue) SELECT turn, id, queue FROM done
+        WHERE state = 'waiting' AND alone AND NOT is_unserved AND run_at <= now ON CONFLICT DO NOTHING),
+    unserved AS (
+        INSERT INTO laelaps.unserved (turn, task, queue, type, user_name) SELECT turn, id, queue, type, user_name FROM done
+        WHERE is_unserved AND run_at <= now ON CONFLICT DO NOTHING),
     later AS (
         INSERT INTO laelaps.scheduled (run_at, task) SELECT run_at, id FROM done WHERE state = 'waiting' AND run_at > now
         ON CONFLICT DO NOTHING),
@@ -329,9 +334,9 @@ pub(super) const SETTLE: &str = "WITH clock AS MATERIALIZED (SELECT (extract(epo
     attempts AS (
         INSERT INTO laelaps.attempt (task, lease, attempt, host, plugin, ended_at, event, code, message)
         SELECT id, lease, attempt, host, ($8::int4[])[place], now, event, ($13::text[])[place], ($14::text[])[place]
-        FROM done WHERE state <> 'finished' ON CONFLICT DO NOTHING),
+        FROM done WHERE state <> 'finished' AND NOT is_unserved ON CONFLICT DO NOTHING),
     trimmed AS (
-        DELETE FROM laelaps.attempt WHERE task = ANY(ARRAY(SELECT id FROM done WHERE state <> 'finished'))
+        DELETE FROM laelaps.attempt WHERE task = ANY(ARRAY(SELECT id FROM done WHERE state <> 'finished' AND NOT is_unserved))
         AND lease <= (SELECT newer.lease FROM laelaps.attempt AS newer WHERE newer.task = attempt.task
             ORDER BY newer.lease DESC OFFSET 19 LIMIT 1)),
     over AS (
@@ -364,6 +369,7 @@ async fn settle(
     let state = |entry: &&Entry| match entry.row.state {
         State::Finished => 2,
         State::Failed => 3,
+        _ if entry.row.unserved => 4,
         _ => 1,
     };
     let (held, waits, queues, turns, tasks): Answer = sqlx::query_as(SETTLE)
@@ -408,12 +414,13 @@ pub(super) fn clean(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 
-/// Those of the settlements that were written by an earlier try, whose answer was lost.
+/// Those of the settlements that were written by an earlier try, whose answer was lost. What went apart left no record: the task's row tells it until it
+/// is claimed again.
 async fn written_before(session: &mut Session, entries: impl Iterator<Item = &Entry>) -> Result<Vec<Lease>, Failure> {
     const WRITTEN: &str = "SELECT asked.lease
         FROM unnest($1::int8[], $2::int8[], $3::text[]) AS asked (task, lease, event)
         CROSS JOIN LATERAL (
-            SELECT FROM laelaps.task WHERE task.id = asked.task AND task.lease = asked.lease AND task.state = 'finished'
+            SELECT FROM laelaps.task WHERE task.id = asked.task AND task.lease = asked.lease AND task.state <> 'running'
                 AND task.event = asked.event
             UNION ALL
             SELECT FROM laelaps.attempt WHERE attempt.task = asked.task AND attempt.lease = asked.lease AND attempt.event = asked.event

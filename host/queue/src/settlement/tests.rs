@@ -113,10 +113,19 @@ fn the_thousandth_release_in_a_row_backs_off() {
 }
 
 #[test]
-fn a_task_without_route_waits_and_never_fails() {
+fn a_task_whose_plugin_is_under_quarantine_waits_and_never_fails() {
     let attempt = Attempt { attempt: 50, max_attempts: Some(1), releases: 5, ..first_attempt() };
-    let event = Event::Unrouted { message: "no route".to_owned() };
+    let event = Event::Quarantined { message: "under quarantine".to_owned() };
     assert_eq!(decide(&event, attempt, &policy(), 0.0), wait(Duration::from_secs(300), false, 0));
+}
+
+#[test]
+fn a_task_without_route_waits_for_a_host_that_serves_it_as_it_was() {
+    let attempt =
+        Attempt { attempt: 50, max_attempts: Some(1), releases: 5, lost: 4, lost_alone: 2, alone: true, ..first_attempt() };
+    let event = Event::Unrouted { message: "no route".to_owned() };
+    let unserved = Verdict::Unserved { delay: Duration::from_secs(300), lost: 4, lost_alone: 2, alone: true };
+    assert_eq!(decide(&event, attempt, &policy(), 0.0), unserved);
 }
 
 #[test]
@@ -156,7 +165,7 @@ fn a_handler_that_gives_a_sign_of_its_own_is_no_suspect_any_more() {
         assert!(matches!(verdict, Verdict::Wait { lost: 0, lost_alone: 0, alone: false, .. }), "{event:?}: {verdict:?}");
     }
     // These may have ended before the handler ran.
-    for event in [Event::Stopped, Event::Overdue, Event::Unrouted { message: String::new() }] {
+    for event in [Event::Stopped, Event::Overdue, Event::Quarantined { message: String::new() }] {
         let verdict = decide(&event, suspect, &policy(), 0.0);
         assert!(matches!(verdict, Verdict::Wait { lost: 4, lost_alone: 2, alone: true, .. }), "{event:?}: {verdict:?}");
     }
@@ -180,6 +189,7 @@ fn only_what_the_handler_itself_decided_keeps_its_follow_ups() {
     assert!(!kept(Event::OutOfMemory { limit_bytes: 0 }));
     assert!(!kept(Event::Malformed { message: String::new() }));
     assert!(!kept(Event::Unrouted { message: String::new() }));
+    assert!(!kept(Event::Quarantined { message: String::new() }));
 }
 
 #[test]
@@ -229,6 +239,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         any::<String>().prop_map(|message| Event::Malformed { message }),
         Just(Event::Stopped),
         any::<String>().prop_map(|message| Event::Unrouted { message }),
+        any::<String>().prop_map(|message| Event::Quarantined { message }),
         Just(Event::Lost),
         Just(Event::Overdue),
     ]

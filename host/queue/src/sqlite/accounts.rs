@@ -43,6 +43,9 @@ impl Waiting {
     }
 }
 
+/// A task that waits apart: queue, type, user, turn and number.
+pub(super) type Apart<'a> = (&'a str, &'a str, &'a str, i64, i64);
+
 /// Changes of a user's numbers.
 #[derive(Default)]
 struct Account {
@@ -166,6 +169,17 @@ impl Changes {
         }
         // Also a task for later: the claimer has to learn when it is due.
         self.woken |= !waiting.is_empty();
+        Ok(())
+    }
+
+    /// Put tasks where hosts look that serve their types.
+    pub(super) async fn put_apart(&mut self, session: &mut Session, tasks: &[Apart<'_>]) -> Result<(), Failure> {
+        const UNSERVED: &str = "INSERT OR IGNORE INTO unserved (queue, type, user, turn, task)
+            SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4 FROM json_each(?1)";
+        if !tasks.is_empty() {
+            sqlx::query(UNSERVED).bind(json(tasks)).execute(session.db()).await?;
+            self.woken = true;
+        }
         Ok(())
     }
 

@@ -91,6 +91,8 @@ pub(super) async fn leave_queue(session: &mut Session, task: i64) -> Result<(), 
         "DELETE FROM ready WHERE (queue, user, turn, task) = (SELECT queue, user, turn, id FROM task WHERE id = ?1)";
     const SCHEDULED: &str = "DELETE FROM scheduled WHERE (run_at, task) = (SELECT run_at, id FROM task WHERE id = ?1)";
     const SUSPECT: &str = "DELETE FROM suspect WHERE (turn, task) = (SELECT turn, id FROM task WHERE id = ?1)";
+    const UNSERVED: &str = "DELETE FROM unserved
+        WHERE (queue, type, user, turn, task) = (SELECT queue, type, user, turn, id FROM task WHERE id = ?1)";
     const ACCOUNT: &str = "UPDATE account SET ready = max(ready - ?2, 0),
             running = max(running - (SELECT state = 'running' FROM task WHERE id = ?1), 0),
             (head_turn, head_task, head_max) = (SELECT turn, task, max_running FROM ready
@@ -103,7 +105,7 @@ pub(super) async fn leave_queue(session: &mut Session, task: i64) -> Result<(), 
     const NO_TYPE: &str =
         "DELETE FROM tally WHERE (what, queue, name) = (SELECT 'type', queue, type FROM task WHERE id = ?1) AND tasks = 0";
     let ready = sqlx::query(READY).bind(task).execute(session.db()).await?.rows_affected();
-    for sql in [SCHEDULED, SUSPECT] {
+    for sql in [SCHEDULED, SUSPECT, UNSERVED] {
         sqlx::query(sql).bind(task).execute(session.db()).await?;
     }
     sqlx::query(ACCOUNT).bind(task).bind(i64::from(ready == 1)).execute(session.db()).await?;
@@ -174,7 +176,8 @@ pub(super) async fn put_back(session: &mut Session, tasks: &[i64]) -> Result<(),
         "SELECT id, run_at, user, max_running, alone, priority, queue FROM task WHERE id IN (SELECT value FROM json_each(?1))
         AND state = 'waiting' AND NOT EXISTS (SELECT 1 FROM ready WHERE (queue, user, turn, task) = (task.queue, task.user, task.turn, task.id))
         AND NOT EXISTS (SELECT 1 FROM scheduled WHERE (run_at, task) = (task.run_at, task.id))
-        AND NOT EXISTS (SELECT 1 FROM suspect WHERE (turn, task) = (task.turn, task.id))";
+        AND NOT EXISTS (SELECT 1 FROM suspect WHERE (turn, task) = (task.turn, task.id))
+        AND NOT EXISTS (SELECT 1 FROM unserved WHERE (queue, type, user, turn, task) = (task.queue, task.type, task.user, task.turn, task.id))";
     let rows = sqlx::query(NOWHERE).bind(json(tasks)).fetch_all(session.db()).await?;
     let (waiting, unreadable) = waiting(rows.iter());
     let mut changes = Changes::default();

@@ -9,12 +9,12 @@ use super::rows::{Columns, lossy};
 const FINDINGS_MAX: usize = 1_000;
 
 /// What has to hold between the tables at any moment between two transactions: in words, and a statement that names what breaks it.
-const RULES: [(&str, &str); 21] = [
+const RULES: [(&str, &str); 22] = [
     ("the file is damaged", "SELECT integrity_check FROM pragma_integrity_check WHERE integrity_check <> 'ok'"),
     (
         "a waiting task must wait in exactly one place, any other in none",
         "WITH place (task, places) AS (SELECT task, count(*) FROM (SELECT task FROM ready UNION ALL SELECT task FROM scheduled
-                UNION ALL SELECT task FROM suspect) GROUP BY task)
+                UNION ALL SELECT task FROM suspect UNION ALL SELECT task FROM unserved) GROUP BY task)
             SELECT 'task ' || id || ' is ' || state || ' and stands in ' || coalesce(places, 0) FROM task LEFT JOIN place ON place.task = id
             WHERE coalesce(places, 0) <> (state = 'waiting')",
     ),
@@ -32,6 +32,11 @@ const RULES: [(&str, &str); 21] = [
         "suspect does not fit its task",
         "SELECT 'task ' || suspect.task FROM suspect LEFT JOIN task ON task.id = suspect.task AND task.turn = suspect.turn AND task.alone
             WHERE task.id IS NULL",
+    ),
+    (
+        "unserved does not fit its task",
+        "SELECT 'task ' || unserved.task FROM unserved LEFT JOIN task ON task.id = unserved.task AND task.queue = unserved.queue
+                AND task.type = unserved.type AND task.user = unserved.user AND task.turn = unserved.turn WHERE task.id IS NULL",
     ),
     (
         "the account does not count what is ready and what runs",

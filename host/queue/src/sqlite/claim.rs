@@ -1,5 +1,6 @@
 //! Claims: a constant number of statements, whatever the size of the batch and of the backlog.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -13,9 +14,11 @@ use super::choose::{self, Chosen, Found};
 use super::failure::{self, Failure};
 use super::pieces::{data_bytes, whole_data};
 use super::settle::Group;
+use super::unserved;
 use super::writer::{Job, Session, unasked};
 use crate::outcome::ms;
 use crate::task::{queue_name, stored_queue};
+use crate::unserved::{ROUNDS_MAX, Sieve, Watch};
 use crate::{
     Attempt, Claim, Claimed, ClaimedTask, Descent, Error, Event, HostId, Lease, LeaseRef, NewTask, Policy, Settlement, TaskId,
     Timestamp, check_queue, data,
@@ -27,8 +30,6 @@ const CLAIMED_MAX: u32 = 1_000;
 const CLAIMED_BYTES_MAX: i64 = 64 << 20;
 /// Tasks whose time has come that one claim moves over.
 const DUE_MAX: i64 = 1_000;
-/// How often one claim chooses anew after it has put away what stood in its way; then it leaves the rest to the next.
-const MENDS_MAX: usize = 10;
 /// A number of picks that no queue comes to.
 const PICKS_MAX: i64 = i64::MAX / 2;
 
@@ -74,10 +75,12 @@ impl Taken {
     }
 }
 
-/// Take waiting tasks under new leases.
-pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken, Failure> {
+/// Take waiting tasks under new leases. Those of types that the host does not serve are put apart.
+pub(super) async fn claim(session: &mut Session, claim: &Claim, watch: &Watch) -> Result<Taken, Failure> {
     const LOOK: &str = "SELECT (SELECT count(*) FROM host WHERE id = ?1 AND left_at IS NULL AND ended_at IS NULL),
         (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2)), lease, pick FROM counter";
+    let limit = limit_of(claim);
+    let look_again_in = unserved::take_back(session, watch, claim, limit).await?;
     let look = sqlx::query_as(LOOK).bind(claim.host.0).fetch_optional(session.db()).await?;
     let look: (bool, Option<i64>, i64, i64, i64) = match look {
         Some(look) => look,
@@ -94,18 +97,21 @@ pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken,
     if next_due.is_some_and(|due| due <= now) {
         (next_due, suspects) = move_due(session).await?;
     }
-    let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
     let mut tasks = Vec::new();
     let mut counter = Counter { lease, pick: pick.clamp(0, PICKS_MAX) };
-    for mends in 0..=MENDS_MAX {
+    let mut sieve = Sieve::new(claim);
+    for round in 0..=ROUNDS_MAX {
         // The next claim goes on from here.
-        session.wake |= mends == MENDS_MAX;
+        let is_last = round == ROUNDS_MAX || sieve.is_enough();
+        session.wake |= is_last;
+        let asked = if tasks.is_empty() { sieve.asked() } else { Cow::Borrowed(claim) };
         let suspects = if tasks.is_empty() { suspects } else { 0 };
-        match choose::choose(session, claim, suspects, limit - tasks.len(), counter.pick).await? {
+        match choose::choose(session, &asked, suspects, limit_of(&asked) - tasks.len(), counter.pick).await? {
             Found::Tasks { chosen, alone } => {
                 let chosen = fitting(session, chosen).await?;
                 let mended = take(session, claim, &chosen, alone, &mut counter, &mut tasks).await?;
-                if !mended || tasks.len() == limit || alone {
+                let all_served = put_apart(session, watch, &mut sieve, &mut tasks).await?;
+                if (all_served && !mended) || tasks.len() == limit || (alone && !tasks.is_empty()) || is_last {
                     break;
                 }
             }
@@ -120,7 +126,29 @@ pub(super) async fn claim(session: &mut Session, claim: &Claim) -> Result<Taken,
     let alone_waiting =
         suspects > i64::from(tasks.iter().any(|task| task.alone)) && choose::is_wanted_alone(session, claim).await?;
     let next_due_in = next_due.filter(|due| *due < NewTask::HELD_AT.0).map(|due| Timestamp(due).since(Timestamp(now)));
+    let next_due_in = next_due_in.into_iter().chain(look_again_in).min();
     Ok(Taken { tasks, alone_waiting, next_due_in })
+}
+
+fn limit_of(claim: &Claim) -> usize {
+    usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1)
+}
+
+/// Put those apart that the host does not serve. Answers whether it serves all.
+async fn put_apart(
+    session: &mut Session,
+    watch: &Watch,
+    sieve: &mut Sieve<'_>,
+    tasks: &mut Vec<ClaimedTask>,
+) -> Result<bool, Failure> {
+    let (served, others) = sieve.sift(std::mem::take(tasks));
+    *tasks = served;
+    if others.is_empty() {
+        return Ok(true);
+    }
+    Group::new(&others)?.write(session).await?;
+    watch.settled(&others);
+    Ok(false)
 }
 
 pub(super) const DUE: &str = "DELETE FROM scheduled WHERE (run_at, task) IN
@@ -130,24 +158,29 @@ pub(super) const DUE: &str = "DELETE FROM scheduled WHERE (run_at, task) IN
 /// Move what has become due to where it can be claimed. Answers when the next is due, and how many tasks wait that have
 /// to run alone, up to two.
 async fn move_due(session: &mut Session) -> Result<(Option<i64>, i64), Failure> {
-    // Only of tasks that wait: whatever else stood there has left it now.
-    const TASKS: &str = "SELECT id, run_at, user, max_running, alone, priority, queue FROM task
-        WHERE id IN (SELECT value FROM json_each(?1)) AND state = 'waiting'";
     const LOOK: &str = "SELECT (SELECT min(run_at) FROM scheduled), (SELECT count(*) FROM (SELECT 1 FROM suspect LIMIT 2))";
     let now = session.now;
     let due: Vec<i64> = sqlx::query_scalar(DUE).bind(now).bind(DUE_MAX).fetch_all(session.db()).await?;
-    let asked = due.len();
-    let rows = sqlx::query(TASKS).bind(json(due)).fetch_all(session.db()).await?;
+    move_in(session, due).await?;
+    Ok(sqlx::query_as(LOOK).fetch_one(session.db()).await?)
+}
+
+/// Put tasks where their rows say, now that they stand no longer where they stood.
+pub(super) async fn move_in(session: &mut Session, tasks: Vec<i64>) -> Result<(), Failure> {
+    // Only of tasks that wait: whatever else stood there has left it now.
+    const TASKS: &str = "SELECT id, run_at, user, max_running, alone, priority, queue FROM task
+        WHERE id IN (SELECT value FROM json_each(?1)) AND state = 'waiting'";
+    let asked = tasks.len();
+    let rows = sqlx::query(TASKS).bind(json(tasks)).fetch_all(session.db()).await?;
     if rows.len() < asked {
-        tracing::error!(places = asked - rows.len(), "what was scheduled twice, or does not wait, was removed from the schedule");
+        tracing::error!(places = asked - rows.len(), "places of tasks that stood there twice, or do not wait, were removed");
     }
     let (waiting, unreadable) = aside::waiting(rows.iter());
     let mut changes = Changes::default();
     changes.enqueue(session, &waiting).await?;
     // Written at once: the choice between users that follows reads their accounts.
     changes.write(session).await?;
-    aside::set_aside(session, &unreadable).await?;
-    Ok(sqlx::query_as(LOOK).fetch_one(session.db()).await?)
+    aside::set_aside(session, &unreadable).await
 }
 
 /// The first of the chosen whose data together keeps the bound.

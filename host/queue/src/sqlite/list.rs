@@ -36,6 +36,7 @@ pub(super) const WANTED: &str = concat!(
 /// What waits or runs; the tables have it in the order of its turn.
 pub(super) const UNSORTED: &str = "SELECT * FROM (SELECT task FROM ready WHERE ?1 LIMIT ?3)
     UNION ALL SELECT * FROM (SELECT task FROM scheduled WHERE ?1 LIMIT ?3) UNION ALL SELECT * FROM (SELECT task FROM suspect WHERE ?1 LIMIT ?3)
+    UNION ALL SELECT * FROM (SELECT task FROM unserved WHERE ?1 LIMIT ?3)
     UNION ALL SELECT * FROM (SELECT id FROM task INDEXED BY task_running WHERE state = 'running' AND ?2 LIMIT ?3)";
 
 pub(super) const FAILED: &str =

@@ -139,7 +139,7 @@ impl Watcher {
     async fn wake(&mut self) {
         const LOOK: &str = "SELECT EXISTS (SELECT 1 FROM account INDEXED BY account_by_age WHERE open)
                 OR EXISTS (SELECT 1 FROM account INDEXED BY account_without_user WHERE user = '' AND head_task IS NOT NULL)
-                OR EXISTS (SELECT 1 FROM suspect),
+                OR EXISTS (SELECT 1 FROM suspect) OR EXISTS (SELECT 1 FROM unserved),
             (SELECT min(run_at) FROM scheduled)";
         let found: Result<(bool, Option<i64>), _> = sqlx::query_as(LOOK).fetch_one(&self.readers).await;
         let (is_open, next_due) = found.unwrap_or((true, None));

@@ -127,6 +127,7 @@ async fn unqueue(session: &mut Session, found: &Found, changes: &mut Changes) ->
     const READY: &str = "DELETE FROM ready WHERE queue = ?1 AND user = ?2 AND turn = ?3 AND task = ?4";
     const SCHEDULED: &str = "DELETE FROM scheduled WHERE run_at = ?1 AND task = ?2";
     const SUSPECT: &str = "DELETE FROM suspect WHERE turn = ?1 AND task = ?2";
+    const UNSERVED: &str = "DELETE FROM unserved WHERE queue = ?1 AND type = ?2 AND user = ?3 AND turn = ?4 AND task = ?5";
     let ready =
         sqlx::query(READY).bind(found.owner.queue.clone()).bind(found.owner.user.clone()).bind(found.turn).bind(found.task);
     if ready.execute(session.db()).await?.rows_affected() == 1 {
@@ -136,6 +137,9 @@ async fn unqueue(session: &mut Session, found: &Found, changes: &mut Changes) ->
     for (sql, at) in [(SCHEDULED, found.run_at), (SUSPECT, found.turn)] {
         sqlx::query(sql).bind(at).bind(found.task).execute(session.db()).await?;
     }
+    let Owner { queue, user } = found.owner.clone();
+    let unserved = sqlx::query(UNSERVED).bind(queue).bind(found.task_type.clone()).bind(user);
+    unserved.bind(found.turn).bind(found.task).execute(session.db()).await?;
     Ok(())
 }
 

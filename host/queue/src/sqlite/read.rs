@@ -229,7 +229,7 @@ pub(super) async fn types(readers: &SqlitePool) -> Result<Vec<QueuedType>, sqlx:
 }
 
 pub(super) async fn stats(readers: &SqlitePool) -> Result<Stats, sqlx::Error> {
-    const COUNTS: &str = "SELECT (SELECT CAST(total(ready) AS INTEGER) FROM account), (SELECT count(*) FROM suspect),
+    const COUNTS: &str = "SELECT (SELECT CAST(total(ready) AS INTEGER) FROM account), (SELECT count(*) FROM suspect) + (SELECT count(*) FROM unserved),
         (SELECT count(*) FROM scheduled WHERE run_at > clock.now), (SELECT count(*) FROM scheduled WHERE run_at <= clock.now),
         (SELECT CAST(total(running) AS INTEGER) FROM account),
         (WITH RECURSIVE band (queue, user, turn) AS (

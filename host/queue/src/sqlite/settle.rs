@@ -12,7 +12,7 @@ use super::submit::{end_descent, store_all};
 use super::writer::Session;
 use crate::batch::Batch;
 use crate::outcome::{self, Counters, Entry};
-use crate::{AttemptRecord, LeaseAnswer, LeaseRef, Result, Settlement, State};
+use crate::{AttemptRecord, LeaseAnswer, LeaseRef, Result, Settlement, State, fair};
 
 /// Ended tasks that share a row of `retention`.
 const ENDED_TOGETHER: usize = 500;
@@ -203,6 +203,7 @@ async fn place(
     let mut waiting = Vec::new();
     let mut ended = Vec::with_capacity(kept.len());
     let mut descendants = Vec::new();
+    let mut apart = Vec::new();
     for entry in kept {
         let Some(Settled(task, _, task_type, user, max_running, run_at, .., root, priority, queue)) =
             settled.get(&entry.lease_ref)
@@ -213,7 +214,9 @@ async fn place(
         changes.stopped(&owner);
         // As the statement has written it: run_at of what waits, retained_until of what has ended.
         let moment = entry.row.after_ms.map_or(*run_at, |after_ms| now + after_ms);
-        if entry.row.state == State::Waiting {
+        if entry.row.unserved {
+            apart.push((queue.as_str(), task_type.as_str(), user.as_str(), fair::turn(*priority, *run_at), *task));
+        } else if entry.row.state == State::Waiting {
             let alone = entry.row.counters.alone.unwrap_or_default();
             waiting.push(Waiting { task: *task, run_at: moment, priority: *priority, owner, max_running: *max_running, alone });
         } else {
@@ -223,6 +226,7 @@ async fn place(
         }
     }
     changes.enqueue(session, &waiting).await?;
+    changes.put_apart(session, &apart).await?;
     end_descent(session, &descendants).await?;
     retain(session, ended).await
 }
@@ -265,6 +269,7 @@ async fn write_beside(
             failures.push((task, &entry.error_code, &entry.error_message));
         }
         if entry.row.state != State::Finished
+            && !entry.row.unserved
             && let Some(Settled(.., attempts, host, alone, _, _, _)) = settled.get(&entry.lease_ref)
         {
             let attempt = attempts.saturating_add(1);

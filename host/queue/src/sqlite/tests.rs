@@ -25,8 +25,10 @@ async fn plan(connection: &mut SqliteConnection, sql: &str) -> Vec<String> {
 }
 
 /// Statements whose cost may grow with their batch, and with nothing else; with what their plan has to contain.
-const LOOKED_UP: [(&str, &str, &str); 35] = [
+const LOOKED_UP: [(&str, &str, &str); 37] = [
     ("due", claim::DUE, "SEARCH scheduled USING PRIMARY KEY (run_at=? AND task=?)"),
+    ("kinds that wait apart", unserved::KINDS, "SEARCH unserved USING PRIMARY KEY (queue=? AND type>?)"),
+    ("first of a kind", unserved::FIRST, "SEARCH unserved USING PRIMARY KEY (queue=? AND type=? AND user>?)"),
     ("suspect", choose::SUSPECT, "SEARCH task USING INTEGER PRIMARY KEY (rowid=?) LEFT-JOIN"),
     ("heads", choose::HEADS, "SCAN account USING INDEX account_without_user"),
     ("heads of queues", choose::HEADS_OF_QUEUES, "SEARCH account USING PRIMARY KEY (queue=? AND user=?)"),
@@ -84,7 +86,7 @@ const LOOKED_UP: [(&str, &str, &str); 35] = [
 ];
 
 /// What grows with the backlog or with what is retained.
-const LARGE: [&str; 8] = ["task", "task_data", "ready", "scheduled", "account", "retention", "attempt", "tally"];
+const LARGE: [&str; 9] = ["task", "task_data", "ready", "scheduled", "unserved", "account", "retention", "attempt", "tally"];
 
 #[tokio::test]
 async fn no_statement_of_the_path_reads_more_than_its_batch() {

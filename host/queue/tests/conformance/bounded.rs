@@ -43,8 +43,8 @@ fn most(table: &str, is_idle: bool) -> usize {
         "tally" => TYPES * 4,
         "host" | "host_plugin" => HOSTS_KEPT + FEW,
         // One row for each task that has not ended.
-        "task_data" | "ready" | "ready_of_user" | "scheduled" | "suspect" | "descendant" | "account" | "account_change"
-        | "attempt" | "failure" | "progress"
+        "task_data" | "ready" | "ready_of_user" | "scheduled" | "suspect" | "unserved" | "descendant" | "account"
+        | "account_change" | "attempt" | "failure" | "progress"
             if !is_idle =>
         {
             WAITING * 2

@@ -21,7 +21,7 @@ use std::fmt::{Display, Formatter};
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::Arc;
 
-use laelaps_queue::{Claim, Settlement};
+use laelaps_queue::{Accepts, Claim, Settlement};
 
 use self::arena::Arena;
 pub(crate) use self::arena::is_waiting;
@@ -56,8 +56,8 @@ impl Case {
         for (number, left) in Operation::ALL.into_iter().enumerate() {
             let others = Operation::ALL[number..].iter().filter(|right| !of_perfectqueue || left.is_beside(**right));
             for right in others {
-                let is_met =
-                    |place: &Place| left.meets(*place) && right.meets(*place) && (of_perfectqueue || *place != Place::Damaged);
+                let elsewhere = if of_perfectqueue { Place::Apart } else { Place::Damaged };
+                let is_met = |place: &Place| left.meets(*place) && right.meets(*place) && *place != elsewhere;
                 for place in Place::ALL.into_iter().filter(is_met) {
                     cases.extend([false, true].map(|with_user| Self { operations: [left, *right], place, with_user }));
                 }
@@ -80,6 +80,10 @@ impl Case {
         let due = [Operation::Cancel, Operation::Retry].map(|operation| ([operation, Operation::Claim], Place::Due));
         let others = [
             ([Operation::ForceFinish, Operation::Claim], Place::Ready),
+            ([Operation::Claim, Operation::ClaimOfStranger], Place::Ready),
+            ([Operation::Claim, Operation::ClaimOfStranger], Place::Apart),
+            ([Operation::Cancel, Operation::Claim], Place::Apart),
+            ([Operation::Retry, Operation::ClaimOfStranger], Place::Ready),
             ([Operation::Finish, Operation::Reclaim], Place::Overdue),
             ([Operation::Finish, Operation::HandOn], Place::Running),
             ([Operation::GiveSign, Operation::HandOn], Place::Running),
@@ -232,8 +236,8 @@ async fn calm(fixture: &Fixture, scene: &Scene) {
     for _ in 0..CLAIMS {
         // To PerfectQueue a task that waits for its time is one that runs, and its user's others wait.
         let ignore_users = fixture.is_perfectqueue();
-        let claim =
-            Claim { host, limit: 10, alive_time: LONG, alone: true, ignore_users, accepts: None, limited: None, queues: None };
+        let accepts = Some(Accepts::new(|_| true));
+        let claim = Claim { host, limit: 10, alive_time: LONG, alone: true, ignore_users, accepts, limited: None, queues: None };
         let tasks = fixture.backend().claim(&claim).await.unwrap().tasks;
         let ends: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
         fixture.backend().settle(&ends).await.unwrap();

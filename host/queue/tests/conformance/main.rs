@@ -48,6 +48,7 @@ mod storm;
 mod submits;
 mod suspicion;
 mod suspicion_postgres;
+mod unserved;
 mod upgrades;
 
 /// One test for each database out of each promise.

@@ -224,22 +224,25 @@ async fn blocked(watcher: &mut PgConnection, expected: i64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_claim_that_ends_after_it_was_repeated_takes_nothing() {
     let fixture = fixture().await;
-    let proxy = Proxy::before(&fixture.config.url, b"").await;
+    // A claim says where it takes tasks, and what it looks at before does not.
+    let proxy = Proxy::before(&fixture.config.url, b"somewhere").await;
+    let there = |key: &str| NewTask { queue: Some("somewhere".to_owned()), ..task(key) };
+    let asking = |host| Claim { queues: Some(["somewhere".to_owned()].into()), ..asking(host, 1) };
     let queue = proxy.queue(&fixture).await;
     let host = register(&queue, None).await;
-    fixture.submit(&[task("warm")]).await;
-    queue.backend().claim(&asking(host, 1)).await.unwrap();
-    fixture.submit(&[task("a")]).await;
+    fixture.submit(&[there("warm")]).await;
+    queue.backend().claim(&asking(host)).await.unwrap();
+    fixture.submit(&[there("a")]).await;
     let (mut stopper, mut watcher) = (raw(&fixture.config).await, raw(&fixture.config).await);
     sqlx::raw_sql("BEGIN; SELECT FROM task WHERE key = 'a' FOR UPDATE").execute(&mut stopper).await.unwrap();
     // Its first try is stopped on the server when its connection is lost, and goes on there.
     proxy.next(Act::Cut);
-    let repeated = queue.backend().claim(&asking(host, 1)).await.unwrap();
+    let repeated = queue.backend().claim(&asking(host)).await.unwrap();
     assert!(repeated.tasks.is_empty(), "somebody holds it");
     blocked(&mut watcher, 1).await;
     sqlx::raw_sql("ROLLBACK").execute(&mut stopper).await.unwrap();
     eventually(PATIENT, "the task can be claimed", async || {
-        let claimed = queue.backend().claim(&asking(host, 1)).await.unwrap().tasks;
+        let claimed = queue.backend().claim(&asking(host)).await.unwrap().tasks;
         if keys(&claimed) == ["a"] { Ok(()) } else { Err(format!("{:?} {:?}", keys(&claimed), fixture.state("a").await)) }
     })
     .await;

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{
-    Beat, Claim, ClaimedTask, Error, Event, Filter, HostId, LeaseAnswer, NewTask, PluginVersion, Quarantine, State, TaskId,
+    Accepts, Beat, Claim, ClaimedTask, Error, Event, Filter, HostId, LeaseAnswer, NewTask, PluginVersion, Quarantine, State,
+    TaskId,
 };
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 
@@ -36,7 +37,8 @@ async fn drain(fixture: &Fixture, host: HostId, expected: usize) -> Vec<String> 
             alive_time: LONG,
             alone: round % 3 == 2,
             ignore_users: round % 3 == 1,
-            accepts: None,
+            // Made anew, so that each looks for what was put apart by hand.
+            accepts: Some(Accepts::new(|_| true)),
             limited: None,
             queues: None,
         };
@@ -130,7 +132,7 @@ async fn tasks_are_named_by_their_numbers_as_by_their_keys() {
 }
 
 /// Rows of places that their tasks do not know, each of its kind. What is named good can run in spite of them.
-const CONTRADICTIONS: [&str; 14] = [
+const CONTRADICTIONS: [&str; 20] = [
     // Of no task, of one that has ended, and twice.
     "INSERT INTO laelaps_ready (turn, task, max_running) VALUES (1, 987654, NULL), (2, 987655, 3); INSERT INTO laelaps_scheduled VALUES (1, 987654); INSERT INTO laelaps_suspect (turn, task) VALUES (1, 987656)",
     "INSERT INTO laelaps_ready SELECT queue, 1, id, NULL FROM laelaps_task WHERE `key` = 'ended'",
@@ -148,6 +150,14 @@ const CONTRADICTIONS: [&str; 14] = [
     "UPDATE laelaps_ready SET queue = 'two words' WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'good')",
     "INSERT INTO laelaps_ready SELECT x'ff', turn, id, NULL FROM laelaps_task WHERE `key` IN ('good', 'mine')",
     "UPDATE laelaps_ready_of_user SET queue = x'ff'; INSERT INTO laelaps_account_change (queue, user, running) VALUES (x'ff', 'u', 0)",
+    // Apart from others: of no task, of one that has ended, twice, and elsewhere than its row says.
+    "INSERT INTO laelaps_unserved VALUES ('', '', '', 1, 987654), ('', 'type', '', 1, 987655), ('', 'type', 'u', 1, 987656), (x'ff', x'ff', x'ff', 5, 987657)",
+    "INSERT INTO laelaps_unserved SELECT queue, type, user, turn, id FROM laelaps_task WHERE `key` IN ('ended', 'held')",
+    "INSERT INTO laelaps_unserved SELECT queue, type, user, turn, id FROM laelaps_task WHERE `key` IN ('good', 'mine')",
+    "INSERT INTO laelaps_unserved SELECT 'mail', 'other', 'v', 1, id FROM laelaps_task",
+    "INSERT INTO laelaps_unserved SELECT queue, 'other', 'v', 7, task FROM laelaps_ready; DELETE FROM laelaps_ready",
+    "INSERT INTO laelaps_unserved SELECT x'ff', x'ff', x'ff', 7, task FROM laelaps_ready_of_user; DELETE FROM laelaps_ready_of_user;
+        INSERT INTO laelaps_account_change (queue, user, running) VALUES ('', 'u', 0)",
 ];
 
 #[tokio::test]
@@ -167,6 +177,36 @@ async fn places_that_contradict_their_tasks_are_put_right_and_stop_nobody() {
         assert!(held.is_held(), "{contradiction}");
         fixture.audit().await;
     }
+}
+
+/// What stands apart as if it were of another type than its own is found by hosts that serve its own; what stands elsewhere as well, in one place.
+#[tokio::test]
+async fn a_task_that_waits_apart_for_hosts_of_another_type_is_found_by_those_of_its_own() {
+    let fixture = Fixture::new(Database::MariaDb).await;
+    let host = fixture.host().await;
+    let strange = NewTask { task_type: "strange".to_owned(), ..task("strange") };
+    fixture.submit(&[task("good"), task_of("u", "mine", Some(1)), strange]).await;
+    run(
+        &fixture,
+        "INSERT INTO laelaps_unserved SELECT queue, IF(type = 'strange', type, 'other'), user, turn, id FROM laelaps_task;
+        DELETE FROM laelaps_ready; DELETE FROM laelaps_ready_of_user;
+        INSERT INTO laelaps_suspect (turn, task) SELECT 7, id FROM laelaps_task WHERE type = 'strange'",
+    )
+    .await;
+    let own = fixture.get("good").await.task_type;
+    let accepts = Some(laelaps_queue::Accepts::new(move |name| name == own));
+    let claim =
+        Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts, limited: None, queues: None };
+    assert!(fixture.backend().claim(&claim).await.unwrap().tasks.is_empty());
+    fixture.backend().clean_up(100).await.unwrap();
+    assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
+    let mut found = Vec::new();
+    for _ in 0..3 {
+        found.extend(fixture.backend().claim(&claim).await.unwrap().tasks.into_iter().map(|task| task.key));
+    }
+    found.sort();
+    assert_eq!(found, ["good", "mine"]);
+    fixture.audit().await;
 }
 
 /// Places in a queue of tasks of another one. A claim of that queue does not hand them out, and puts them right.
@@ -386,6 +426,8 @@ async fn turns_at_the_end_of_their_range_stop_nobody() {
         UPDATE laelaps_ready_of_user SET turn = 9223372036854775807 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'c');
         UPDATE laelaps_ready_of_user SET turn = -9223372036854775808 WHERE task = (SELECT id FROM laelaps_task WHERE `key` = 'd');
         INSERT INTO laelaps_suspect (turn, task) VALUES (9223372036854775807, 987654), (-9223372036854775808, 987655);
+        INSERT INTO laelaps_unserved VALUES ('', 'type', '', 9223372036854775807, 987654), ('', 'type', 'u', -9223372036854775808, 987655);
+        INSERT INTO laelaps_unserved SELECT queue, type, user, 9223372036854775807, id FROM laelaps_task WHERE `key` IN ('b', 'd');
         INSERT INTO laelaps_account_change (user, running) VALUES ('u', 0)",
     )
     .await;

@@ -1,6 +1,6 @@
 //! Rows on PostgreSQL that no operation of ours leaves: none of them stops anybody but its own task.
 
-use laelaps_queue::{Claim, Event, Filter, HostId, LeaseAnswer, NewTask, State, Task};
+use laelaps_queue::{Accepts, Claim, ClaimedTask, Event, Filter, HostId, LeaseAnswer, NewTask, State, Task, Timestamp};
 
 use crate::fixture::{Database, Fixture, LONG, finish, keys, settled, task, task_of};
 
@@ -310,5 +310,74 @@ async fn a_suspect_in_a_wrong_queue_goes_where_its_row_says() {
     assert!(!fixture.backend().claim(&alone("default", false)).await.unwrap().alone_waiting, "it is of another queue");
     let claimed = fixture.backend().claim(&alone("mail", true)).await.unwrap().tasks;
     assert_eq!(keys(&claimed), ["a"]);
+    fixture.audit().await;
+}
+
+fn strange(task: NewTask) -> NewTask {
+    NewTask { task_type: "strange".to_owned(), ..task }
+}
+
+/// What a host is given that does not serve strange tasks, nor what no type can be.
+async fn claimed_without_strange(fixture: &Fixture, host: HostId) -> Vec<ClaimedTask> {
+    let task_type = task("any").task_type;
+    let accepts = Some(Accepts::new(move |name| name == task_type));
+    fixture.backend().claim(&Claim { accepts, ..asking(host, false) }).await.unwrap().tasks
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_apart_that_contradicts_its_task_stops_nobody_and_goes_with_who_serves_its_type() {
+    let fixture = fixture().await;
+    let host = fixture.host().await;
+    const APART: [&str; 9] =
+        ["good", "good too", "other turn", "other user", "other type", "other queue", "twice", "put off", "cancelled"];
+    let tasks = APART.iter().map(|key| strange(if *key == "good too" { task(key) } else { task_of("u", key, Some(9)) }));
+    fixture.submit(&tasks.collect::<Vec<_>>()).await;
+    assert!(claimed_without_strange(&fixture, host).await.is_empty());
+    fixture.submit(&[task("running"), task("ended"), task("ready")]).await;
+    fixture.queue.cancel("ended").await.unwrap();
+    let held = claimed_without_strange(&fixture, host).await;
+    assert_eq!(keys(&held), ["running", "ready"]);
+    fixture.backend().settle(&[settled(&held[1], Event::Stopped)]).await.unwrap();
+    let later =
+        NewTask { run_at: Some(Timestamp(fixture.backend().now().await.unwrap().0 + 3_600_000)), ..strange(task("later")) };
+    fixture.submit(&[later]).await;
+    fixture
+        .meddle(
+            "UPDATE unserved SET turn = turn - 5 WHERE task IN (SELECT id FROM task WHERE key IN ('other turn', 'cancelled'));
+            UPDATE unserved SET user_name = E'v\\u0007' WHERE task = (SELECT id FROM task WHERE key = 'other user');
+            UPDATE unserved SET type = '' WHERE task = (SELECT id FROM task WHERE key = 'other type');
+            UPDATE unserved SET queue = 'two words' WHERE task = (SELECT id FROM task WHERE key = 'other queue');
+            UPDATE task SET run_at = 32503680000000 WHERE key = 'put off';
+            INSERT INTO ready SELECT turn, id, bytes, max_running, user_name, 'elsewhere' FROM task WHERE key = 'good too';
+            INSERT INTO unserved (turn, task, queue, type, user_name)
+                SELECT turn, id, queue, 'strange', user_name FROM task WHERE key IN ('running', 'ended', 'ready', 'later');
+            INSERT INTO unserved (turn, task, queue, type, user_name) SELECT turn - 1, id, queue, type, '' FROM task WHERE key = 'twice';
+            INSERT INTO unserved (turn, task, queue, type, user_name)
+                VALUES (5, 12345678, '', '', ''), (5, 12345678, '', 'strange', 'w'), (-5, -1, 'nowhere', repeat('x', 999), E'\\u0007')",
+        )
+        .await;
+    // Nobody who does not serve them is stopped, and nothing is put where it stands already.
+    fixture.submit(&[task("served")]).await;
+    let claimed = claimed_without_strange(&fixture, host).await;
+    assert_eq!(keys(&claimed), ["ready", "served"]);
+    let group: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
+    fixture.backend().settle(&group).await.unwrap();
+    assert!(claimed_of(&fixture, host, "elsewhere").await.is_empty());
+    let ready: i64 = sqlx::query_scalar("SELECT count(*) FROM ready")
+        .fetch_one(&mut crate::fixture::postgres::raw(&fixture.config).await)
+        .await
+        .unwrap();
+    assert_eq!(ready, 0);
+    fixture.queue.cancel("cancelled").await.unwrap();
+    let done = worked_off(&fixture, host).await;
+    assert_eq!(done, ["good", "good too", "other queue", "other turn", "other type", "other user", "twice"]);
+    assert_eq!(fixture.backend().settle(&[settled(&held[0], finish())]).await.unwrap(), [LeaseAnswer::Held]);
+    for key in ["put off", "later"] {
+        assert_eq!(fixture.state(key).await, State::Waiting, "{key}");
+    }
+    let stats = fixture.queue.stats().await.unwrap();
+    assert_eq!((stats.scheduled, stats.ready), (2, 0));
+    // A place that was right for who settled it may have been left beside a wrong one.
+    worked_off(&fixture, host).await;
     fixture.audit().await;
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use laelaps_queue::{Claim, ClaimedTask, Error, Filter, HostId, NewTask, State, Submitted, Task, TaskId};
+use laelaps_queue::{Accepts, Claim, ClaimedTask, Error, Filter, HostId, NewTask, State, Submitted, Task, TaskId};
 use sqlx::Connection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
@@ -194,7 +194,7 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
     let running = fixture.claim(host, 1).await;
     fixture.submit(&["done", "twice", "moved", "nowhere", "strange", "astray"].map(|key| task_of("u", key, Some(1)))).await;
     fixture.queue.cancel("done").await.unwrap();
-    // Of no task; of one that runs; of one that has ended; two places of one; another moment; another user; another queue; due and ready at once.
+    // Of no task; of one that runs; of one that has ended; two places of one; another moment; another user; another queue; due and ready at once; apart and of no task, running, or ready as well.
     fixture
         .meddle(
             "INSERT INTO ready VALUES ('', 'u', 0, 99, NULL), ('', '', 0, 98, NULL);
@@ -202,6 +202,9 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
             INSERT INTO scheduled SELECT 0, id FROM task WHERE key IN ('running', 'twice');
             INSERT INTO suspect (turn, task) SELECT 0, id FROM task WHERE key IN ('done', 'twice');
             UPDATE ready SET turn = 3 WHERE task = (SELECT id FROM task WHERE key = 'moved');
+            INSERT INTO unserved VALUES ('', 'type', '', 0, 97), ('', 'type', 'u', 0, 97), ('no', CAST(x'ff' AS TEXT), 'u', 0, 97), ('', 'no', CAST(x'fe' AS TEXT), 0, 97);
+            INSERT INTO unserved SELECT '', 'type', 'u', turn, id FROM task WHERE key IN ('running', 'done', 'twice');
+            INSERT INTO unserved SELECT '', 'other', 'v', 0, id FROM task WHERE key IN ('twice', 'strange');
             INSERT INTO ready SELECT '', 'other', 1, id, NULL FROM task WHERE key = 'strange';
             INSERT INTO account (queue, user, ready, head_turn, head_task) SELECT '', 'other', 1, 1, id FROM task WHERE key = 'strange';
             UPDATE ready SET queue = 'mail' WHERE task = (SELECT id FROM task WHERE key = 'astray');
@@ -216,7 +219,8 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
             alive_time: LONG,
             alone: true,
             ignore_users: false,
-            accepts: None,
+            // Made anew, so that each looks for what was put apart by hand.
+            accepts: Some(Accepts::new(|_| true)),
             limited: None,
             queues: None,
         };
@@ -358,7 +362,7 @@ async fn a_task_has_a_number() {
 
 #[tokio::test]
 async fn the_audit_names_what_contradicts() {
-    let cases: [(&'static str, &str); 19] = [
+    let cases: [(&'static str, &str); 20] = [
         (
             "DELETE FROM ready WHERE task = 1",
             "a waiting task must wait in exactly one place, any other in none: task 1 is waiting and stands in 0",
@@ -366,6 +370,7 @@ async fn the_audit_names_what_contradicts() {
         ("UPDATE ready SET max_running = 5 WHERE task = 1", "ready does not fit its task: task 1"),
         ("INSERT INTO scheduled VALUES (5, 77)", "scheduled does not fit its task: task 77"),
         ("INSERT INTO suspect (turn, task) VALUES (5, 77)", "suspect does not fit its task: task 77"),
+        ("INSERT INTO unserved VALUES ('', 'type', '', 5, 77)", "unserved does not fit its task: task 77"),
         (
             "UPDATE account SET running = 7 WHERE user = 'u'",
             "the account does not count what is ready and what runs: user u: 1 ready and 7 running, 1 and 0 found",

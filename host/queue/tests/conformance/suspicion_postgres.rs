@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use laelaps_queue::{
-    Claim, ClaimedTask, Error, Event, HostDescription, HostId, LeaseRef, PluginVersion, Policy, Queue, Reclaimed, State,
+    Accepts, Claim, ClaimedTask, Error, Event, HostDescription, HostId, LeaseRef, PluginVersion, Policy, Queue, Reclaimed, State,
 };
 use laelaps_test_databases::PATIENCE;
 use sqlx::postgres::PgListener;
@@ -62,6 +62,25 @@ async fn a_host_that_returns_takes_its_losses_back() {
     assert_eq!(records.iter().map(|record| record.event.as_str()).collect::<Vec<_>>(), ["excused", "excused", "stop"]);
     // What was not lost is not excused.
     assert_eq!(fixture.backend().excuse(host, &leases(&claimed.tasks)).await.unwrap(), 0);
+    fixture.audit().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_suspect_that_waits_apart_runs_in_company_once_its_losses_are_taken_back() {
+    let fixture = fixture().await;
+    fixture.submit(&[task("a")]).await;
+    thought_dead(&fixture, "one", false).await;
+    let (two, second, _) = thought_dead(&fixture, "two", false).await;
+    let host = fixture.host().await;
+    let nothing = Claim { accepts: Some(Accepts::new(|_| false)), ..asking(host, true) };
+    assert!(fixture.backend().claim(&nothing).await.unwrap().tasks.is_empty());
+    let places: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM unserved").fetch_one(&mut raw(&fixture.config).await).await.unwrap();
+    assert_eq!(places, 1, "a host that runs nothing met it");
+    assert_eq!(fixture.backend().excuse(two, &leases(&second)).await.unwrap(), 1);
+    fixture.audit().await;
+    let claimed = fixture.backend().claim(&asking(host, false)).await.unwrap().tasks;
+    assert_eq!(claimed.iter().map(|task| (task.lost, task.alone)).collect::<Vec<_>>(), [(1, false)]);
     fixture.audit().await;
 }
 

@@ -308,7 +308,7 @@ fn in_words(event: &Event) -> String {
         Event::OutOfMemory { limit_bytes } => format!("the handler needs more memory than its limit of {limit_bytes} bytes"),
         Event::Malformed { message } => format!("the handler breaks the contract: {}", printable(message)),
         Event::Stopped => "the attempt was stopped".to_owned(),
-        Event::Unrouted { message } => message.clone(),
+        Event::Unrouted { message } | Event::Quarantined { message } => message.clone(),
         Event::Lost | Event::Overdue => "the attempt was lost".to_owned(),
     }
 }

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use laelaps_queue::{
-    Attempt, Backend, Backoff, Beat, Claim, ClaimedTask, Config, Connections, Error, Event, FailureKind, HostDescription, HostId,
-    Kind, LeaseAnswer, NewTask, PerfectQueue, Policy, Queue, Settlement, Submitted, Tls,
+    Accepts, Attempt, Backend, Backoff, Beat, Claim, ClaimedTask, Config, Connections, Error, Event, FailureKind,
+    HostDescription, HostId, Kind, LeaseAnswer, NewTask, PerfectQueue, Policy, Queue, Settlement, Submitted, Tls,
 };
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
@@ -92,11 +92,15 @@ pub(super) fn place_of(config: &Config) -> String {
     }
 }
 
+/// Of these types every process serves all in most of its claims, and the first alone in some.
+const TYPES: [&str; 2] = ["chaos", "rare"];
+
 /// A task of some user, or of none.
 pub(super) fn new_task(key: String, random: &mut fastrand::Rng) -> NewTask {
+    let task_type = TYPES[usize::from(random.u32(..4) == 0)];
     let user = random.u64(..USERS * if is_full() { OF_ALL_FULL } else { OF_ALL });
     let user = (user < USERS).then(|| format!("u{user}"));
-    NewTask { max_running: user.is_some().then_some(MAX_RUNNING), user, ..NewTask::new(key, "chaos", r#"{"n":1}"#) }
+    NewTask { max_running: user.is_some().then_some(MAX_RUNNING), user, ..NewTask::new(key, task_type, r#"{"n":1}"#) }
 }
 
 /// Submit tasks, and write down what came of it.
@@ -256,7 +260,7 @@ impl Worker {
     async fn work(self: Arc<Self>, mut random: fastrand::Rng, submits: bool) {
         let mut host = self.register().await;
         for round in 0_u64.. {
-            match self.claim(host, random.u32(1..40)).await {
+            match self.claim(host, &mut random).await {
                 Ok(tasks) if tasks.is_empty() => tokio::time::sleep(REST).await,
                 Ok(tasks) => self.treat(tasks, &mut random).await,
                 Err(Error::UnknownHost(_)) => host = self.register().await,
@@ -270,10 +274,11 @@ impl Worker {
         }
     }
 
-    async fn claim(&self, host: HostId, limit: u32) -> Result<Vec<ClaimedTask>, Error> {
+    async fn claim(&self, host: HostId, random: &mut fastrand::Rng) -> Result<Vec<ClaimedTask>, Error> {
+        let limit = random.u32(1..40);
+        let accepts = (random.u32(..4) == 0).then(|| Accepts::new(|task_type| task_type == TYPES[0]));
         let alone = self.slow.load(Ordering::SeqCst) == 0;
-        let claim =
-            Claim { host, limit, alive_time: ALIVE, alone, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = Claim { host, limit, alive_time: ALIVE, alone, ignore_users: false, accepts, limited: None, queues: None };
         claim_as(&self.recorder, self.backend(), &claim).await
     }
 

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use laelaps_queue::{
-    Beat, Claim, ClaimedTask, Error, Event, HostDescription, HostId, LeaseAnswer, LeaseRef, NewTask, PluginVersion, Policy,
-    Progress, Queue, Settlement, State, TaskId, Timestamp,
+    Accepts, Beat, Claim, ClaimedTask, Error, Event, HostDescription, HostId, LeaseAnswer, LeaseRef, NewTask, PluginVersion,
+    Policy, Progress, Queue, Settlement, State, TaskId, Timestamp,
 };
 
 use super::schedule::Side;
@@ -17,10 +17,14 @@ pub(super) enum Operation {
     Claim,
     ClaimAlone,
     ClaimOldest,
+    /// By a host that serves no type of these.
+    ClaimOfStranger,
     Heartbeat,
     Finish,
     FinishWithFollowUps,
     GiveBack,
+    /// Its host has no plugin for it any more.
+    PutApart,
     UpdateData,
     Cancel,
     ForceFinish,
@@ -41,15 +45,17 @@ pub(super) enum Operation {
 }
 
 impl Operation {
-    pub(super) const ALL: [Self; 22] = [
+    pub(super) const ALL: [Self; 24] = [
         Self::Submit,
         Self::Claim,
         Self::ClaimAlone,
         Self::ClaimOldest,
+        Self::ClaimOfStranger,
         Self::Heartbeat,
         Self::Finish,
         Self::FinishWithFollowUps,
         Self::GiveBack,
+        Self::PutApart,
         Self::UpdateData,
         Self::Cancel,
         Self::ForceFinish,
@@ -70,15 +76,21 @@ impl Operation {
     fn names_a_lease(self) -> bool {
         matches!(
             self,
-            Self::Heartbeat | Self::Finish | Self::FinishWithFollowUps | Self::GiveBack | Self::UpdateData | Self::Excuse
+            Self::Heartbeat
+                | Self::Finish
+                | Self::FinishWithFollowUps
+                | Self::GiveBack
+                | Self::PutApart
+                | Self::UpdateData
+                | Self::Excuse
         )
     }
 
     /// Whether the pair is worth a look on PerfectQueue's table. A lease is known there only to the process that claimed, and a process does one
     /// thing at a time under one lease.
     pub(super) fn is_beside(self, other: Self) -> bool {
-        // To reclaim is to do nothing.
-        let is_idle = [self, other].contains(&Self::Reclaim);
+        // To reclaim is to do nothing, and what is not served stays where it is.
+        let is_idle = [Self::Reclaim, Self::ClaimOfStranger, Self::PutApart].iter().any(|idle| [self, other].contains(idle));
         !(is_idle || self.names_a_lease() && other.names_a_lease())
     }
 
@@ -88,7 +100,8 @@ impl Operation {
             Self::Submit => true,
             Self::Claim | Self::ClaimOldest => !matches!(place, Place::Nowhere | Place::Ended),
             Self::ClaimAlone => matches!(place, Place::Suspect | Place::Ready | Place::DueSuspect),
-            Self::Heartbeat | Self::Finish | Self::FinishWithFollowUps | Self::GiveBack | Self::UpdateData => {
+            Self::ClaimOfStranger => matches!(place, Place::Ready | Place::Due | Place::Apart | Place::Suspect),
+            Self::Heartbeat | Self::Finish | Self::FinishWithFollowUps | Self::GiveBack | Self::PutApart | Self::UpdateData => {
                 matches!(place, Place::Running | Place::Overdue | Place::Lost)
             }
             Self::Cancel | Self::ForceFinish | Self::Retry => place != Place::Nowhere,
@@ -116,6 +129,8 @@ pub(super) enum Place {
     /// Scheduled for much later.
     Later,
     Held,
+    /// It waits apart, for a host that serves its type. Only on tables of our own.
+    Apart,
     /// Has to run alone.
     Suspect,
     /// Has to run alone, and its time has come.
@@ -132,12 +147,13 @@ pub(super) enum Place {
 }
 
 impl Place {
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::Nowhere,
         Self::Ready,
         Self::Due,
         Self::Later,
         Self::Held,
+        Self::Apart,
         Self::Suspect,
         Self::DueSuspect,
         Self::Running,
@@ -214,6 +230,10 @@ impl Scene {
             }
             Place::Later => fixture.submit(&[NewTask { run_at: Some(now.plus(LONG)), ..scene.task() }]).await,
             Place::Held => fixture.submit(&[scene.task().on_hold()]).await,
+            Place::Apart => {
+                fixture.submit(&[scene.task()]).await;
+                assert!(scene.take(holding, &serving_none(scene.claim(holder))).await.unwrap().is_empty());
+            }
             Place::Suspect => scene.make_suspect(fixture, None).await,
             Place::DueSuspect => scene.make_suspect(fixture, Some(Duration::from_millis(4))).await,
             Place::Running => scene.run(fixture, holding, LONG).await,
@@ -294,7 +314,7 @@ impl Scene {
         self.take(&fixture.queue, &claim(false)).await.unwrap();
         if let Some(delay) = delay {
             let task = self.take(&fixture.queue, &claim(true)).await.unwrap().pop().expect("it may run alone");
-            let stopped = Event::Unrouted { message: String::new() };
+            let stopped = Event::Quarantined { message: String::new() };
             let policy = Policy { retry_wait: delay, ..fixture.config.policy.clone() };
             let facts = laelaps_queue::Attempt::of(&task);
             let settlement = Settlement::of(task.lease_ref, stopped, facts, &policy, 0.5, None, Vec::new());
@@ -305,7 +325,9 @@ impl Scene {
 
     fn claim(&self, side: Side) -> Claim {
         let host = self.hosts[side.place()];
-        Claim { host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None }
+        // Whoever says anew what it accepts looks also among what waits apart, whatever it saw there a moment ago.
+        let accepts = (!self.of_perfectqueue).then(|| Accepts::new(|_| true));
+        Claim { host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts, limited: None, queues: None }
     }
 
     async fn take(&self, queue: &Queue, claim: &Claim) -> Result<Vec<ClaimedTask>, Error> {
@@ -332,6 +354,7 @@ impl Scene {
             Operation::Claim => claimed(self.take(queue, &claim).await?),
             Operation::ClaimAlone => claimed(self.take(queue, &Claim { alone: true, ..claim }).await?),
             Operation::ClaimOldest => claimed(self.take(queue, &Claim { ignore_users: true, ..claim }).await?),
+            Operation::ClaimOfStranger => claimed(self.take(queue, &serving_none(claim)).await?),
             Operation::Heartbeat => {
                 let progress = Some(Progress { done: 1, total: None, note: "half".to_owned() });
                 let beat = Beat { lease_ref: self.claimed().lease_ref, alive_time: LONG * 2, progress };
@@ -345,6 +368,10 @@ impl Scene {
                 answered(&backend.settle(&[with_follow_ups(follow_ups, settled(self.claimed(), finish()))]).await?)
             }
             Operation::GiveBack => answered(&backend.settle(&[settled(self.claimed(), Event::Release { delay: None })]).await?),
+            Operation::PutApart => {
+                let unrouted = Event::Unrouted { message: String::new() };
+                answered(&backend.settle(&[settled(self.claimed(), unrouted)]).await?)
+            }
             Operation::UpdateData => other(&backend.update_data(self.claimed().lease_ref, br#"{"half":true}"#).await?),
             Operation::Cancel => other(&backend.cancel(&key, retention).await?),
             Operation::ForceFinish => other(&backend.force_finish(&key, retention).await?),
@@ -368,6 +395,11 @@ impl Scene {
             },
         })
     }
+}
+
+/// As a host claims that serves no type.
+fn serving_none(claim: Claim) -> Claim {
+    Claim { accepts: Some(Accepts::new(|_| false)), ..claim }
 }
 
 async fn register(queue: &Queue, name: &str) -> HostId {

@@ -91,7 +91,7 @@ async fn an_account_that_counts_too_high_is_found() {
 async fn a_cancellation_against_a_task_becoming_due_is_found_on_mariadb_without_its_mends() {
     const MENDS: [(&str, &str); 2] = [
         (
-            "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.queue FROM",
+            "SELECT t.id, t.state = 'waiting', t.run_at, t.user, t.max_running, t.alone, t.priority, t.queue, t.type FROM",
             "FOR UPDATE SKIP LOCKED",
         ),
         ("SET t.state = 'running', t.lease = ? + s.place", "t.state = 'waiting' AND"),
