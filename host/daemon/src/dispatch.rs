@@ -364,14 +364,12 @@ impl Dispatcher {
         let ignore_users = self.shared.config.disable_resource_limit;
         self.offered = if ignore_users { 0 } else { limit.min(self.idle_processors()) };
         let claim = Claim {
-            host: self.shared.host,
-            limit,
-            alive_time: self.shared.config.alive_time,
             alone,
             ignore_users,
             accepts: Some(self.accepts.clone()),
             limited: (!ignore_users).then_some(self.offered),
             queues: asked.queues.clone(),
+            ..Claim::new(self.shared.host, limit, self.shared.config.alive_time)
         };
         self.asked = Some(asked);
         if let Some(turning) = &self.turning {

@@ -39,16 +39,7 @@ impl Trial {
     pub(crate) async fn claimed(&self, count: u32) -> Vec<ClaimedTask> {
         let tasks: Vec<_> = (0..count).map(|number| NewTask::new(format!("task-{number}"), "t", "{}")).collect();
         self.queue.backend().submit(&tasks).await.expect("the queue takes the tasks");
-        let claim = Claim {
-            host: self.host,
-            limit: count,
-            limited: None,
-            queues: None,
-            alive_time: LONG,
-            alone: false,
-            ignore_users: false,
-            accepts: None,
-        };
+        let claim = Claim::new(self.host, count, LONG);
         self.queue.backend().claim(&claim).await.expect("the queue hands tasks out").tasks
     }
 

@@ -48,6 +48,12 @@ pub struct Claim {
 impl Claim {
     /// The most queues that one claim can name.
     pub const QUEUES_MAX: usize = 1_000;
+
+    /// A claim of at most so many tasks, of all queues and types, in company, under leases of this length.
+    #[must_use]
+    pub fn new(host: HostId, limit: u32, alive_time: Duration) -> Self {
+        Self { host, limit, limited: None, queues: None, alive_time, alone: false, ignore_users: false, accepts: None }
+    }
 }
 
 /// Which types a claimer can run.

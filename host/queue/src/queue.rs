@@ -195,14 +195,11 @@ impl Queue {
         self.house_keeping(&mut state).await?;
         let alone = self.worker.held.load(Ordering::SeqCst) == 0;
         let claim = |host| Claim {
-            host,
-            limit: options.limit,
-            alive_time: options.alive_time,
             alone,
             ignore_users: options.ignore_users,
             accepts: options.accepts.clone(),
-            limited: None,
             queues: options.queues.clone(),
+            ..Claim::new(host, options.limit, options.alive_time)
         };
         let host = self.host(&mut state).await?;
         let claimed = match self.backend.claim(&claim(host)).await {

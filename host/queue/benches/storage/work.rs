@@ -23,16 +23,7 @@ pub(crate) async fn host(queue: &Queue) -> HostId {
 }
 
 pub(crate) async fn claim_of(queue: &Queue, limit: usize, ignore_users: bool) -> Claim {
-    Claim {
-        host: host(queue).await,
-        limit: u32::try_from(limit).unwrap(),
-        alive_time: Duration::from_secs(3_600),
-        alone: false,
-        ignore_users,
-        accepts: None,
-        limited: None,
-        queues: None,
-    }
+    Claim { ignore_users, ..Claim::new(host(queue).await, u32::try_from(limit).unwrap(), Duration::from_secs(3_600)) }
 }
 
 /// Claim and finish all of `count` tasks, by several callers at once; answers how many a second.

@@ -18,16 +18,7 @@ async fn opened() -> MySql {
 }
 
 async fn claimed(mysql: &MySql, host: HostId) -> ClaimedTask {
-    let claim = Claim {
-        host,
-        limit: 1,
-        alive_time: Duration::from_secs(300),
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = Claim::new(host, 1, Duration::from_secs(300));
     mysql.claim(&claim).await.unwrap().tasks.remove(0)
 }
 

@@ -226,7 +226,7 @@ mod tests {
 
     fn asking(host: HostId, queues: Option<Arc<[String]>>) -> Claim {
         let alive_time = Duration::from_secs(300);
-        Claim { host, limit: 10, alive_time, alone: false, ignore_users: false, accepts: None, limited: None, queues }
+        Claim { queues, ..Claim::new(host, 10, alive_time) }
     }
 
     fn named(count: usize) -> Arc<[String]> {

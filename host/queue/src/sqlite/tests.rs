@@ -117,16 +117,7 @@ async fn an_idle_queue_writes_nothing() {
     let host = sqlite.register_host(&HostDescription { name: "tester".to_owned(), process_id: 1, identity: None }).await.unwrap();
     let size = || std::fs::metadata(folder.path().join("queue.db-wal")).unwrap().len();
     let before = size();
-    let claim = Claim {
-        host,
-        limit: 10,
-        alive_time: Duration::from_secs(60),
-        alone: true,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = Claim { alone: true, ..Claim::new(host, 10, Duration::from_secs(60)) };
     for _ in 0..20 {
         assert!(sqlite.claim(&claim).await.unwrap().tasks.is_empty());
         assert!(sqlite.reclaim(&Policy::default()).await.unwrap().tasks.is_empty());
@@ -159,16 +150,7 @@ async fn a_full_disk_is_named_loses_nothing_and_passes() {
         sqlite.submit(&[task(stored)]).await.map_err(|error| error.to_string())
     });
     assert!(both.0.is_ok() && both.1.unwrap().is_some() && both.2.is_err());
-    let claim = Claim {
-        host,
-        limit: 1,
-        alive_time: Duration::from_secs(60),
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = Claim::new(host, 1, Duration::from_secs(60));
     let claimed = sqlite.claim(&claim).await.unwrap().tasks.remove(0);
     let event = Event::Finish { output: None, retention: Some(Duration::ZERO) };
     let settlement =
@@ -230,7 +212,7 @@ pub(super) async fn host(sqlite: &Sqlite) -> HostId {
 
 pub(super) fn asking(host: HostId, limit: u32) -> Claim {
     let alive_time = Duration::from_secs(3_600);
-    Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim::new(host, limit, alive_time)
 }
 
 fn finished(task: &crate::ClaimedTask) -> Settlement {

@@ -189,8 +189,7 @@ impl Mill {
 
     async fn claim(&self, process: usize, limit: u32) -> Vec<ClaimedTask> {
         let host = self.hosts[process];
-        let claim =
-            Claim { host, limit, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = Claim { alone: true, ..Claim::new(host, limit, LONG) };
         self.queues[process].backend().claim(&claim).await.unwrap().tasks
     }
 

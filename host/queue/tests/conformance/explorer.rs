@@ -237,7 +237,7 @@ async fn calm(fixture: &Fixture, scene: &Scene) {
         // To PerfectQueue a task that waits for its time is one that runs, and its user's others wait.
         let ignore_users = fixture.is_perfectqueue();
         let accepts = Some(Accepts::new(|_| true));
-        let claim = Claim { host, limit: 10, alive_time: LONG, alone: true, ignore_users, accepts, limited: None, queues: None };
+        let claim = Claim { alone: true, ignore_users, accepts, ..Claim::new(host, 10, LONG) };
         let tasks = fixture.backend().claim(&claim).await.unwrap().tasks;
         let ends: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
         fixture.backend().settle(&ends).await.unwrap();

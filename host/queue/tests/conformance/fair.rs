@@ -65,7 +65,7 @@ promises! {
         let claims = hosts.into_iter().map(|host| {
             let backend = std::sync::Arc::clone(fixture.backend());
             tokio::spawn(async move {
-                let claim = Claim { host, limit: 4, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+                let claim = Claim::new(host, 4, LONG);
                 backend.claim(&claim).await.unwrap().tasks
             })
         });
@@ -125,7 +125,7 @@ promises! {
             })
             .collect();
         fixture.submit(&tasks).await;
-        let claim = Claim { host, limit: 20, alive_time: LONG, alone: false, ignore_users: true, accepts: None, limited: None, queues: None };
+        let claim = Claim { ignore_users: true, ..Claim::new(host, 20, LONG) };
         let claimed = fixture.backend().claim(&claim).await.unwrap().tasks;
         let expected: Vec<String> = (0..20).map(|number| number.to_string()).collect();
         assert_eq!(keys(&claimed), expected);

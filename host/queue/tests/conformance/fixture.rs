@@ -167,8 +167,7 @@ impl Fixture {
     }
 
     pub(crate) async fn claim_for(&self, host: HostId, limit: u32, alive_time: Duration) -> Vec<ClaimedTask> {
-        let claim =
-            Claim { host, limit, alive_time, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = Claim::new(host, limit, alive_time);
         self.backend().claim(&claim).await.expect("a registered host can claim").tasks
     }
 

@@ -28,16 +28,7 @@ async fn queue(server: &Server) -> Queue {
 async fn claim(queue: &Queue) -> Vec<ClaimedTask> {
     let host =
         queue.backend().register_host(&HostDescription { name: "host".to_owned(), process_id: 1, identity: None }).await.unwrap();
-    let claim = laelaps_queue::Claim {
-        host,
-        limit: 9,
-        alive_time: LONG,
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = laelaps_queue::Claim::new(host, 9, LONG);
     queue.backend().claim(&claim).await.unwrap().tasks
 }
 

@@ -15,7 +15,7 @@ async fn hand_on(fixture: &Fixture, identities: &[&str]) -> Reclaimed {
 }
 
 fn asking(host: HostId, alone: bool) -> Claim {
-    Claim { host, limit: 50, alive_time: LONG, alone, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim { alone, ..Claim::new(host, 50, LONG) }
 }
 
 async fn renewed(fixture: &Fixture, task: &ClaimedTask) -> LeaseAnswer {

@@ -18,7 +18,7 @@ promises! {
         let past = Some(fixture.backend().now().await.unwrap());
         fixture.submit(&[task("a").on_hold(), task_of("u", "b", Some(0)).on_hold(), NewTask { run_at: past, ..task("c") }.on_hold()]).await;
         for (alone, ignore_users) in [(true, false), (true, true), (false, false), (false, true)] {
-            let claimed = fixture.backend().claim(&Claim { host, limit: 9, alive_time: LONG, alone, ignore_users, accepts: None, limited: None, queues: None }).await.unwrap();
+            let claimed = fixture.backend().claim(&Claim { alone, ignore_users, ..Claim::new(host, 9, LONG) }).await.unwrap();
             assert!(claimed.tasks.is_empty() && !claimed.alone_waiting);
             assert_eq!(claimed.next_due_in, None, "it never becomes due");
         }
@@ -35,7 +35,7 @@ promises! {
         let host = fixture.host().await;
         let later = |after| async move { Some(fixture.backend().now().await.unwrap().plus(Duration::from_millis(after))) };
         fixture.submit(&[task("held").on_hold(), NewTask { run_at: later(3_600_000).await, ..task("later") }]).await;
-        let claim = Claim { host, limit: 9, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = Claim { alone: true, ..Claim::new(host, 9, LONG) };
         let due_in = fixture.backend().claim(&claim).await.unwrap().next_due_in;
         assert!(due_in.is_some_and(|due_in| due_in <= Duration::from_secs(3_600)), "{due_in:?}");
         let soon = later(30).await;

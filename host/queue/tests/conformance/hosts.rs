@@ -35,7 +35,7 @@ promises! {
         let description = laelaps_queue::HostDescription { name: "doomed".to_owned(), process_id: 1, identity: None };
         let doomed = other.backend().register_host(&description).await.unwrap();
         fixture.submit_some("a", 3).await;
-        let claim = Claim { host: doomed, limit: 2, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = Claim::new(doomed, 2, LONG);
         let stale = other.backend().claim(&claim).await.unwrap().tasks;
         // Its locks go with it, as with the process.
         other.backend().close().await;
@@ -56,7 +56,7 @@ promises! {
         let doomed = other.backend().register_host(&description).await.unwrap();
         fixture.submit_some("a", 1_500).await;
         for _ in 0..2 {
-            let claim = Claim { host: doomed, limit: 1_000, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+            let claim = Claim::new(doomed, 1_000, LONG);
             other.backend().claim(&claim).await.unwrap();
         }
         other.backend().close().await;
@@ -82,7 +82,7 @@ promises! {
         let gone = fixture.host().await;
         fixture.backend().unregister_host(gone).await.unwrap();
         for host in [gone, HostId(999)] {
-            let claim = Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+            let claim = Claim::new(host, 1, LONG);
             let refused = fixture.backend().claim(&claim).await;
             assert!(matches!(refused, Err(Error::UnknownHost(unknown)) if unknown == host));
             let refused = fixture.backend().note_plugins(host, &["d".to_owned()]).await;
@@ -134,7 +134,7 @@ promises! {
         let work = |queue: laelaps_queue::Queue| async move {
             let description = laelaps_queue::HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
             let host = queue.backend().register_host(&description).await.unwrap();
-            let claim = Claim { host, limit: 17, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+            let claim = Claim::new(host, 17, LONG);
             let mut held = 0;
             loop {
                 let tasks = queue.backend().claim(&claim).await.unwrap().tasks;

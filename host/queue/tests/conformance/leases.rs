@@ -165,7 +165,7 @@ promises! {
     async fn a_claim_that_is_given_up_leaves_no_task_running(fixture: &Fixture) {
         let host = fixture.host().await;
         fixture.submit_some("a", 30).await;
-        let claim = laelaps_queue::Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = laelaps_queue::Claim::new(host, 1, LONG);
         let mut received = 0;
         for patience in 0..60 {
             let claiming = fixture.backend().claim(&claim);

@@ -8,7 +8,7 @@ use crate::fixture::{Fixture, LONG, PATIENCE, finish, keys, settled, task, task_
 use crate::promises;
 
 async fn claim_limited(fixture: &Fixture, host: HostId, limit: u32, limited: Option<u32>) -> Vec<ClaimedTask> {
-    let claim = Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited, queues: None };
+    let claim = Claim { limited, ..Claim::new(host, limit, LONG) };
     fixture.backend().claim(&claim).await.unwrap().tasks
 }
 

@@ -12,7 +12,7 @@ pub(crate) async fn doomed(fixture: &Fixture, limit: u32, alone: bool) -> Claime
     let queue = fixture.another().await;
     let description = HostDescription { name: "doomed".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
-    let claim = Claim { host, limit, alive_time: LONG, alone, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim { alone, ..Claim::new(host, limit, LONG) };
     let claimed = queue.backend().claim(&claim).await.unwrap();
     queue.backend().close().await;
     fixture.backend().reclaim(&fixture.config.policy).await.unwrap();
@@ -20,7 +20,7 @@ pub(crate) async fn doomed(fixture: &Fixture, limit: u32, alone: bool) -> Claime
 }
 
 fn asking(host: HostId, alone: bool) -> Claim {
-    Claim { host, limit: 50, alive_time: LONG, alone, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim { alone, ..Claim::new(host, 50, LONG) }
 }
 
 promises! {

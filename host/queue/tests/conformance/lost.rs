@@ -66,8 +66,7 @@ pub(crate) async fn what_was_done_although_the_answer_was_lost_is_told_as_done(d
     let was_lost = || assert!(!swallower.armed.load(Ordering::Acquire), "an answer was lost");
     let backend = queue.backend();
     let host = backend.register_host(&HostDescription { name: "far".to_owned(), process_id: 1, identity: None }).await.unwrap();
-    let claim =
-        Claim { host, limit: 4, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim::new(host, 4, LONG);
     // Each statement is prepared first, in an exchange of its own.
     fixture.submit_some("warm", 3).await;
     let warm = backend.claim(&claim).await.unwrap().tasks;

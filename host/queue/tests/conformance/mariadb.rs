@@ -21,16 +21,7 @@ const STORM_HOSTS: usize = 4;
 async fn work(queue: Queue, settled_tasks: Arc<AtomicUsize>) {
     let description = HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
-    let claim = Claim {
-        host,
-        limit: 20,
-        alive_time: LONG,
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = Claim::new(host, 20, LONG);
     while settled_tasks.load(Ordering::SeqCst) < STORM_TASKS {
         let tasks = match queue.backend().claim(&claim).await {
             Ok(claimed) => claimed.tasks,
@@ -429,8 +420,7 @@ async fn handed_on_in_the_middle_of_a_claim(user: &str) -> bool {
     let mut stopper = producer(&fixture).await;
     sqlx::raw_sql("START TRANSACTION; SELECT task FROM laelaps_ready_of_user FOR UPDATE").execute(&mut stopper).await.unwrap();
     let (claimer, policy) = (fixture.queue.clone(), fixture.config.policy.clone());
-    let claim =
-        Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim::new(host, 1, LONG);
     let (mut watcher, handing) = (producer(&fixture).await, fixture.another().await);
     let begun = Instant::now();
     let claiming = tokio::spawn(async move { claimer.backend().claim(&claim).await });

@@ -23,7 +23,7 @@ async fn run(connection: &mut MySqlConnection, sql: &str) {
 
 /// A claim that does not wait for anybody.
 async fn claim_at_once(fixture: &Fixture, host: HostId, ignore_users: bool, alone: bool) -> Vec<ClaimedTask> {
-    let claim = Claim { host, limit: 9, alive_time: LONG, alone, ignore_users, accepts: None, limited: None, queues: None };
+    let claim = Claim { alone, ignore_users, ..Claim::new(host, 9, LONG) };
     let claimed = tokio::time::timeout(PATIENCE, fixture.backend().claim(&claim)).await;
     claimed.expect("nobody is waited for").unwrap().tasks
 }

@@ -35,16 +35,7 @@ async fn hosts_work_through_a_pooler_that_knows_no_prepared_statements() {
             let host = queue.backend().register_host(&description).await.unwrap();
             let mut finished = 0;
             loop {
-                let claim = laelaps_queue::Claim {
-                    host,
-                    limit: 10,
-                    alive_time: crate::fixture::LONG,
-                    alone: false,
-                    ignore_users: false,
-                    accepts: None,
-                    limited: None,
-                    queues: None,
-                };
+                let claim = laelaps_queue::Claim::new(host, 10, crate::fixture::LONG);
                 let claimed = queue.backend().claim(&claim).await.unwrap().tasks;
                 let group: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
                 finished += queue.backend().settle(&group).await.unwrap().len();

@@ -37,16 +37,7 @@ async fn refused(config: &Config) -> String {
 async fn work(queue: Queue, count: usize, finished: Arc<AtomicUsize>) {
     let description = HostDescription { name: "worker".to_owned(), process_id: 1, identity: None };
     let host = queue.backend().register_host(&description).await.unwrap();
-    let claim = Claim {
-        host,
-        limit: 20,
-        alive_time: LONG,
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = Claim::new(host, 20, LONG);
     loop {
         let tasks = queue.backend().claim(&claim).await.unwrap().tasks;
         let group: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
@@ -181,8 +172,7 @@ async fn who_does_not_listen_finds_what_comes_by_polling_alone() {
     let deaf = Queue::open(&Config { connections, ..fixture.config.clone() }).await.unwrap();
     let host =
         deaf.backend().register_host(&HostDescription { name: "deaf".to_owned(), process_id: 1, identity: None }).await.unwrap();
-    let claim =
-        Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim::new(host, 9, LONG);
     assert!(deaf.backend().claim(&claim).await.unwrap().tasks.is_empty());
     let mut heard = PgListener::connect(&fixture.direct_url().await).await.unwrap();
     heard.listen("laelaps").await.unwrap();
@@ -520,8 +510,7 @@ async fn handed_on_in_the_middle_of_a_claim(user: Option<&str>) {
     let mut stopper = raw(&fixture.config).await;
     sqlx::raw_sql("BEGIN; SELECT FROM laelaps.task WHERE key = 'a' FOR UPDATE").execute(&mut stopper).await.unwrap();
     let (claimer, policy) = (fixture.queue.clone(), fixture.config.policy.clone());
-    let claim =
-        Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim::new(host, 1, LONG);
     let claiming = tokio::spawn(async move { claimer.backend().claim(&claim).await });
     let mut watcher = raw(&fixture.config).await;
     eventually(PATIENCE, "the claim comes to where it is stopped", async || {

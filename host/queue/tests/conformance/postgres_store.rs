@@ -22,7 +22,7 @@ async fn fixture() -> Fixture {
 }
 
 fn asking(host: HostId, limit: u32) -> Claim {
-    Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim::new(host, limit, LONG)
 }
 
 /// What a [`Proxy`] does to the next message of the client in which its words stand.

@@ -59,7 +59,7 @@ promises! {
         let host = fixture.host().await;
         fixture.submit(&[task("a"), task_of("u", "b", None), of(-7, task_of("v", "c", Some(1))), of(7, task("d"))]).await;
         fixture.submit(&[of(-8, task_of("v", "e", Some(1)))]).await;
-        let claim = Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: true, accepts: None, limited: None, queues: None };
+        let claim = Claim { ignore_users: true, ..Claim::new(host, 9, LONG) };
         let claimed = fixture.backend().claim(&claim).await.unwrap().tasks;
         assert_eq!(keys(&claimed), ["e", "c", "a", "b", "d"]);
     }

@@ -14,7 +14,7 @@ fn of(queue: &str, task: NewTask) -> NewTask {
 
 fn asking(host: HostId, limit: u32, queues: &[&str]) -> Claim {
     let queues = Some(Arc::from(queues.iter().map(|queue| (*queue).to_owned()).collect::<Vec<String>>()));
-    Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues }
+    Claim { queues, ..Claim::new(host, limit, LONG) }
 }
 
 async fn claim(fixture: &Fixture, host: HostId, limit: u32, queues: &[&str]) -> Vec<ClaimedTask> {

@@ -31,17 +31,9 @@ async fn drain(fixture: &Fixture, host: HostId, expected: usize) -> Vec<String> 
         if round >= 20 && (keys.len() >= expected || began.elapsed() > PATIENCE) {
             break;
         }
-        let claim = Claim {
-            host,
-            limit: 7,
-            alive_time: LONG,
-            alone: round % 3 == 2,
-            ignore_users: round % 3 == 1,
-            // Made anew, so that each looks for what was put apart by hand.
-            accepts: Some(Accepts::new(|_| true)),
-            limited: None,
-            queues: None,
-        };
+        // Made anew, so that each looks for what was put apart by hand.
+        let accepts = Some(Accepts::new(|_| true));
+        let claim = Claim { alone: round % 3 == 2, ignore_users: round % 3 == 1, accepts, ..Claim::new(host, 7, LONG) };
         let claimed = tokio::time::timeout(PATIENCE, fixture.backend().claim(&claim)).await.expect("a claim ends").unwrap().tasks;
         let ends: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
         fixture.backend().settle(&ends).await.unwrap();
@@ -195,8 +187,7 @@ async fn a_task_that_waits_apart_for_hosts_of_another_type_is_found_by_those_of_
     .await;
     let own = fixture.get("good").await.task_type;
     let accepts = Some(laelaps_queue::Accepts::new(move |name| name == own));
-    let claim =
-        Claim { host, limit: 9, alive_time: LONG, alone: false, ignore_users: false, accepts, limited: None, queues: None };
+    let claim = Claim { accepts, ..Claim::new(host, 9, LONG) };
     assert!(fixture.backend().claim(&claim).await.unwrap().tasks.is_empty());
     fixture.backend().clean_up(100).await.unwrap();
     assert_eq!(fixture.backend().audit().await.unwrap(), [] as [&str; 0]);
@@ -230,16 +221,7 @@ async fn a_claim_of_a_queue_never_gets_a_task_of_another_one_that_stands_there()
         INSERT INTO laelaps_account_change (queue, user, running) VALUES ('mail', 'u', 0)",
     )
     .await;
-    let claim_of = |queue: &str| Claim {
-        host,
-        limit: 9,
-        alive_time: LONG,
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: Some([queue.to_owned()].into()),
-    };
+    let claim_of = |queue: &str| Claim { queues: Some([queue.to_owned()].into()), ..Claim::new(host, 9, LONG) };
     let mut found = Vec::new();
     for queue in ["mail", "mail", "mail", "default", "video"] {
         let claimed = fixture.backend().claim(&claim_of(queue)).await.unwrap().tasks;

@@ -9,7 +9,7 @@ async fn fixture() -> Fixture {
 }
 
 fn asking(host: HostId, ignore_users: bool) -> Claim {
-    Claim { host, limit: 50, alive_time: LONG, alone: false, ignore_users, accepts: None, limited: None, queues: None }
+    Claim { ignore_users, ..Claim::new(host, 50, LONG) }
 }
 
 /// Claim all there is, and finish it; answers the keys.

@@ -43,8 +43,7 @@ async fn everything_works(fixture: &Fixture) {
     let host = fixture.host().await;
     fixture.submit(&[task("good"), task_of("u", "good of u", Some(1))]).await;
     for ignore_users in [false, true] {
-        let claim =
-            Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users, accepts: None, limited: None, queues: None };
+        let claim = Claim { alone: true, ignore_users, ..Claim::new(host, 50, LONG) };
         let claimed: Vec<ClaimedTask> = fixture.backend().claim(&claim).await.unwrap().tasks;
         let group: Vec<_> = claimed.iter().map(|task| settled(task, finish())).collect();
         fixture.backend().settle(&group).await.unwrap();
@@ -141,8 +140,7 @@ async fn a_hostile_row_that_is_due_later_or_alone_is_set_aside_when_its_time_has
         .await;
     everything_works(&fixture).await;
     let host = fixture.host().await;
-    let claim =
-        Claim { host, limit: 5, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim { alone: true, ..Claim::new(host, 5, LONG) };
     assert!(!fixture.backend().claim(&claim).await.unwrap().alone_waiting);
     for id in [later, alone] {
         assert_eq!(by_id(&fixture, id).await.state, State::Failed, "{id:?}");
@@ -213,17 +211,9 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
         )
         .await;
     for _ in 0..4 {
-        let claim = Claim {
-            host,
-            limit: 50,
-            alive_time: LONG,
-            alone: true,
-            ignore_users: false,
-            // Made anew, so that each looks for what was put apart by hand.
-            accepts: Some(Accepts::new(|_| true)),
-            limited: None,
-            queues: None,
-        };
+        // Made anew, so that each looks for what was put apart by hand.
+        let accepts = Some(Accepts::new(|_| true));
+        let claim = Claim { alone: true, accepts, ..Claim::new(host, 50, LONG) };
         let claimed = fixture.backend().claim(&claim).await.unwrap().tasks;
         assert!(claimed.iter().all(|task| task.key != "running"), "{claimed:?}");
         fixture.backend().settle(&claimed.iter().map(|task| settled(task, finish())).collect::<Vec<_>>()).await.unwrap();
@@ -245,8 +235,7 @@ async fn places_that_contradict_their_tasks_are_removed_and_nothing_runs_twice()
 }
 
 async fn everything_left(fixture: &Fixture, host: HostId) {
-    let claim =
-        Claim { host, limit: 50, alive_time: LONG, alone: true, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim { alone: true, ..Claim::new(host, 50, LONG) };
     let claimed = fixture.backend().claim(&claim).await.unwrap().tasks;
     fixture.backend().settle(&claimed.iter().map(|task| settled(task, finish())).collect::<Vec<_>>()).await.unwrap();
 }

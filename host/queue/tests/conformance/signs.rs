@@ -26,8 +26,7 @@ async fn signs(fixture: &Fixture) -> Vec<Sign> {
 }
 
 async fn is_struck_off(fixture: &Fixture, host: HostId) -> bool {
-    let claim =
-        Claim { host, limit: 1, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+    let claim = Claim::new(host, 1, LONG);
     let (given, claimed) = (fixture.backend().give_sign(host, TIMEOUT).await, fixture.backend().claim(&claim).await);
     let unknown = |error: &Error| matches!(error, Error::UnknownHost(unknown) if *unknown == host);
     let (gives_none, claims_none) = (given.as_ref().is_err_and(unknown), claimed.as_ref().is_err_and(unknown));

@@ -201,16 +201,7 @@ impl Storm {
                 self.fixture.queue.stats().await
             );
             self.fixture.backend().reclaim(&self.fixture.config.policy).await.unwrap();
-            let claim = Claim {
-                host,
-                limit: 50,
-                alive_time: LONG,
-                alone: true,
-                ignore_users: false,
-                accepts: None,
-                limited: None,
-                queues: None,
-            };
+            let claim = Claim { alone: true, ..Claim::new(host, 50, LONG) };
             let tasks = self.fixture.backend().claim(&claim).await.unwrap().tasks;
             let ends: Vec<Settlement> = tasks.iter().map(|task| settled(task, finish())).collect();
             let answers = self.fixture.backend().settle(&ends).await.unwrap();

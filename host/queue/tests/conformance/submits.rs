@@ -130,7 +130,7 @@ promises! {
         fixture.submit(&[at("far", far), at("past", Timestamp(-5)), task("now")]).await;
         let stats = fixture.queue.stats().await.unwrap();
         assert_eq!((stats.ready, stats.scheduled), (2, 1));
-        let claim = laelaps_queue::Claim { host, limit: 9, alive_time: crate::fixture::LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None };
+        let claim = laelaps_queue::Claim::new(host, 9, crate::fixture::LONG);
         let claimed = fixture.backend().claim(&claim).await.unwrap();
         assert_eq!(keys(&claimed.tasks), ["past", "now"]);
         let wait = claimed.next_due_in.unwrap();

@@ -14,7 +14,7 @@ fn version(name: &str) -> PluginVersion {
 }
 
 fn asking(host: HostId, alone: bool) -> Claim {
-    Claim { host, limit: 50, alive_time: LONG, alone, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim { alone, ..Claim::new(host, 50, LONG) }
 }
 
 /// A host of another process, by the watchdog's name.

@@ -16,7 +16,7 @@ async fn fixture() -> Fixture {
 }
 
 fn asking(host: HostId, alone: bool) -> Claim {
-    Claim { host, limit: 50, alive_time: LONG, alone, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim { alone, ..Claim::new(host, 50, LONG) }
 }
 
 async fn register(queue: &Queue, identity: &str) -> HostId {

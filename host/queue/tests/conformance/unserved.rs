@@ -18,7 +18,7 @@ fn typed(task_type: &str, task: NewTask) -> NewTask {
 fn serving(host: HostId, limit: u32, types: &[&str]) -> Claim {
     let types: Vec<String> = types.iter().map(|name| (*name).to_owned()).collect();
     let accepts = Some(Accepts::new(move |name| types.iter().any(|served| served == name)));
-    Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts, limited: None, queues: None }
+    Claim { accepts, ..Claim::new(host, limit, LONG) }
 }
 
 async fn claim(fixture: &Fixture, claim: Claim) -> Vec<ClaimedTask> {

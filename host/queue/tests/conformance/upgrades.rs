@@ -287,16 +287,7 @@ mod changed_by_hand {
                 Database::Sqlite | Database::Postgres => "ALTER TABLE task RENAME COLUMN until TO until_when",
             })
             .await;
-        let claim = Claim {
-            host,
-            limit: 1,
-            alive_time: Duration::from_secs(60),
-            alone: false,
-            ignore_users: false,
-            accepts: None,
-            limited: None,
-            queues: None,
-        };
+        let claim = Claim::new(host, 1, Duration::from_secs(60));
         let refused = fixture.backend().claim(&claim).await.unwrap_err();
         assert_eq!(
             refused.hint(),

@@ -169,7 +169,7 @@ impl Site {
 }
 
 pub(crate) fn asking(host: HostId, limit: u32) -> Claim {
-    Claim { host, limit, alive_time: LONG, alone: false, ignore_users: false, accepts: None, limited: None, queues: None }
+    Claim::new(host, limit, LONG)
 }
 
 pub(crate) fn task(key: &str) -> NewTask {

@@ -59,16 +59,7 @@ impl Site {
     pub(crate) async fn claim_of(&self, limit: u32, ignore_users: bool) -> Claim {
         let description = HostDescription { name: "scale".to_owned(), process_id: std::process::id(), identity: None };
         let host = self.queue.backend().register_host(&description).await.expect("the queue answers");
-        Claim {
-            host,
-            limit,
-            alive_time: Duration::from_secs(3_600),
-            alone: false,
-            ignore_users,
-            accepts: None,
-            limited: None,
-            queues: None,
-        }
+        Claim { ignore_users, ..Claim::new(host, limit, Duration::from_secs(3_600)) }
     }
 
     pub(crate) async fn claim(&self, claim: &Claim) -> Vec<ClaimedTask> {

@@ -33,16 +33,7 @@ async fn a_look_for_what_waits_apart_costs_what_it_takes_however_much_there_is()
     for (task_type, most) in [("another", 200), ("type 3", 1_000), ("type 4", 1_000)] {
         let before = rows_read(&mut connection).await;
         let accepts = Some(Accepts::new(move |name| name == task_type));
-        let claim = Claim {
-            host,
-            limit: 9,
-            alive_time: Duration::from_secs(300),
-            alone: false,
-            ignore_users: false,
-            accepts,
-            limited: None,
-            queues: None,
-        };
+        let claim = Claim { accepts, ..Claim::new(host, 9, Duration::from_secs(300)) };
         let mut session = Session::joining(&mut connection).await.unwrap();
         let looked = unserved::look(&mut session, &claim, &crate::unserved::From::default(), &first).await.unwrap();
         let read = rows_read(&mut connection).await - before;

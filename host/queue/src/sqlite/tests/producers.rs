@@ -22,16 +22,7 @@ async fn a_producer_that_speaks_sql_submits_like_any_other() {
         INSERT INTO submit (key, type, options) VALUES ('e', 'later', '{\"run_at\":32503680000}'), ('f', 'past', '{\"run_at\":-1}');";
     sqlx::raw_sql(submit).execute(&mut producer).await.unwrap();
     assert_eq!(sqlite.submit(&[NewTask::new("a", "third", "{}")]).await.unwrap(), [Submitted::AlreadyExists]);
-    let claim = Claim {
-        host,
-        limit: 10,
-        alive_time: Duration::from_secs(60),
-        alone: false,
-        ignore_users: false,
-        accepts: None,
-        limited: None,
-        queues: None,
-    };
+    let claim = Claim::new(host, 10, Duration::from_secs(60));
     let mut claimed = sqlite.claim(&claim).await.unwrap().tasks;
     claimed.sort_by(|one, other| one.key.cmp(&other.key));
     let seen: Vec<(&str, &str, &[u8])> =

@@ -420,16 +420,7 @@ impl Desk {
     }
 
     async fn claim(&self, alive_time: Duration) -> ClaimedTask {
-        let claim = Claim {
-            host: self.host,
-            limit: 1,
-            alive_time,
-            alone: true,
-            ignore_users: false,
-            accepts: None,
-            limited: None,
-            queues: None,
-        };
+        let claim = Claim { alone: true, ..Claim::new(self.host, 1, alive_time) };
         claim_as(&self.recorder, self.fixture.backend().as_ref(), &claim).await.unwrap().pop().expect("a task waits")
     }
 

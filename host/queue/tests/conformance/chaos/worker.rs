@@ -278,7 +278,7 @@ impl Worker {
         let limit = random.u32(1..40);
         let accepts = (random.u32(..4) == 0).then(|| Accepts::new(|task_type| task_type == TYPES[0]));
         let alone = self.slow.load(Ordering::SeqCst) == 0;
-        let claim = Claim { host, limit, alive_time: ALIVE, alone, ignore_users: false, accepts, limited: None, queues: None };
+        let claim = Claim { alone, accepts, ..Claim::new(host, limit, ALIVE) };
         claim_as(&self.recorder, self.backend(), &claim).await
     }
 

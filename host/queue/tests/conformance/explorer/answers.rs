@@ -238,16 +238,7 @@ async fn retry_and_claim(database: Database) {
             return arena.close().await;
         }
         let host = arena.fixture.host().await;
-        let claim = Claim {
-            host,
-            limit: 1,
-            alive_time: LONG,
-            alone: false,
-            ignore_users: false,
-            accepts: None,
-            limited: None,
-            queues: None,
-        };
+        let claim = Claim::new(host, 1, LONG);
         let claimed = arena.fixture.backend().claim(&claim).await.unwrap().tasks;
         was_claimed |= !claimed.is_empty();
         gate.open();

@@ -327,7 +327,7 @@ impl Scene {
         let host = self.hosts[side.place()];
         // Whoever says anew what it accepts looks also among what waits apart, whatever it saw there a moment ago.
         let accepts = (!self.of_perfectqueue).then(|| Accepts::new(|_| true));
-        Claim { host, limit: 3, alive_time: LONG, alone: false, ignore_users: false, accepts, limited: None, queues: None }
+        Claim { accepts, ..Claim::new(host, 3, LONG) }
     }
 
     async fn take(&self, queue: &Queue, claim: &Claim) -> Result<Vec<ClaimedTask>, Error> {
