@@ -19,6 +19,7 @@
 
 mod backend;
 mod batch;
+mod claim;
 mod config;
 mod data;
 mod earlier;
@@ -41,9 +42,10 @@ mod task;
 mod unserved;
 
 pub use backend::{
-    Accepts, Backend, Beat, Claim, Claimed, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, Operator, PlannedStep,
-    PluginVersion, Producer, Quarantine, Reclaimed, Schema, SchemaStatus, Transaction, Update, Worker,
+    Backend, Beat, HostDescription, HostRecord, LeaseAnswer, Lost, Migration, Operator, PlannedStep, PluginVersion, Producer,
+    Quarantine, Reclaimed, Schema, SchemaStatus, Transaction, Update, Worker,
 };
+pub use claim::{Accepts, Claim, Claimed};
 pub use config::{Config, Connections, Database, Kind, PerfectQueue, Tls};
 pub use error::{Error, Result};
 pub use queue::{AcquiredTask, PollOptions, Queue};

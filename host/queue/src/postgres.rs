@@ -9,6 +9,7 @@
 
 mod accounts;
 mod around;
+mod asked;
 mod audit;
 mod between;
 mod claim;
@@ -451,19 +452,19 @@ impl Postgres {
     /// Claim. Beside what the claimer serves it may be given other tasks, which are put apart: also answers when that is done.
     async fn claim_once(&self, claim: Claim, sieve: &mut Sieve<'_>) -> Result<(Claimed, Option<JoinHandle<()>>)> {
         let limit = claim.limit;
-        let asked = Arc::new(claim::Asked::new(claim));
+        let asked = Arc::new(asked::Asked::new(claim));
         let taken = self.shared.run_or_give_back(
             "claiming tasks",
             move |session| {
                 let asked = Arc::clone(&asked);
                 Box::pin(async move { claim::claim(session, &asked).await })
             },
-            |shared, taken: claim::Taken| Box::pin(async move { taken.give_back(&shared).await }),
+            |shared, taken: asked::Taken| Box::pin(async move { taken.give_back(&shared).await }),
         );
         let mut taken = taken.await?;
         let found = taken.value_mut().map_or(0, |taken| taken.len());
         self.shared.listener.claimed(found, limit);
-        let broken = taken.value_mut().map(claim::Taken::open).unwrap_or_default();
+        let broken = taken.value_mut().map(asked::Taken::open).unwrap_or_default();
         let others = taken.value_mut().map(|taken| taken.sift(sieve)).unwrap_or_default();
         let apart = (!others.is_empty()).then(|| unserved::put_apart(&self.shared, others));
         // The good ones are the caller's, whatever becomes of the others, which come back when their leases end.
@@ -472,7 +473,7 @@ impl Postgres {
         {
             tracing::error!(%error, "damaged tasks cannot be set aside yet");
         }
-        Ok((taken.take().map(claim::Taken::into_claimed).unwrap_or_default(), apart))
+        Ok((taken.take().map(asked::Taken::into_claimed).unwrap_or_default(), apart))
     }
 
     async fn end(&self, doing: &'static str, name: Name, by: operate::ByHand, retention: Duration) -> Result<()> {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::backend::AcceptsMark;
+use crate::claim::AcceptsMark;
 use crate::{Accepts, Attempt, Claim, ClaimedTask, Event, Policy, Settlement, Verdict};
 
 /// Whoever looked among these tasks and found nothing for it looks again after this.
@@ -189,7 +189,9 @@ impl<'c> Sieve<'c> {
     /// them: the host takes it back with its next claims.
     pub(crate) fn sift(&mut self, tasks: Vec<ClaimedTask>) -> (Vec<ClaimedTask>, Vec<Settlement>) {
         let Some(accepts) = &self.claim.accepts else { return (tasks, Vec::new()) };
-        let (mut room, mut limited_room) = (self.claim.limit, self.claim.limited.unwrap_or(self.claim.limit));
+        // A round that asks for no more than the claim is given no more than that.
+        let asked = if self.factor == 1 { (u32::MAX, None) } else { (self.claim.limit, self.claim.limited) };
+        let (mut room, mut limited_room) = (asked.0, asked.1.unwrap_or(asked.0));
         let fits = |task: &ClaimedTask| {
             let limited = u32::from(task.max_running.is_some());
             let fits = accepts.accepts(&task.task_type) && room > 0 && limited <= limited_room;

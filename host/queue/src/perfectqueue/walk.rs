@@ -16,7 +16,7 @@ use sqlx::mysql::{MySqlConnection, MySqlRow};
 use super::order::{Place, Waiting};
 use super::table::Names;
 use crate::Accepts;
-use crate::backend::AcceptsMark;
+use crate::claim::AcceptsMark;
 use crate::mysql::connect::text;
 
 /// Between two walks from the beginning.

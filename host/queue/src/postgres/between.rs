@@ -12,7 +12,8 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::accounts::{self, Owner};
-use super::claim::{Asked, count, flush_later, hold_host, next_lease};
+use super::asked::Asked;
+use super::claim::{count, flush_later, hold_host, next_lease};
 use super::failure::Failure;
 use super::got::{Got, in_order, last_places, taken_columns};
 use super::heads::{Heads, Place, Sort, TOGETHER};

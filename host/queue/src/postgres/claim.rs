@@ -7,27 +7,22 @@
 //! Whatever takes something holds the host's row with it, so that whoever marks a host as one that has left waits for claims under way, and
 //! claims that come later find it. What a host may have is then seen by whoever takes it back.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
+use super::asked::{Asked, Taken};
 use super::failure::{self, Failure};
 use super::got::{Got, in_order, last_places, taken_columns};
-use super::heads::{END, Ended, Met, Scope, Sort};
-use super::mark::{From, Way};
-use super::session::{Session, Shared};
-use super::settle::Group;
+use super::heads::{END, Ended, Met, Sort};
+use super::mark::From;
+use super::session::Session;
 use super::several::{branch, branches, most, rounds_max};
-use super::unreadable::{self, Broken};
 use super::{accounts, around, between, due, mend, suspects, unserved};
-use crate::outcome::ms;
-use crate::unserved::Sieve;
-use crate::{Attempt, Claim, Claimed, ClaimedTask, Event, HostId, NewTask, Policy, Settlement, Timestamp, data, task};
+use crate::{HostId, NewTask, Timestamp};
 
-/// The most tasks of one claim.
-const CLAIMED_MAX: u32 = 1_000;
 /// How often one claim looks again because all that it met were places of tasks that do not wait there.
 const MENDED_MAX: usize = 20;
 /// How often one claim of some queues enters changes of accounts: those of other queues may stand before its own.
@@ -202,117 +197,6 @@ pub(super) const CLAIM_SEVERAL: &str = concat!(
 const TAKEN_COLUMNS: usize = 21;
 /// The columns of the look.
 const LOOK_COLUMNS: usize = 9;
-
-/// What a claim took out of the database, data as it is stored.
-#[derive(Default)]
-pub(super) struct Taken {
-    tasks: Vec<ClaimedTask>,
-    /// What was taken and cannot be read.
-    broken: Vec<Broken>,
-    alone_waiting: bool,
-    next_due_in: Option<Duration>,
-}
-
-impl Taken {
-    pub(super) fn len(&self) -> usize {
-        self.tasks.len()
-    }
-
-    /// Hand the tasks back, since nobody is there any more to take them.
-    pub(super) async fn give_back(self, shared: &Arc<Shared>) {
-        let policy = Policy::default();
-        let handed_back = |task: &ClaimedTask| {
-            Settlement::of(task.lease_ref, Event::Stopped, Attempt::of(task), &policy, 0.0, None, Vec::new())
-        };
-        let settlements: Vec<Settlement> = self.tasks.iter().map(handed_back).collect();
-        if let Err(error) = unreadable::set_aside(shared, self.broken).await {
-            tracing::warn!(%error, "unreadable tasks come back when their leases end");
-        }
-        if settlements.is_empty() {
-            return;
-        }
-        if let Ok(group) = Group::new(&settlements)
-            && let Err(error) = group.write_within(shared, "handing back claimed tasks").await
-        {
-            tracing::warn!(%error, "claimed tasks that nobody waits for come back when their leases end");
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.tasks.is_empty() && self.broken.is_empty()
-    }
-
-    /// Decompress. Tasks whose data is damaged are taken out and answered.
-    pub(super) fn open(&mut self) -> Vec<Broken> {
-        let mut broken = std::mem::take(&mut self.broken);
-        for mut task in std::mem::take(&mut self.tasks) {
-            task.compression = data::compression(&task.data);
-            let plain = data::decompress(std::mem::take(&mut task.data));
-            match plain.and_then(|plain| data::check(&plain).map(|()| plain)) {
-                Ok(plain) => self.tasks.push(ClaimedTask { data: plain, ..task }),
-                Err(problem) => broken.push(Broken::by_data(&task, problem)),
-            }
-        }
-        broken
-    }
-
-    /// Take out what the claimer does not serve; answers what puts it apart.
-    pub(super) fn sift(&mut self, sieve: &mut Sieve<'_>) -> Vec<Settlement> {
-        let (served, others) = sieve.sift(std::mem::take(&mut self.tasks));
-        self.tasks = served;
-        others
-    }
-
-    pub(super) fn into_claimed(self) -> Claimed {
-        Claimed { tasks: self.tasks, alone_waiting: self.alone_waiting, next_due_in: self.next_due_in }
-    }
-}
-
-/// What a claim is about to do, and under which number.
-#[derive(Clone)]
-pub(super) struct Asked {
-    pub(super) claim: Claim,
-    pub(super) limit: usize,
-    /// Of these, the most of users with a limit.
-    pub(super) limited: usize,
-    pub(super) alive_ms: i64,
-    pub(super) way: Way,
-    /// Drawn by this program for each try, so that what was taken can be found if the answer is lost.
-    pub(super) number: i64,
-    numbers: Arc<Mutex<Vec<i64>>>,
-}
-
-impl Asked {
-    pub(super) fn new(claim: Claim) -> Self {
-        let limit = usize::try_from(claim.limit.clamp(1, CLAIMED_MAX)).unwrap_or(1);
-        let limited = claim.limited.map_or(limit, |limited| usize::try_from(limited).unwrap_or(limit));
-        let stored = |queues: &Arc<[String]>| queues.iter().map(|queue| task::stored_queue(Some(queue)).to_owned()).collect();
-        let way = Way { queues: claim.queues.as_ref().map(stored), ignore_users: claim.ignore_users };
-        Self { limit, limited, alive_ms: ms(claim.alive_time), way, number: 0, numbers: Arc::default(), claim }
-    }
-
-    /// The queues that it asks for, as the tables name them.
-    pub(super) fn queues(&self) -> &Scope {
-        &self.way.queues
-    }
-
-    /// The numbers of earlier tries.
-    fn earlier(&self) -> Vec<i64> {
-        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// For another try.
-    fn with_number(&self) -> Self {
-        let number = fastrand::i64(1..);
-        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).push(number);
-        Self { number, ..self.clone() }
-    }
-
-    /// For the rest of it, after so many were taken.
-    fn for_rest(&self, taken: usize) -> Self {
-        Self { limit: self.limit.saturating_sub(taken), ..self.with_number() }
-    }
-}
 
 /// The state of what a claim may have to see to.
 pub(super) struct Look {

@@ -187,8 +187,9 @@ mod tests {
     use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
     use super::*;
+    use crate::postgres::asked::Asked;
     use crate::postgres::between::PICKS;
-    use crate::postgres::claim::{self, Asked};
+    use crate::postgres::claim;
     use crate::postgres::open_accounts::{OPEN_ACCOUNTS, OPEN_ACCOUNTS_OF};
     use crate::postgres::suspects::RESERVE;
     use crate::postgres::{Connections, Shared};

@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 
 use super::accounts::{self, Owner};
+use super::asked::Asked;
 use super::between::{Named, Taking, take_tasks};
-use super::claim::Asked;
 use super::failure::Failure;
 use super::got::Got;
 use super::mend;

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-use super::claim::{Asked, count};
+use super::asked::Asked;
+use super::claim::count;
 use super::due::{Moved, entered, move_out};
 use super::failure::Failure;
 use super::session::{Session, Shared};
